@@ -1,0 +1,157 @@
+"""Every error a user of Perdure can meet, in one shallow tree.
+
+::
+
+    PerdureError
+    ├── UsageError                the caller's mistake; sending it again cannot help
+    │   ├── InvalidRequest        a field of the request is wrong
+    │   ├── UnknownTask           no task stands at this dotted path
+    │   ├── PayloadTooLarge       more bytes than the limit
+    │   ├── IdempotencyConflict   the id is taken by a different request
+    │   └── SettingsError         a setting cannot be used as given
+    ├── RequestFailed             the request ended in a failure
+    │   └── DeadlineExceeded      ... because its deadline had passed
+    ├── RequestCanceled           the request was canceled or stopped
+    ├── OutputsRestarted          the outputs began again from zero
+    ├── TryAgainLater             not accepted now; nothing was stored
+    │   ├── QueueFull
+    │   └── Degraded
+    ├── RedisUnavailable          no answer from Redis
+    ├── DurabilityUnavailable     Redis cannot confirm that it wrote to disk
+    └── ProtocolMismatch          this release does not speak the protocol found in Redis
+
+Each class says when it is raised and what the catcher should do. All of them survive pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class PerdureError(Exception):
+    """Base of every error below."""
+
+
+class UsageError(PerdureError, ValueError):
+    """The caller's mistake. Mend the call; sending it again cannot help."""
+
+
+class InvalidRequest(UsageError):
+    """A field of the request is wrong. Never retried: neither by the pool nor, unchanged, by you.
+
+    ``field`` names the field (``"max_tokens"``), or is empty when the request as a whole is wrong.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.field)
+
+
+class UnknownTask(UsageError):
+    """Nothing at this dotted path is a task: it cannot be imported, or it is some other object."""
+
+
+class PayloadTooLarge(UsageError):
+    """A payload, state or output has more bytes than its limit. Store it elsewhere and send a reference."""
+
+
+class IdempotencyConflict(UsageError):
+    """The id belongs to a request with another body. Use a new id, or send the same body."""
+
+
+class SettingsError(UsageError):
+    """A setting cannot be used as given; the message names it as the user spells it."""
+
+
+class RequestFailed(PerdureError):
+    """The request ended in a failure; it is in RQ's failed registry and can be requeued.
+
+    ``kind`` is one of :class:`perdure.protocol.records.FailureKind`; ``reason`` is for people;
+    ``history`` lists what happened to the request, oldest first.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        kind: str,
+        reason: str,
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(f"request {request_id} failed ({kind}): {reason}")
+        self.request_id = request_id
+        self.kind = kind
+        self.reason = reason
+        self.history = list(history)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.request_id, self.kind, self.reason, self.history)
+
+
+class DeadlineExceeded(RequestFailed):
+    """The request's deadline passed before it ended. Send it again with a later one."""
+
+
+class RequestCanceled(PerdureError):
+    """The request was canceled (by ``cancel``) or stopped (by RQ's stop command). Do not wait for it."""
+
+    def __init__(self, request_id: str, status: str = "canceled") -> None:
+        super().__init__(f"request {request_id} was {status}")
+        self.request_id = request_id
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.request_id, self.status)
+
+
+class OutputsRestarted(PerdureError):
+    """The request began again from zero, and what was read before cannot be continued.
+
+    ``offset`` is how many outputs the reader had. Start over with ``stream()``, or read on with
+    ``stream(restarts=True)``.
+    """
+
+    def __init__(self, request_id: str, offset: int) -> None:
+        super().__init__(
+            f"request {request_id} restarted from zero after {offset} outputs were read; "
+            "stream(restarts=True) reads the new ones from the start"
+        )
+        self.request_id = request_id
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.request_id, self.offset)
+
+
+class TryAgainLater(PerdureError):
+    """Not accepted now; nothing was stored. Send it again after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after)
+
+
+class QueueFull(TryAgainLater):
+    """The queue holds as many requests as ``PERDURE_QUEUE_LIMIT`` allows."""
+
+
+class Degraded(TryAgainLater):
+    """The pool is short of workers and takes no request of this priority."""
+
+
+class RedisUnavailable(PerdureError):
+    """No answer from Redis. The message names the server and the next command; no password is in it."""
+
+
+class DurabilityUnavailable(PerdureError):
+    """Redis cannot confirm that the request is on disk (no AOF, or older than 7.2)."""
+
+
+class ProtocolMismatch(PerdureError):
+    """Redis holds data of a newer protocol, or RQ is a release that was not tested. Upgrade this process."""

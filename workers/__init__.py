@@ -1,0 +1,28 @@
+"""How requests are run: the RQ worker class and the tasks it runs.
+
+Names are loaded on first use, so that the guardian, which imports a submodule of this package,
+stays a small process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..protocol.errors import InvalidRequest
+    from .tasks import BatchTask, Request, Step, task
+    from .worker import Worker
+
+__all__ = ["BatchTask", "InvalidRequest", "Request", "Step", "Worker", "task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Worker":
+        from .worker import Worker
+
+        return Worker
+    if name in __all__:
+        from . import tasks
+
+        return getattr(tasks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

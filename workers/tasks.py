@@ -1,0 +1,256 @@
+"""Tasks: what users write.
+
+A task is a generator function under :func:`task`, or a subclass of :class:`BatchTask`. Either
+way it moves in *steps*. A step may carry an output (what a client streams) and a state (what a
+later execution of the request starts from); both are durable within the checkpoint interval.
+
+Nothing here knows Redis: a task can be run and tested without a server.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar, overload
+
+from ..protocol.errors import InvalidRequest, UnknownTask
+
+__all__ = ["NOTHING", "BatchTask", "InvalidRequest", "Request", "Step", "Task", "path_of", "resolve", "task"]
+
+
+class _Nothing:
+    """The absence of a value, where ``None`` is a value."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "NOTHING"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+NOTHING: Final = _Nothing()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a task sees of the request it runs.
+
+    ``outputs`` and ``state`` are those of the last checkpoint: empty and ``None`` when the request
+    starts from zero. ``attempt`` counts from 1 and grows only when an execution ended by the
+    request's own failure; ``execution`` is new for every claim. Side effects should be keyed by
+    ``id`` (once per request), ``attempt`` or ``execution``.
+    """
+
+    id: str
+    payload: Any
+    attempt: int = 1
+    execution: str = ""
+    outputs: list[Any] = field(default_factory=list)
+    state: Any = None
+    queue: str = ""
+
+    @property
+    def resumed(self) -> bool:
+        """True when an earlier execution left something to go on from."""
+        return bool(self.outputs) or self.state is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of one request.
+
+    ``output`` is appended to what the client streams; ``state`` replaces the stored state; either
+    may be left out. In a :class:`BatchTask`, ``request_id`` says whose step it is, ``result`` ends
+    the request with that value, and ``error`` ends it with that failure (and leaves its batch-mates
+    alone).
+    """
+
+    output: Any = NOTHING
+    state: Any = NOTHING
+    request_id: str = ""
+    result: Any = NOTHING
+    error: BaseException | None = None
+    durable: bool = False
+
+    @property
+    def ends(self) -> bool:
+        """True when the request is over with this step."""
+        return self.result is not NOTHING or self.error is not None
+
+
+class BatchTask:
+    """Many requests in one forward pass, on one warm instance per worker process.
+
+    The worker calls, always from one thread: :meth:`load` once; :meth:`admit` when a request joins;
+    :meth:`step` as long as any request is admitted; :meth:`drop` when one leaves without having
+    ended by a step of its own (canceled, lost to another worker, handed back in a drain). A request
+    that ended by ``result`` or ``error`` has left: it is not dropped as well.
+
+    An exception from :meth:`admit` fails that request. One from :meth:`step` fails all that are
+    admitted, since none of them can be told apart: catch what one request can cause, and yield
+    ``Step(request_id=…, error=…)`` for it.
+    """
+
+    slots: int = 8
+    step_timeout: float | None = None
+    """Seconds that one step may take; ``None`` takes the worker's ``PERDURE_STEP_TIMEOUT``."""
+    reproducible: bool = True
+    """True when a restart from zero yields the same outputs again."""
+
+    def load(self) -> None:
+        """Load weights and the like. Called once per process, before the first :meth:`admit`."""
+
+    def fingerprint(self) -> str:
+        """What must be equal for another worker to continue a request of this task; called after load."""
+        return ""
+
+    def prepare(self, payload: Any) -> Any:
+        """Check and complete a payload at submit, where the producer has this task at hand.
+
+        Returns the payload to store. Raises :class:`InvalidRequest` with the field's name. The
+        worker must check again in :meth:`admit`: a producer that knows only the dotted path stores
+        what it was given.
+        """
+        return payload
+
+    def admit(self, request: Request) -> None:
+        """Take a request in, from its payload or from where its checkpoint left it."""
+        raise NotImplementedError
+
+    def step(self) -> Iterable[Step]:
+        """Move the admitted requests on; one or more :class:`Step` for each that moved."""
+        raise NotImplementedError
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request. Unknown ids are ignored."""
+        raise NotImplementedError
+
+
+GeneratorFunction = Callable[[Request], Generator[Step, None, Any]]
+Function = TypeVar("Function", bound=GeneratorFunction)
+
+
+class Task:
+    """A generator function that users may submit; calling it gives the generator, as before."""
+
+    def __init__(
+        self,
+        function: GeneratorFunction,
+        *,
+        slots: int = 1,
+        step_timeout: float | None = None,
+        reproducible: bool = True,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, not {slots}")
+        if step_timeout is not None and not step_timeout > 0:
+            raise ValueError(f"step_timeout is in seconds and must be more than 0, not {step_timeout}")
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.slots = slots
+        self.step_timeout = step_timeout
+        self.reproducible = reproducible
+
+    def __call__(self, request: Request) -> Generator[Step, None, Any]:
+        return self.function(request)
+
+    def __repr__(self) -> str:
+        return f"<task {path_of(self)}>"
+
+
+@overload
+def task(function: GeneratorFunction, /) -> Task: ...
+@overload
+def task(
+    *, slots: int = 1, step_timeout: float | None = None, reproducible: bool = True
+) -> Callable[[GeneratorFunction], Task]: ...
+def task(
+    function: GeneratorFunction | None = None,
+    /,
+    *,
+    slots: int = 1,
+    step_timeout: float | None = None,
+    reproducible: bool = True,
+) -> Task | Callable[[GeneratorFunction], Task]:
+    """Make a generator function a task.
+
+    Each ``yield Step(...)`` is one step; the generator's ``return`` value is the request's result.
+
+    ``slots``: how many requests one worker runs at once. ``step_timeout``: seconds between two
+    yields before the worker counts as hung (default: ``PERDURE_STEP_TIMEOUT``). ``reproducible``:
+    whether a run from zero yields the same outputs again, so that a reader may skip what it has.
+    """
+    if function is not None:
+        return Task(function)
+    return functools.partial(Task, slots=slots, step_timeout=step_timeout, reproducible=reproducible)
+
+
+AnyTask = Task | BatchTask | type[BatchTask]
+
+
+def is_task(candidate: object) -> bool:
+    """True for what a worker runs: a :class:`Task`, a :class:`BatchTask`, or a subclass of it."""
+    if isinstance(candidate, Task | BatchTask):
+        return True
+    return isinstance(candidate, type) and issubclass(candidate, BatchTask) and candidate is not BatchTask
+
+
+def path_of(candidate: object) -> str:
+    """The dotted path under which workers import a task.
+
+    Raises :class:`UnknownTask` for what is no task, or stands where no other process can import it.
+    """
+    if not is_task(candidate):
+        name = getattr(candidate, "__qualname__", None) or repr(candidate)
+        raise UnknownTask(
+            f"{name} is not a task: put @perdure.workers.task above a generator function, "
+            "or derive a class from perdure.workers.BatchTask"
+        )
+    module = candidate.__module__
+    if isinstance(candidate, BatchTask):
+        owner = sys.modules.get(module)
+        names = [name for name, value in vars(owner).items() if value is candidate] if owner else []
+        if not names:
+            raise UnknownTask(
+                f"this {type(candidate).__name__} instance has no module-level name in {module}; "
+                "submit it by its dotted path"
+            )
+        qualname = names[0]
+    else:
+        qualname = candidate.__qualname__  # type: ignore[attr-defined]
+    if module == "__main__" or "<locals>" in qualname:
+        raise UnknownTask(
+            f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module"
+        )
+    return f"{module}.{qualname}"
+
+
+def resolve(path: str) -> AnyTask:
+    """Import the task at a dotted path.
+
+    Raises :class:`UnknownTask` when nothing can be imported from there, or when what stands there
+    is not a task: a worker never runs any importable callable.
+    """
+    import importlib
+
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name:
+        raise UnknownTask(f"{path!r} is not a dotted path to a task, such as app.tasks.count")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UnknownTask(f"cannot import {module_name} for the task {path}: {error}") from error
+    try:
+        candidate = getattr(module, attribute)
+    except AttributeError:
+        raise UnknownTask(f"module {module_name} has no task named {attribute}") from None
+    if not is_task(candidate):
+        raise UnknownTask(
+            f"{path} is a {type(candidate).__name__}, not a task; workers run only objects made with "
+            "@perdure.workers.task or derived from perdure.workers.BatchTask"
+        )
+    return candidate  # type: ignore[no-any-return]
