@@ -1,0 +1,130 @@
+"""Bytes in, values out: msgpack for what is ours, and RQ's envelope without unpickling anything.
+
+Values are what msgpack holds by itself: None, booleans, 64-bit integers, floats, strings, bytes,
+lists and maps. Tuples come back as lists. Anything else is refused when it is packed, with the
+place where it was found.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+import zlib
+from typing import Any
+
+import msgpack
+
+from .errors import InvalidRequest, PayloadTooLarge
+
+MAX_DEPTH = 64
+"""Levels of nesting that :func:`pack` accepts; msgpack's own unpacker stops at 511."""
+
+
+def pack(value: Any, *, limit: int, what: str) -> bytes:
+    """Pack ``value``; ``what`` ("payload", "state", "output", "result") is for the message.
+
+    Raises :class:`InvalidRequest` for a value that msgpack cannot hold, naming the place, and
+    :class:`PayloadTooLarge` above ``limit`` bytes.
+    """
+    try:
+        packed: bytes = msgpack.packb(value, use_bin_type=True, strict_types=False)
+    except (TypeError, ValueError, OverflowError, UnicodeEncodeError) as error:
+        place = _culprit(value, what, 0) or f"{what}: {error}"
+        raise InvalidRequest(
+            f"{place}; a {what} holds None, bool, 64-bit int, float, str, bytes, list and dict", what
+        ) from None
+    if len(packed) > limit:
+        raise PayloadTooLarge(
+            f"the {what} has {len(packed):,} bytes, more than the limit of {limit:,}; "
+            "store it elsewhere and put a reference into the request, or raise the limit"
+        )
+    return packed
+
+
+def unpack(data: bytes) -> Any:
+    """Unpack what :func:`pack` wrote. Raises ``ValueError`` for bytes that are no msgpack."""
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True)
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
+        raise ValueError(f"not a msgpack value: {error}") from None
+
+
+def _culprit(value: Any, place: str, depth: int) -> str | None:
+    """Where the first value stands that msgpack cannot hold."""
+    if depth > MAX_DEPTH:
+        return f"{place[:80]}… is nested more than {MAX_DEPTH} levels deep"
+    if isinstance(value, bool | float | bytes | None):
+        return None
+    if isinstance(value, int):
+        return None if -(2**63) <= value < 2**64 else f"{place} is the integer {value!r}, which has more than 64 bits"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{place} is text with a lone surrogate, which UTF-8 cannot hold"
+        return None
+    if isinstance(value, list | tuple):
+        found = (_culprit(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value))
+        return next(filter(None, found), None)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            result = _culprit(name, f"a key of {place}", depth + 1) or _culprit(item, f"{place}[{name!r}]", depth + 1)
+            if result:
+                return result
+        return None
+    return f"{place} is a {type(value).__name__}"
+
+
+class _Refusing(pickle.Unpickler):
+    """Reads a pickle of plain values; any name in it, such as a class or function, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"refused to import {module}.{name} for a pickle from Redis")
+
+
+class RestrictedPickle:
+    """An RQ serializer: writes ordinary pickles, which every viewer of RQ reads, and reads only plain values.
+
+    Pass it to RQ where a job's data or result is read: a hostile pickle raises instead of running.
+    """
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        return pickle.dumps(value, protocol=4)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        return _Refusing(io.BytesIO(data)).load()
+
+
+def envelope(function: str, task: str) -> bytes:
+    """RQ's ``data`` field: a call of ``function(task)``, as RQ itself would store it."""
+    return zlib.compress(RestrictedPickle.dumps((function, None, (task,), {})))
+
+
+def pack_result(value: Any, *, limit: int) -> str:
+    """A result as RQ's result stream holds it; empty for ``None``, for which RQ stores nothing."""
+    pack(value, limit=limit, what="result")
+    return "" if value is None else base64.b64encode(RestrictedPickle.dumps(value)).decode()
+
+
+def unpack_result(data: bytes) -> Any:
+    """Read what :func:`pack_result` wrote. Raises ``ValueError`` for anything but plain values."""
+    try:
+        return RestrictedPickle.loads(base64.b64decode(data))
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        raise ValueError(f"not a result of plain values: {error}") from None
+
+
+def pack_exception(text: str) -> str:
+    """A traceback as RQ's result stream holds it."""
+    return base64.b64encode(zlib.compress(text.encode(errors="replace"))).decode()
+
+
+def unpack_exception(data: bytes) -> str:
+    """Read what :func:`pack_exception` wrote."""
+    try:
+        return zlib.decompress(base64.b64decode(data)).decode(errors="replace")
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"not a stored traceback: {error}") from None

@@ -1,0 +1,119 @@
+"""The names of all keys.
+
+Those of RQ are taken from RQ's own objects, so that ``RQ_KEY_PREFIX`` and RQ itself decide them;
+ours stand below the same prefix. The Lua scripts get this table baked in when they are loaded
+(:mod:`.scripts`): no name is spelled twice, and with ``RQ_KEY_PREFIX='{rq}'`` all of them lie in one
+cluster slot.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from rq.command import PUBSUB_CHANNEL_TEMPLATE
+from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import Execution, ExecutionRegistry
+from rq.job import Job
+from rq.queue import Queue
+from rq.registry import (
+    CanceledJobRegistry,
+    DeferredJobRegistry,
+    FailedJobRegistry,
+    FinishedJobRegistry,
+    ScheduledJobRegistry,
+    StartedJobRegistry,
+)
+from rq.results import Result
+from rq.suspension import WORKERS_SUSPENDED
+from rq.worker import Worker
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
+
+from .errors import InvalidRequest, UsageError
+
+PREFIX: Final = RQ_KEY_PREFIX
+OURS: Final = f"{PREFIX}:perdure:"
+
+
+def _stem(template: str) -> str:
+    """What stands before the only field of a key template."""
+    return template.format("\0").removesuffix("\0")
+
+
+# Name -> everything before the id (a "stem", ends in a colon) or the whole key.
+NAMES: Final[dict[str, str]] = {
+    # RQ's
+    "job": Job.redis_job_namespace_prefix,
+    "queue": Queue.redis_queue_namespace_prefix,
+    "queues": Queue.redis_queues_keys,
+    "wip": _stem(StartedJobRegistry.key_template),
+    "finished": _stem(FinishedJobRegistry.key_template),
+    "failed": _stem(FailedJobRegistry.key_template),
+    "canceled": _stem(CanceledJobRegistry.key_template),
+    "scheduled": _stem(ScheduledJobRegistry.key_template),
+    "deferred": _stem(DeferredJobRegistry.key_template),
+    "execution": Execution(id="", job_id="", connection=None).key.removesuffix(":"),  # type: ignore[arg-type]
+    "executions": _stem(ExecutionRegistry.key_template),
+    "worker": Worker.redis_worker_namespace_prefix,
+    "workers": REDIS_WORKER_KEYS,
+    "workers_of": WORKERS_BY_QUEUE_KEY % "",
+    "results": Result.get_key(""),
+    "suspended": WORKERS_SUSPENDED,
+    "commands": PUBSUB_CHANNEL_TEMPLATE % "",
+    # ours
+    "leases": f"{OURS}leases:",
+    "retries": f"{OURS}retries:",
+    "beats": f"{OURS}beats",
+    "incarnation": f"{OURS}incarnation:",
+    "held": f"{OURS}held:",
+    "output": f"{OURS}output:",
+    "checkpoint": f"{OURS}checkpoint:",
+    "checkpoints": f"{OURS}checkpoints",
+    "history": f"{OURS}history:",
+    "bell": f"{OURS}bell:",
+    "replies": f"{OURS}replies:",
+    "fingerprints": f"{OURS}fingerprints",
+    "counters": f"{OURS}counters",
+    "pulse": f"{OURS}pulse",
+    "schema": f"{OURS}schema",
+}
+
+
+def key(name: str, identifier: str = "") -> str:
+    """The full key: ``key("job", "42")`` is ``rq:job:42``."""
+    return NAMES[name] + identifier
+
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_QUEUE = re.compile(r"[A-Za-z0-9_.@-]{1,200}")
+_TASK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+
+
+def check_id(identifier: object) -> str:
+    """Return the id; raise :class:`InvalidRequest` for one that RQ would refuse."""
+    if not isinstance(identifier, str) or not _IDENTIFIER.fullmatch(identifier):
+        raise InvalidRequest(
+            f"a request id has 1 to 200 letters, digits, '_' or '-', but this one is {_shown(identifier)}", "id"
+        )
+    return identifier
+
+
+def check_queue(name: object) -> str:
+    """Return the queue's name; raise :class:`InvalidRequest` for one that is empty or could break a key."""
+    if not isinstance(name, str) or not _QUEUE.fullmatch(name):
+        raise InvalidRequest(
+            f"a queue name has 1 to 200 letters, digits, '_', '.', '@' or '-', but this one is {_shown(name)}", "queue"
+        )
+    return name
+
+
+def check_task(path: object) -> str:
+    """Return the dotted path of a task; raise :class:`UsageError` for what cannot be one."""
+    if not isinstance(path, str) or len(path) > 500 or not _TASK.fullmatch(path):
+        raise UsageError(f"a task is given by its dotted path, such as app.tasks.count, not {_shown(path)}")
+    return path
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,216 @@
+-- Take requests from queues: pop, execution, lease and RQ's registration in one step.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV worker       RQ worker name
+-- ARGV queues_text  its queues, comma-separated, as RQ shows them
+-- ARGV timeout_ms   heartbeat timeout: ms until the incarnation counts as dead without a heartbeat
+-- ARGV lease_ms     length of a lease
+-- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
+-- ARGV free         slots free for that task; when task is '', slots for a task not listed below
+-- ARGV ttl_ms       age at which a checkpoint is stale
+-- ARGV resume       '1'; '0' starts every request from zero (a test of the demo turns resuming off)
+-- ARGV max_bytes    stop taking requests once so many bytes of payload are in the reply
+-- EACH queue: queue      queue names, first served first
+-- EACH task: path        a task that the worker has loaded ...
+-- EACH task: slots       ... and how many of it the worker runs at once
+-- EACH known: id         requests that the worker knows it holds
+-- EACH fresh: execution  ids for the executions to be made, at least as many as slots
+--
+-- Returns  status, n, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
+--          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs)
+--          status 'ok'; 'blocked' (the next entry needs an empty worker); 'more' (work was left);
+--          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
+--
+-- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
+-- execution it has.
+local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg(), arg(), arg()
+local task, free, ttl_ms, resume, max_bytes = arg(), arg(), arg(), arg(), arg()
+timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
+max_bytes = tonumber(max_bytes)
+local queues, slots, known, fresh = {}, {}, {}, {}
+for _ = 1, tonumber(arg()) do
+  local queue = arg()
+  queues[#queues + 1] = queue
+end
+for _ = 1, tonumber(arg()) do
+  local path, number = arg(), arg()
+  slots[path] = tonumber(number)
+end
+for _ = 1, tonumber(arg()) do
+  local id = arg()
+  known[id] = true
+end
+for _ = 1, tonumber(arg()) do
+  local execution = arg()
+  fresh[#fresh + 1] = execution
+end
+
+if reaped(incarnation) then return { 'reaped', '0' } end
+
+local rows, number, bytes = {}, 0, 0
+
+local function give(id, execution, queue)
+  local job = redis.call('HMGET', KEY.job .. id, 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout')
+  local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'offset', 'fingerprint')
+  local row = { id, execution, queue, job[1] and 'request' or 'plain', job[1] or '', job[2] or '', job[3] or '0',
+    point[1] or '0', point[2] or '0', job[4] or '0', point[3] or '', job[5] or '', job[6] or '-1' }
+  for _, value in ipairs(row) do rows[#rows + 1] = value end
+  number = number + 1
+  bytes = bytes + #(job[2] or '')
+end
+
+-- 1. What was given before and did not arrive.
+local held = redis.call('HGETALL', KEY.held .. incarnation)
+for i = 1, #held, 2 do
+  local id, execution = held[i], held[i + 1]
+  if not known[id] then
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task')
+    if job[1] == execution and redis.call('ZSCORE', KEY.leases .. job[2], id) then
+      redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_ms), id)
+      give(id, execution, job[2])
+      task = job[3] or ''
+      free = 0 -- the caller sees what it holds before it asks for more
+    else
+      redis.call('HDEL', KEY.held .. incarnation, id)
+    end
+  end
+end
+
+local function answer(status)
+  local reply = { status, int(number) }
+  for _, value in ipairs(rows) do reply[#reply + 1] = value end
+  return reply
+end
+if number > 0 then return answer('ok') end
+if redis.call('EXISTS', KEY.suspended) == 1 then return answer('suspended') end
+
+-- 2. Is the popped id to be run? Whatever is not, leaves the queue here.
+local function runnable(id, queue)
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'status', 'last', 'origin', 'created_at')
+  if not job[4] then
+    forget(id)
+    return false
+  end
+  if redis.call('ZSCORE', KEY.leases .. queue, id) then return false end -- pushed twice; it runs already
+  local verdict = string.match(job[2] or '', ':(%a+)$')
+  if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
+    local registry = verdict == 'stopped' and 'canceled' or verdict
+    if redis.call('ZSCORE', KEY[registry] .. queue, id) then
+      -- It ended, and somebody with an old copy of the job pushed it and wrote its status.
+      redis.call('HSET', name, 'status', verdict)
+      return false
+    end
+    -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
+    for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'best', 'cancel', 'error_kind', 'error_reason')
+    redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
+    history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
+    count('requeued', queue)
+  elseif job[1] == 'canceled' or job[1] == 'stopped' then
+    -- Canceled by RQ's Job.cancel while it waited.
+    if redis.call('HEXISTS', name, 'task') == 1 then
+      redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
+      drop_checkpoint(id)
+      share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
+      hint(redis.call('HGET', name, 'client'), id, 'end')
+    end
+    return false
+  end
+  redis.call('ZREM', KEY.retries .. queue, id)
+  return true
+end
+
+-- 3. Execution, lease, and what RQ's own worker would have written.
+local function take(id, queue, execution, plain_timeout)
+  local name, composite, date = KEY.job .. id, id .. ':' .. execution, utc()
+  redis.call('PERSIST', name)
+  redis.call('HSET', name, 'status', 'started', 'started_at', date, 'last_heartbeat', date, 'worker_name', worker,
+    'execution', execution, 'claimed', int(now_ms), 'holder', incarnation)
+  redis.call('HINCRBY', name, 'executions', 1)
+  local length = lease_ms
+  -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
+  if plain_timeout then length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000 end
+  redis.call('ZADD', KEY.leases .. queue, int(now_ms + length), id)
+  redis.call('HSET', KEY.held .. incarnation, id, execution)
+  redis.call('ZADD', KEY.wip .. queue, int(now_s + HOUR), composite)
+  redis.call('HSET', KEY.execution .. composite, 'id', execution, 'job_id', id, 'created_at', timestamp(),
+    'last_heartbeat', timestamp(), 'worker_name', worker)
+  redis.call('EXPIRE', KEY.execution .. composite, HOUR + 60)
+  redis.call('ZADD', KEY.executions .. id, int(now_s + HOUR + 60), execution)
+  redis.call('EXPIRE', KEY.executions .. id, HOUR + 60)
+  redis.call('SADD', KEY.worker .. worker .. ':executions', composite)
+  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
+  count('claimed', queue)
+end
+
+local status, used, scanned = 'ok', 0, 0
+local empty = next(held) == nil
+local limit = free
+if task == '' then limit = 1 end -- until the first entry says which task it is
+for _, queue in ipairs(queues) do
+  promote(queue, 128)
+  local name = KEY.queue .. queue
+  local drained = false
+  while used < limit and bytes < max_bytes do
+    if scanned >= 128 then
+      status = 'more'
+      break
+    end
+    local id = redis.call('LPOP', name)
+    if not id then
+      drained = true
+      break
+    end
+    scanned = scanned + 1
+    if runnable(id, queue) then
+      local job = redis.call('HMGET', KEY.job .. id, 'task', 'timeout')
+      local path = job[1]
+      if (not path and not (empty and task == '')) or (path and task ~= '' and path ~= task) then
+        redis.call('LPUSH', name, id) -- it needs an empty worker; it keeps its place
+        status = 'blocked'
+        break
+      end
+      used = used + 1
+      if path then
+        if task == '' then
+          task = path
+          limit = slots[path] or free
+        end
+        -- A checkpoint that is stale or foreign to this run is no place to go on from.
+        local at = redis.call('HGET', KEY.checkpoint .. id, 'at')
+        if not at then
+          restart(id, 'no checkpoint', fresh[used])
+        elseif now_ms - tonumber(at) > ttl_ms then
+          restart(id, 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s', fresh[used])
+        elseif resume == '0' then
+          restart(id, 'resuming is turned off', fresh[used])
+        end
+        take(id, queue, fresh[used])
+        give(id, fresh[used], queue)
+      else
+        take(id, queue, fresh[used], tonumber(job[2]) or 180)
+        give(id, fresh[used], queue)
+        task = '\0plain' -- alone: nothing else matches this
+        limit = used
+      end
+    end
+  end
+  if status ~= 'ok' then break end
+  if drained then
+    redis.call('DEL', KEY.bell .. queue)
+  elseif redis.call('LLEN', name) > 0 then
+    ring(queue) -- another idle worker may take the rest
+    status = 'more'
+  end
+  if used >= limit then break end
+end
+
+if number > 0 then
+  -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
+  redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
+  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'queues', queues_text)
+  redis.call('EXPIRE', KEY.incarnation .. incarnation, DAY)
+  show_state(worker, incarnation)
+end
+return answer(status)

@@ -1,0 +1,49 @@
+-- Store new requests and put them at the end of their queues.
+--
+-- ARGV schema     protocol version of the caller
+-- ARGV client     channel of the producer's replies
+-- EACH request: id           request id, [A-Za-z0-9_-]
+-- EACH request: nonce        one per submit; the same again when a call is sent again
+-- EACH request: queue        queue name
+-- EACH request: task         dotted path
+-- EACH request: data         RQ's envelope, compressed
+-- EACH request: payload      msgpack
+-- EACH request: description  what RQ's tools show
+-- EACH request: max_retries  retries after the first attempt
+-- EACH request: result_ttl   s to keep a finished request
+-- EACH request: failure_ttl  s to keep a failed one
+--
+-- Returns  per request 'accepted', 'already' (this very submit was applied before) or 'conflict'
+--          (the id belongs to another request); or only 'newer' if Redis holds a newer protocol.
+--
+-- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
+-- and must hear that its request is in.
+local schema, client = arg(), arg()
+if redis.call('SET', KEY.schema, schema, 'NX') == false and tonumber(redis.call('GET', KEY.schema)) > tonumber(schema) then
+  return { 'newer' }
+end
+local answers, rung = {}, {}
+for _ = 1, tonumber(arg()) do
+  local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
+  local description, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg()
+  local name = KEY.job .. id
+  if redis.call('EXISTS', name) == 1 then
+    answers[#answers + 1] = redis.call('HGET', name, 'nonce') == nonce and 'already' or 'conflict'
+  else
+    local date = utc()
+    redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
+    redis.call('SADD', KEY.queues, KEY.queue .. queue)
+    redis.call('HSET', name, 'created_at', date, 'enqueued_at', date, 'started_at', '', 'ended_at', '',
+      'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '',
+      'failure_callback_name', '', 'stopped_callback_name', '', 'data', data, 'description', description,
+      'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
+      'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'payload', payload, 'nonce', nonce,
+      'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
+    redis.call('RPUSH', KEY.queue .. queue, id)
+    count('submitted', queue)
+    rung[queue] = true
+    answers[#answers + 1] = 'accepted'
+  end
+end
+for queue in pairs(rung) do ring(queue) end
+return answers

@@ -1,0 +1,48 @@
+-- End executions that failed: a retry by policy, or a dead letter.
+--
+-- ARGV incarnation        of the worker process
+-- ARGV worker             RQ worker name
+-- ARGV base               s before the first retry
+-- ARGV cap                s before a retry at most
+-- ARGV max_crashes        crashes alone that make a dead letter
+-- ARGV max_crashes_total  crashes in all that make one
+-- ARGV max_executions     executions without progress that make one
+-- EACH request: id         request id
+-- EACH request: execution  the caller's execution
+-- EACH request: kind       failure kind
+-- EACH request: reason     one line for people
+-- EACH request: exception  traceback as RQ's result stream holds it
+-- EACH request: charge     '1' charges an attempt
+-- EACH request: crash      '1' counts a crash
+-- EACH request: loss       '1' counts the loss of a worker
+-- EACH request: retry      '1' allows another execution
+--
+-- Returns  per request what became of it: 'failed', 'scheduled', 'queued' or 'canceled'; 'already' (this
+--          execution's end was applied before: a reply was lost); 'lost'
+local incarnation, worker, base, cap = arg(), arg(), arg(), arg()
+local max_crashes, max_crashes_total, max_executions = arg(), arg(), arg()
+local answers = {}
+local alone = redis.call('HLEN', KEY.held .. incarnation) == 1 and '1' or '0'
+for _ = 1, tonumber(arg()) do
+  local id, execution, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
+  local charge, crash, loss, retry = arg(), arg(), arg(), arg()
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin')
+  if job[1] ~= execution or execution == '' then
+    if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
+      answers[#answers + 1] = 'already'
+    else
+      if not job[1] then forget(id) end
+      if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+      count('fenced', job[3] or '')
+      answers[#answers + 1] = 'lost'
+    end
+  else
+    answers[#answers + 1] = decide(job[3], id, execution, incarnation, {
+      kind = kind, reason = reason, exception = exception, charge = charge, crash = crash, loss = loss, retry = retry,
+      alone = alone, base = tonumber(base), cap = tonumber(cap), max_crashes = tonumber(max_crashes),
+      max_crashes_total = tonumber(max_crashes_total), max_executions = tonumber(max_executions),
+    })
+  end
+end
+show_state(worker, incarnation)
+return answers

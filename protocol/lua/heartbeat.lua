@@ -1,0 +1,69 @@
+-- Say that a worker process lives, and keep RQ's records of it young.
+--
+-- ARGV schema       protocol version of the caller
+-- ARGV incarnation  of the worker process
+-- ARGV worker       RQ worker name
+-- ARGV queues_text  its queues, comma-separated
+-- ARGV pid          of the worker process
+-- ARGV host         its host name
+-- ARGV device       what it computes on
+-- ARGV timeout_ms   ms until it counts as dead without another heartbeat
+-- ARGV pulse_ms     the reapers' pulse is old after so many ms
+-- EACH queue: queue         the worker's queues
+-- EACH model: fingerprint   fingerprints of the tasks that it has loaded
+--
+-- Returns  'ok' | 'reaped' (declared dead: start a new incarnation) | 'newer' (Redis holds a newer protocol),
+--          then '1' if no reaper has swept lately and the caller should
+--
+-- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
+-- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
+local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
+local host, device, timeout_ms, pulse_ms = arg(), arg(), arg(), arg()
+local queues = {}
+for _ = 1, tonumber(arg()) do
+  local queue = arg()
+  queues[#queues + 1] = queue
+end
+if tonumber(redis.call('GET', KEY.schema) or '0') > tonumber(schema) then return { 'newer', '0' } end
+if reaped(incarnation) then return { 'reaped', '0' } end
+
+redis.call('ZADD', KEY.beats, int(now_ms + tonumber(timeout_ms)), incarnation)
+local record = KEY.incarnation .. incarnation
+redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device)
+redis.call('HSETNX', record, 'started', int(now_ms))
+redis.call('EXPIRE', record, DAY)
+for _ = 1, tonumber(arg()) do
+  local fingerprint = arg()
+  redis.call('ZADD', KEY.fingerprints, int(now_ms), fingerprint)
+  redis.call('EXPIRE', KEY.fingerprints, DAY)
+end
+
+local name = KEY.worker .. worker
+if redis.call('EXISTS', name) == 1 and redis.call('HEXISTS', name, 'death') == 0 then
+  redis.call('HSET', name, 'last_heartbeat', utc())
+  redis.call('EXPIRE', name, 60)
+  -- Re-registered every time: after a FLUSHALL or a lost second of AOF, RQ itself never would.
+  redis.call('SADD', KEY.workers, name)
+  for _, queue in ipairs(queues) do redis.call('SADD', KEY.workers_of .. queue, name) end
+end
+
+local renewed = tonumber(redis.call('HGET', record, 'wip') or '0')
+if now_s - renewed > HOUR / 2 then
+  local held = redis.call('HGETALL', KEY.held .. incarnation)
+  for i = 1, #held, 2 do
+    local id, composite = held[i], held[i] .. ':' .. held[i + 1]
+    local queue = redis.call('HGET', KEY.job .. id, 'origin')
+    if queue then
+      redis.call('ZADD', KEY.wip .. queue, 'XX', int(now_s + 2 * HOUR), composite)
+      redis.call('ZADD', KEY.executions .. id, 'XX', int(now_s + 2 * HOUR), held[i + 1])
+      redis.call('EXPIRE', KEY.executions .. id, 2 * HOUR)
+      redis.call('EXPIRE', KEY.execution .. composite, 2 * HOUR)
+    end
+  end
+  redis.call('EXPIRE', name .. ':executions', 2 * HOUR)
+  redis.call('HSET', record, 'wip', int(now_s))
+end
+
+local pulse = tonumber(redis.call('HGET', KEY.pulse, 'at') or '0')
+local due = pulse > now_ms or now_ms - pulse > tonumber(pulse_ms)
+return { 'ok', due and '1' or '0' }

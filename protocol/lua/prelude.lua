@@ -1,0 +1,319 @@
+-- What every transition shares. Put in front of each script when it is loaded, after a table KEY with
+-- the names of all keys. KEYS[1] only routes the call: with RQ_KEY_PREFIX='{rq}' all keys lie in one slot,
+-- and a claim cannot know the ids it will pop, so names are built here, from KEY alone.
+
+local HOUR, DAY = 3600, 86400
+
+-- The server's clock is the only one: hosts whose clocks disagree still agree on who is late.
+local clock = redis.call('TIME')
+local now_s = tonumber(clock[1])
+local now_ms = now_s * 1000 + math.floor(tonumber(clock[2]) / 1000)
+
+local cursor = 0
+local function arg()
+  cursor = cursor + 1
+  return ARGV[cursor]
+end
+
+-- A number as text: '%d' and tostring() turn large numbers into floats or exponents.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+-- Seconds since 1970, with microseconds, as RQ stores them in executions and results.
+local function timestamp()
+  return string.format('%.0f.%06d', now_s, tonumber(clock[2]))
+end
+
+-- A date as RQ's utcformat writes it. Days to civil date: Howard Hinnant's algorithm (no os.date here).
+local function utc()
+  local days = math.floor(now_s / DAY)
+  local rest = now_s - days * DAY
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
+    math.floor(rest % 3600 / 60), rest % 60, tonumber(clock[2]))
+end
+
+local function count(event, queue, by)
+  redis.call('HINCRBY', KEY.counters, event .. ':' .. queue, by or 1)
+end
+
+-- One line of a request's history: tab-separated, so that redis-cli shows it as it is.
+local function history(id, event, worker, execution, offset, kind, reason)
+  local plain = string.gsub(string.sub(reason or '', 1, 500), '[\t\r\n]', ' ')
+  local name = KEY.history .. id
+  redis.call('RPUSH', name, table.concat({ int(now_ms), event, worker or '', execution or '', offset or '0', kind or '', plain }, '\t'))
+  redis.call('LTRIM', name, -200, -1)
+  redis.call('EXPIRE', name, DAY)
+end
+
+-- Wake one idle worker. Harmless to lose: an idle worker claims every second in any case.
+local function ring(queue)
+  local name = KEY.bell .. queue
+  redis.call('LPUSH', name, '1')
+  redis.call('LTRIM', name, 0, 7)
+  redis.call('EXPIRE', name, 60)
+end
+
+-- Tell the producer that something is to be read. Only a hint: the truth stands in the keys.
+local function hint(client, id, what)
+  if client and client ~= '' then redis.call('PUBLISH', KEY.replies .. client, id .. ' ' .. what) end
+end
+
+-- Whether an incarnation was declared dead. It then holds nothing and may claim nothing.
+local function reaped(incarnation)
+  return redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
+end
+
+-- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
+local function show_state(worker, incarnation)
+  if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end
+  local busy = redis.call('EXISTS', KEY.held .. incarnation) == 1
+  redis.call('HSET', KEY.worker .. worker, 'state', busy and 'busy' or 'idle')
+end
+
+-- End a holding: lease, holder's index, and all of RQ's traces of the execution.
+local function detach(queue, id, execution, incarnation, worker)
+  local composite = id .. ':' .. execution
+  redis.call('ZREM', KEY.leases .. queue, id)
+  if redis.call('HGET', KEY.held .. incarnation, id) == execution then
+    redis.call('HDEL', KEY.held .. incarnation, id)
+  end
+  redis.call('ZREM', KEY.wip .. queue, composite)
+  redis.call('DEL', KEY.execution .. composite)
+  redis.call('ZREM', KEY.executions .. id, execution)
+  redis.call('SREM', KEY.worker .. worker .. ':executions', composite)
+end
+
+-- Forget what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry).
+local function forget(id)
+  redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id)
+  redis.call('ZREM', KEY.checkpoints, id)
+end
+
+local function drop_checkpoint(id)
+  redis.call('DEL', KEY.checkpoint .. id)
+  redis.call('ZREM', KEY.checkpoints, id)
+end
+
+-- A request starts from zero: a new epoch, so that a reader knows the old outputs from the new ones.
+local function restart(id, reason, execution)
+  local name = KEY.job .. id
+  local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset')
+  local had = offset or redis.call('EXISTS', KEY.output .. id) == 1
+  redis.call('DEL', KEY.output .. id)
+  drop_checkpoint(id)
+  if not had then return end
+  redis.call('HINCRBY', name, 'epoch', 1)
+  history(id, 'restart', '', execution or '', offset or '0', '', reason)
+  count('restarts', redis.call('HGET', name, 'origin') or '')
+end
+
+-- After the end, everything of a request shares one TTL (seconds).
+local function share_ttl(id, ttl)
+  for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do
+    redis.call('EXPIRE', name .. id, ttl)
+  end
+end
+
+-- One entry of RQ's result stream. kind: 1 finished, 2 failed (rq.results.Result.Type).
+local function add_result(id, kind, worker, execution, started, field, value)
+  local entry = { 'type', kind, 'worker_name', worker }
+  if value ~= '' then
+    entry[#entry + 1] = field
+    entry[#entry + 1] = value
+  end
+  if execution ~= '' then
+    for _, item in ipairs({ 'execution_id', execution, 'execution_started_at', started or timestamp(),
+      'execution_ended_at', timestamp() }) do
+      entry[#entry + 1] = item
+    end
+  end
+  redis.call('XADD', KEY.results .. id, 'MAXLEN', 10, '*', unpack(entry))
+end
+
+-- The id stands in at most one of RQ's registries.
+local function leave_registries(queue, id)
+  for _, name in ipairs({ KEY.finished, KEY.failed, KEY.canceled, KEY.scheduled, KEY.deferred }) do
+    redis.call('ZREM', name .. queue, id)
+  end
+  redis.call('ZREM', KEY.retries .. queue, id)
+end
+
+-- Seconds before retry number n (1 is the first): base * 2^(n-1), at most cap, then spread over its last
+-- quarter so that requests which failed together do not come back together. The spread is a hash of
+-- request and number, not a random: the schedule of a request can be computed again.
+local function backoff(id, n, base, cap)
+  local delay = math.min(cap, base * 2 ^ math.min(n - 1, 30))
+  local spread = tonumber(string.sub(redis.sha1hex(id .. ':' .. int(n)), 1, 8), 16) / 4294967296
+  return delay * (1 - 0.25 * spread)
+end
+
+-- Back to the queue at once. At the front: it has waited its turn already.
+local function to_front(queue, id)
+  redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
+  redis.call('LPUSH', KEY.queue .. queue, id)
+  ring(queue)
+end
+
+-- To wait for a due time. In our own set: RQ's scheduler would move it in two steps, and lose it between them.
+local function to_retries(queue, id, delay)
+  redis.call('HSET', KEY.job .. id, 'status', 'scheduled')
+  redis.call('ZADD', KEY.retries .. queue, int(now_ms + delay * 1000), id)
+end
+
+-- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
+local function bury(queue, id, execution, worker, started, kind, reason, exception)
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'failure_ttl', 'client')
+  local ttl = tonumber(job[1]) or 7 * DAY
+  leave_registries(queue, id)
+  redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', execution .. ':failed',
+    'error_kind', kind, 'error_reason', reason)
+  redis.call('ZADD', KEY.failed .. queue, int(now_s + ttl), id)
+  add_result(id, '2', worker, execution, started, 'exc_string', exception)
+  history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason)
+  share_ttl(id, ttl)
+  count('failed', queue)
+  if worker ~= '' and redis.call('EXISTS', KEY.worker .. worker) == 1 then
+    redis.call('HINCRBY', KEY.worker .. worker, 'failed_job_count', 1)
+  end
+  hint(job[2], id, 'end')
+end
+
+-- Progress gives the budget back: at least 1 s of stepping, and a checkpoint beyond the best of all earlier
+-- executions. Without the first, a poison that emits one output per attempt would live for ever.
+local function credit_progress(id, claimed_ms)
+  local name = KEY.job .. id
+  local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
+  if not point[3] then return end
+  local reach = math.max(tonumber(point[1]) or 0, 0)
+  if reach == 0 then reach = tonumber(point[2]) or 0 end
+  local job = redis.call('HMGET', name, 'best', 'max_retries')
+  if reach <= (tonumber(job[1]) or 0) then return end
+  redis.call('HSET', name, 'best', int(reach))
+  if tonumber(point[3]) - claimed_ms >= 1000 then
+    redis.call('HSET', name, 'retries_left', job[2] or '0', 'executions', '0', 'losses', '0', 'crashes', '0')
+  end
+end
+
+-- The one decision after an execution ended without a result; `fail` and `reap` both come here.
+-- policy: kind, reason, exception (stored form), charge ('1' an attempt), crash ('1'), loss ('1'), retry ('1'),
+-- alone ('1' if nothing else was held), base, cap (s), max_crashes, max_crashes_total, max_executions.
+-- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
+local function decide(queue, id, execution, incarnation, policy)
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel')
+  local worker, claimed_ms = job[1] or '', tonumber(job[2]) or now_ms
+  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  detach(queue, id, execution, incarnation, worker)
+  if job[3] == '1' then
+    -- Canceled while it ran; its end is the cancel that the worker could not confirm.
+    redis.call('HSET', name, 'status', 'canceled', 'ended_at', utc(), 'execution', '', 'last', execution .. ':canceled')
+    leave_registries(queue, id)
+    redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
+    drop_checkpoint(id)
+    history(id, 'canceled', worker, execution, '0', '', 'its worker ended before it could confirm')
+    share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
+    count('canceled', queue)
+    hint(redis.call('HGET', name, 'client'), id, 'end')
+    return 'canceled'
+  end
+  credit_progress(id, claimed_ms)
+  local left = tonumber(redis.call('HGET', name, 'retries_left')) or 0
+  local verdict, delay = 'retry', 0
+  if policy.retry ~= '1' then verdict = 'bury' end
+  if policy.charge == '1' then
+    redis.call('HINCRBY', name, 'attempt', 1)
+    if left < 1 then
+      verdict = 'bury'
+    else
+      redis.call('HINCRBY', name, 'retries_left', -1)
+      local all = tonumber(redis.call('HGET', name, 'max_retries')) or left
+      delay = backoff(id, math.max(1, all - left + 1), policy.base, policy.cap)
+    end
+  end
+  if policy.loss == '1' then
+    local losses = redis.call('HINCRBY', name, 'losses', 1)
+    -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
+    if losses > 1 then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
+  end
+  if policy.crash == '1' then
+    local total = redis.call('HINCRBY', name, 'crashes_total', 1)
+    local alone = tonumber(redis.call('HGET', name, 'crashes')) or 0
+    if policy.alone == '1' then alone = redis.call('HINCRBY', name, 'crashes', 1) end
+    delay = math.max(delay, backoff(id, total, policy.base, policy.cap))
+    if alone >= policy.max_crashes or total >= policy.max_crashes_total then verdict = 'bury' end
+  end
+  local executions = tonumber(redis.call('HGET', name, 'executions')) or 0
+  if executions >= policy.max_executions then verdict = 'bury' end
+  if verdict == 'bury' then
+    bury(queue, id, execution, worker, started, policy.kind, policy.reason, policy.exception)
+    return 'failed'
+  end
+  local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
+  redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
+  if delay == 0 then
+    history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason)
+    count('redelivered', queue)
+    to_front(queue, id)
+    return 'queued'
+  end
+  history(id, 'retry', worker, execution, offset, policy.kind, policy.reason)
+  count('retried', queue)
+  to_retries(queue, id, delay)
+  return 'scheduled'
+end
+
+-- Move due retries to the back of their queue: they neither overtake fresh work nor starve behind it.
+-- Returns how many were moved.
+local function promote(queue, limit)
+  local due = redis.call('ZRANGEBYSCORE', KEY.retries .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  local moved = 0
+  for _, id in ipairs(due) do
+    redis.call('ZREM', KEY.retries .. queue, id)
+    -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves.
+    local status = redis.call('HGET', KEY.job .. id, 'status')
+    if not status then
+      forget(id)
+    elseif status == 'scheduled' then
+      redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
+      redis.call('RPUSH', KEY.queue .. queue, id)
+      moved = moved + 1
+    end
+  end
+  if moved > 0 then ring(queue) end
+  return moved
+end
+
+-- Append outputs at an absolute offset and store a state, for an execution known to be current.
+-- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
+-- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.
+local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint)
+  local name = KEY.checkpoint .. id
+  local stored = redis.call('HMGET', name, 'offset', 'seq')
+  local have, have_seq = tonumber(stored[1]) or 0, tonumber(stored[2]) or 0
+  if offset > have then return nil, have end
+  if outputs > 0 and offset + outputs > have then
+    -- Resends are verbatim, so an entry is stored whole or not at all.
+    if offset ~= have then return nil, have end
+    redis.call('RPUSH', KEY.output .. id, blob)
+    redis.call('EXPIRE', KEY.output .. id, DAY)
+    have = have + outputs
+  end
+  if seq > have_seq then
+    redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint)
+    if has_state == '1' then redis.call('HSET', name, 'state', state, 'crc', crc) end
+    redis.call('EXPIRE', name, DAY)
+    redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
+  end
+  return have
+end

@@ -1,0 +1,48 @@
+-- Store what running requests have put out, checkpoint them and renew their leases.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV lease_ms     length of the renewed leases
+-- EACH request: id           request id
+-- EACH request: execution    the caller's execution
+-- EACH request: seq          number of this checkpoint, growing; the same when sent again
+-- EACH request: offset       outputs that are stored before these
+-- EACH request: outputs      how many outputs are in blob; 0 for none
+-- EACH request: blob         one packed entry of the output log: (epoch, offset, outputs)
+-- EACH request: has_state    '1' if state is to be stored
+-- EACH request: state        packed state
+-- EACH request: crc          CRC-32 of state, decimal
+-- EACH request: fingerprint  of the task that computed this
+--
+-- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`) or
+--          'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
+--
+-- A deadline never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
+-- changes nothing.
+local incarnation, lease_ms = arg(), tonumber(arg())
+local answers = {}
+for _ = 1, tonumber(arg()) do
+  local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
+  local blob, has_state, state, crc, fingerprint = arg(), arg(), arg(), arg(), arg()
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client')
+  if job[1] ~= execution then
+    if not job[1] then forget(id) end
+    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+    count('fenced', job[4] or '')
+    answers[#answers + 1] = 'lost'
+  elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    answers[#answers + 1] = 'cancel'
+  else
+    if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint)
+    if stored then
+      if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
+      answers[#answers + 1] = 'ok'
+    else
+      answers[#answers + 1] = 'gap ' .. int(have)
+    end
+  end
+end
+return answers

@@ -1,0 +1,168 @@
+-- Take requests from the dead: all that one incarnation held, or whatever a sweep finds expired.
+--
+-- ARGV incarnation        whose end the caller has evidence of; '' sweeps
+-- ARGV kind               failure kind of that evidence
+-- ARGV reason             one line for people
+-- ARGV exception          traceback for a dead letter, as RQ's result stream holds it
+-- ARGV charge             '1' charges an attempt
+-- ARGV crash              '1' counts a crash
+-- ARGV loss               '1' counts the loss of a worker
+-- ARGV hang_exception     traceback for one whose lease expired under a healthy heartbeat
+-- ARGV timeout_ms         heartbeat timeout
+-- ARGV pulse_ms           the pulse is old after so many ms
+-- ARGV limit              requests per call, at most 128
+-- ARGV base               s before the first retry
+-- ARGV cap                s before a retry at most
+-- ARGV max_crashes        crashes alone that make a dead letter
+-- ARGV max_crashes_total  crashes in all that make one
+-- ARGV max_executions     executions without progress that make one
+-- EACH queue: queue       queues to look for expired leases in; none with an incarnation
+--
+-- Returns  judged ('1'; '0' while nobody may be judged), left ('1' when there is more to do), then rows of:
+--          incarnation, worker, id, execution, kind, what became of it ('queued', 'scheduled', 'failed', 'canceled',
+--          'ended'; for an incarnation that held nothing more: id '' and 'gone')
+--
+-- Who is dead is decided in this script, at this moment, not before it: a heartbeat that arrived in between
+-- saves its worker. After an outage or a stall (the pulse is missing, old or from the future) the clocks say
+-- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
+-- Decides by lease and execution, never by RQ's status.
+local incarnation, kind, reason, exception, charge, crash, loss = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+local hang_exception, timeout_ms, pulse_ms, limit = arg(), arg(), arg(), arg()
+local base, cap, max_crashes, max_crashes_total, max_executions = arg(), arg(), arg(), arg(), arg()
+timeout_ms, pulse_ms, limit = tonumber(timeout_ms), tonumber(pulse_ms), math.min(tonumber(limit), 128)
+local rows, taken, left = {}, 0, '0'
+
+local function report(whose, worker, id, execution, why, outcome)
+  for _, value in ipairs({ whose, worker, id, execution, why, outcome }) do rows[#rows + 1] = value end
+end
+
+-- A plain RQ job: what RQ would do with an abandoned one, without waiting for its clean-up.
+local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'status', 'retries_left', 'retry_intervals')
+  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  detach(queue, id, execution, holder, worker)
+  redis.call('HSET', name, 'execution', '')
+  if job[1] ~= 'started' then return 'ended' end
+  local retries = tonumber(job[2]) or 0
+  if retries < 1 then
+    bury(queue, id, execution, worker, started, why, text, blob)
+    return 'failed'
+  end
+  redis.call('HSET', name, 'last', execution .. ':retried', 'retries_left', int(retries - 1))
+  local intervals = {}
+  for seconds in string.gmatch(job[3] or '', '%d+') do intervals[#intervals + 1] = tonumber(seconds) end
+  local delay = intervals[math.max(#intervals - retries, 0) + 1] or 0
+  if delay == 0 then
+    to_front(queue, id)
+    return 'queued'
+  end
+  to_retries(queue, id, delay)
+  return 'scheduled'
+end
+
+local function reap_one(id, execution, holder, worker, why, text, blob, policy)
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task')
+  if job[1] ~= execution then
+    redis.call('HDEL', KEY.held .. holder, id)
+    if not job[1] then forget(id) end
+    return
+  end
+  local outcome
+  if job[3] then
+    policy.kind, policy.reason, policy.exception, policy.retry = why, text, blob, '1'
+    policy.base, policy.cap, policy.max_crashes = tonumber(base), tonumber(cap), tonumber(max_crashes)
+    policy.max_crashes_total, policy.max_executions = tonumber(max_crashes_total), tonumber(max_executions)
+    outcome = decide(job[2], id, execution, holder, policy)
+  else
+    outcome = reap_plain(job[2], id, execution, holder, worker, why, text, blob)
+  end
+  taken = taken + 1
+  report(holder, worker, id, execution, why, outcome)
+end
+
+-- Everything an incarnation holds, then its registration; a tombstone tells a zombie what happened.
+local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
+  local record = KEY.incarnation .. holder
+  local worker = redis.call('HGET', record, 'worker') or ''
+  local held = redis.call('HGETALL', KEY.held .. holder)
+  local alone = #held == 2 and '1' or '0'
+  redis.call('HSET', record, 'reaped', why, 'reaped_at', int(now_ms))
+  redis.call('EXPIRE', record, HOUR)
+  -- From last to first would need their order; the front of the queue has room for any of them.
+  for i = 1, #held, 2 do
+    if taken >= limit then
+      left = '1'
+      return
+    end
+    reap_one(held[i], held[i + 1], holder, worker, why, text, blob,
+      { charge = charged, crash = crashed, loss = lost, alone = alone })
+  end
+  redis.call('DEL', KEY.held .. holder)
+  redis.call('ZREM', KEY.beats, holder)
+  if worker ~= '' then
+    -- A successor may already use the name: only the registration of this incarnation goes.
+    local pid = redis.call('HGET', record, 'pid')
+    if pid and redis.call('HGET', KEY.worker .. worker, 'pid') == pid then
+      redis.call('SREM', KEY.workers, KEY.worker .. worker)
+      for queue in string.gmatch(redis.call('HGET', record, 'queues') or '', '[^,]+') do
+        redis.call('SREM', KEY.workers_of .. queue, KEY.worker .. worker)
+      end
+      redis.call('DEL', KEY.worker .. worker, KEY.worker .. worker .. ':executions')
+    end
+  end
+  redis.call('HINCRBY', KEY.counters, 'reaped', 1)
+  report(holder, worker, '', '', why, 'gone')
+end
+
+local function answer(judged)
+  local reply = { judged, left }
+  for _, value in ipairs(rows) do reply[#reply + 1] = value end
+  return reply
+end
+
+if incarnation ~= '' then
+  local done = redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
+    and redis.call('EXISTS', KEY.held .. incarnation) == 0
+  if not done then reap_incarnation(incarnation, kind, reason, exception, charge, crash, loss) end
+  return answer('1')
+end
+
+-- A sweep. Its pulse first: the next one learns from it whether time went on as it should.
+local pulse = redis.call('HMGET', KEY.pulse, 'at', 'since')
+local at, since = tonumber(pulse[1]), tonumber(pulse[2])
+if not at or not since or at > now_ms or now_ms - at > pulse_ms then since = now_ms end
+redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since))
+if now_ms - since < timeout_ms then return answer('0') end
+
+for _, holder in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms), 'LIMIT', 0, 16)) do
+  if taken >= limit then
+    left = '1'
+    break
+  end
+  reap_incarnation(holder, kind, reason, exception, charge, crash, loss)
+end
+for _ = 1, tonumber(arg()) do
+  local queue = arg()
+  local expired = redis.call('ZRANGEBYSCORE', KEY.leases .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  for _, id in ipairs(expired) do
+    if taken >= limit then
+      left = '1'
+      break
+    end
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name')
+    if not job[1] or job[1] == '' then
+      -- Nobody holds it: the job was deleted while it ran.
+      redis.call('ZREM', KEY.leases .. queue, id)
+      if not job[1] then forget(id) end
+    else
+      local holder = job[2] or ''
+      local alone = redis.call('HLEN', KEY.held .. holder) == 1 and '1' or '0'
+      reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
+        hang_exception, { charge = '0', crash = '1', loss = '0', alone = alone })
+      -- RQ may have ended a plain job whose lease stayed behind.
+      redis.call('ZREM', KEY.leases .. queue, id)
+    end
+  end
+end
+return answer('1')

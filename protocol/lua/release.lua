@@ -1,0 +1,81 @@
+-- Hand requests back unharmed: the checkpoint stays, no attempt is charged.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV worker       RQ worker name
+-- ARGV reason       one line for people
+-- ARGV delay        s until they may be claimed again; 0 puts them in front of their queue at once
+-- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
+-- ARGV max_executions  executions without progress that make a dead letter
+-- ARGV exception    traceback for that dead letter, as RQ's result stream holds it
+-- EACH request: id           request id, in the order in which they were claimed
+-- EACH request: execution    the caller's execution
+-- EACH request: fingerprint  '' or the fingerprint that the caller could not match
+--
+-- Returns  per request 'queued', 'scheduled', 'canceled', 'failed' (too many executions without progress),
+--          'already' or 'lost'
+--
+-- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
+-- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
+local incarnation, worker, reason, delay, alive_ms = arg(), arg(), arg(), arg(), arg()
+local max_executions, exception = arg(), arg()
+local rows, answers = {}, {}
+for i = 1, tonumber(arg()) do
+  local id, execution, fingerprint = arg(), arg(), arg()
+  rows[i] = { id, execution, fingerprint }
+end
+for i = #rows, 1, -1 do
+  local id, execution, fingerprint = rows[i][1], rows[i][2], rows[i][3]
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'executions', 'failure_ttl', 'client', 'status')
+  local queue = job[3] or ''
+  if job[1] ~= execution or execution == '' then
+    if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
+      answers[i] = 'already'
+    else
+      if not job[1] then forget(id) end
+      if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+      count('fenced', queue)
+      answers[i] = 'lost'
+    end
+  elseif job[4] == '1' or job[8] == 'canceled' or job[8] == 'stopped' then
+    detach(queue, id, execution, incarnation, worker)
+    local state = job[8] == 'stopped' and 'stopped' or 'canceled'
+    redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', execution .. ':' .. state)
+    leave_registries(queue, id)
+    redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
+    drop_checkpoint(id)
+    history(id, 'canceled', worker, execution, '0', '', reason)
+    share_ttl(id, tonumber(job[6]) or 7 * DAY)
+    count('canceled', queue)
+    hint(job[7], id, 'end')
+    answers[i] = 'canceled'
+  else
+    local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+    local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
+    credit_progress(id, tonumber(redis.call('HGET', name, 'claimed')) or now_ms)
+    detach(queue, id, execution, incarnation, worker)
+    if (tonumber(redis.call('HGET', name, 'executions')) or 0) >= tonumber(max_executions) then
+      bury(queue, id, execution, worker, started, 'UNKNOWN', 'executed ' .. max_executions .. ' times without progress; last: ' .. reason, exception)
+      answers[i] = 'failed'
+    else
+      redis.call('HSET', name, 'execution', '', 'last', execution .. ':released')
+      history(id, 'released', worker, execution, offset, '', reason)
+      count('released', queue)
+      local gone = false
+      if fingerprint ~= '' then
+        local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
+        gone = not seen or now_ms - tonumber(seen) > tonumber(alive_ms)
+      end
+      if gone then restart(id, 'no living worker has the model that began it', execution) end
+      if tonumber(delay) > 0 and not gone then
+        to_retries(queue, id, tonumber(delay))
+        answers[i] = 'scheduled'
+      else
+        to_front(queue, id)
+        answers[i] = 'queued'
+      end
+    end
+  end
+end
+show_state(worker, incarnation)
+return answers

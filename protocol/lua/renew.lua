@@ -1,0 +1,29 @@
+-- Renew leases alone: during a long prefill or a load, when there is nothing to store.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV lease_ms     length of the renewed leases
+-- EACH request: id         request id
+-- EACH request: execution  the caller's execution
+--
+-- Returns  per request 'ok', 'lost' or 'cancel', as progress does
+local incarnation, lease_ms = arg(), tonumber(arg())
+local answers = {}
+for _ = 1, tonumber(arg()) do
+  local id, execution = arg(), arg()
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin')
+  if job[1] ~= execution then
+    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+    count('fenced', job[4] or '')
+    answers[#answers + 1] = 'lost'
+  else
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    -- A checkpoint does not grow stale while its request runs.
+    if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
+      redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))
+      redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
+    end
+    local stopped = job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped'
+    answers[#answers + 1] = stopped and 'cancel' or 'ok'
+  end
+end
+return answers

@@ -1,0 +1,259 @@
+"""What is read from Redis, as frozen records.
+
+Absent and empty are different where it matters: an absent job hash is ``None``, an empty result is
+a result of ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .states import State
+
+
+class FailureKind(StrEnum):
+    """Why an execution ended without a result. Decided by types and evidence, never by text."""
+
+    GPU_OOM = "GPU_OOM"
+    """The device had no memory for the step."""
+    GPU_ERROR = "GPU_ERROR"
+    """The device or its driver failed; the process cannot go on."""
+    NETWORK = "NETWORK"
+    """A connection that the task needed failed."""
+    WORKER_LOST = "WORKER_LOST"
+    """The worker process is gone and left no evidence why: kill -9, power, host."""
+    HANG = "HANG"
+    """No progress for the length of a lease while the worker's heart was beating."""
+    HOST_OOM = "HOST_OOM"
+    """The kernel's out-of-memory killer ended the worker."""
+    CRASH = "CRASH"
+    """A native signal ended the worker."""
+    INVALID_REQUEST = "INVALID_REQUEST"
+    """The request cannot succeed; it is never retried."""
+    MODEL_MISMATCH = "MODEL_MISMATCH"
+    """Another model began it."""
+    DEADLINE = "DEADLINE"
+    """Its deadline passed."""
+    UNKNOWN = "UNKNOWN"
+    """The task raised something that says nothing about the pool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """What ``enqueue`` stores. ``payload`` is packed; durations are seconds."""
+
+    id: str
+    nonce: str
+    queue: str
+    task: str
+    payload: bytes
+    max_retries: int
+    result_ttl: int
+    failure_ttl: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One request, or one plain RQ job, that a worker holds.
+
+    ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero.
+    """
+
+    id: str
+    execution: str
+    queue: str
+    plain: bool
+    task: str
+    payload: bytes
+    attempt: int
+    seq: int
+    offset: int
+    epoch: int
+    fingerprint: str
+    client: str
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Answer of ``claim``: ``status`` is ok, blocked, more, suspended or reaped."""
+
+    status: str
+    claims: list[Claim]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state."""
+
+    id: str
+    execution: str
+    seq: int
+    offset: int
+    outputs: int
+    blob: bytes
+    state: bytes | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The end of one request: its last outputs and its result, packed; ``seconds`` it ran."""
+
+    id: str
+    execution: str
+    offset: int
+    outputs: int
+    blob: bytes
+    result: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The end of one execution without a result, with the policy for its kind."""
+
+    id: str
+    execution: str
+    kind: FailureKind
+    reason: str
+    traceback: str
+    charge: bool
+    crash: bool
+    loss: bool
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Answer of ``heartbeat``: ``status`` is ok, reaped or newer."""
+
+    status: str
+    sweep_due: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """What ``reap`` took from the dead. ``outcome`` is queued, scheduled, failed, canceled, ended or gone."""
+
+    incarnation: str
+    worker: str
+    id: str
+    execution: str
+    kind: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Answer of ``reap``: ``judged`` is False while the clocks say nothing; ``left`` asks for another call."""
+
+    judged: bool
+    left: bool
+    reaped: list[Reaped]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of a request's history; ``at`` is seconds since 1970 on the server's clock."""
+
+    at: float
+    event: str
+    worker: str
+    execution: str
+    offset: int
+    kind: str
+    reason: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> Event:
+        """Read a tab-separated line as the scripts write it."""
+        at, event, worker, execution, offset, kind, reason = line.decode(errors="replace").split("\t", 6)
+        return cls(
+            at=int(at) / 1000, event=event, worker=worker, execution=execution, offset=int(offset), kind=kind,
+            reason=reason,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Where a request would go on from; ``age`` in seconds, ``bytes`` of its state."""
+
+    seq: int
+    offset: int
+    age: float
+    fingerprint: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """A request as it stands in Redis, without payload, outputs and result."""
+
+    id: str
+    status: State
+    queue: str
+    task: str
+    attempt: int
+    executions: int
+    execution: str
+    worker: str
+    epoch: int
+    client: str
+    created_at: str
+    started_at: str
+    ended_at: str
+    canceling: bool
+    error_kind: str
+    error_reason: str
+    verdict: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """True once it has ended and nobody has requeued it since.
+
+        RQ writes ``canceled`` and ``stopped`` on running jobs too: those end when their worker says so.
+        """
+        return self.status.ended and not self.execution
+
+    @classmethod
+    def from_redis(cls, identifier: str, raw: Mapping[bytes, bytes]) -> RequestRecord | None:
+        """Read a job hash; ``None`` if it holds no request of ours."""
+        values = {name.decode(): value for name, value in raw.items()}
+        if b"task" not in raw:
+            return None
+
+        def text(name: str) -> str:
+            return values.get(name, b"").decode(errors="replace")
+
+        def number(name: str) -> int:
+            return int(values.get(name) or 0)
+
+        return cls(
+            id=identifier,
+            status=State(text("status")),
+            queue=text("origin"),
+            task=text("task"),
+            attempt=number("attempt"),
+            executions=number("executions"),
+            execution=text("execution"),
+            worker=text("worker_name"),
+            epoch=number("epoch"),
+            client=text("client"),
+            created_at=text("created_at"),
+            started_at=text("started_at"),
+            ended_at=text("ended_at"),
+            canceling=text("cancel") == "1",
+            error_kind=text("error_kind"),
+            error_reason=text("error_reason"),
+            verdict=text("last").rpartition(":")[2],
+        )

@@ -1,0 +1,105 @@
+"""The Lua scripts: loaded from ``lua/``, called by name.
+
+Each file is one transition. Its header is the contract: the arguments are named there, in order,
+and :meth:`Script.__call__` takes them by those names, so header, Lua and Python cannot drift apart
+without an error (tests compare the header with the code as well).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import redis
+
+from .keys import NAMES
+
+Argument = str | bytes | int | float
+Row = Mapping[str, Argument]
+
+# Limits of one call: a longer one would keep every other client of Redis waiting.
+MAX_REQUESTS = 128
+MAX_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the comment at the top of a script declares."""
+
+    arguments: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    """Repeated arguments: group name -> the names of one row. Rows follow the plain arguments, each group
+    preceded by its number of rows."""
+
+    @classmethod
+    def parse(cls, source: str) -> Header:
+        """Read ``ARGV name  meaning`` and ``EACH group: name  meaning`` lines of the leading comment."""
+        comment = re.match(r"(?:--[^\n]*\n)+", source)
+        lines = comment.group().splitlines() if comment else []
+        arguments: list[str] = []
+        groups: dict[str, list[str]] = {}
+        for line in lines:
+            if match := re.match(r"-- ARGV +(\w+)", line):
+                arguments.append(match[1])
+            elif match := re.match(r"-- EACH +(\w+): +(\w+)", line):
+                groups.setdefault(match[1], []).append(match[2])
+        return cls(tuple(arguments), {name: tuple(names) for name, names in groups.items()})
+
+
+class Script:
+    """One transition. The source is sent once per server (EVALSHA, else load and EVALSHA again)."""
+
+    def __init__(self, name: str, body: str, prelude: str) -> None:
+        self.name = name
+        self.body = body
+        self.header = Header.parse(body)
+        self.source = prelude + body
+
+    def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
+        """Put named values into the order of the header. Raises ``TypeError`` for a missing or unknown name."""
+        if set(values) != set(self.header.arguments) or set(groups) != set(self.header.groups):
+            raise TypeError(
+                f"{self.name}.lua takes {self.header.arguments} and rows {tuple(self.header.groups)}, "
+                f"not {tuple(values)} and {tuple(groups)}"
+            )
+        result: list[Argument] = [values[name] for name in self.header.arguments]
+        for group, names in self.header.groups.items():
+            result.append(len(groups[group]))
+            for row in groups[group]:
+                if set(row) != set(names):
+                    raise TypeError(f"a row of {group} in {self.name}.lua has {names}, not {tuple(row)}")
+                result.extend(row[name] for name in names)
+        return result
+
+    def __call__(self, connection: redis.Redis, values: Row, groups: Mapping[str, Sequence[Row]]) -> Any:
+        """Run the script. Raises what redis-py raises; nothing is sent again by itself."""
+        arguments = self.arguments(values, groups)
+        script = connection.register_script(self.source)
+        return script(keys=[NAMES["schema"]], args=arguments)
+
+
+def _lua_names() -> str:
+    """The key table as Lua source. Names of keys hold only characters that need no escape."""
+    rows = ", ".join(f"{name} = '{value}'" for name, value in NAMES.items())
+    return f"local KEY = {{ {rows} }}\n"
+
+
+@cache
+def load(name: str) -> Script:
+    """The script ``lua/<name>.lua`` behind the shared prelude."""
+    folder = files(__package__) / "lua"
+    prelude = _lua_names() + (folder / "prelude.lua").read_text(encoding="utf-8")
+    return Script(name, (folder / f"{name}.lua").read_text(encoding="utf-8"), prelude)
+
+
+def names() -> list[str]:
+    """All transitions, sorted."""
+    return sorted(
+        entry.name.removesuffix(".lua")
+        for entry in (files(__package__) / "lua").iterdir()
+        if entry.name.endswith(".lua") and entry.name != "prelude.lua"
+    )

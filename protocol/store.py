@@ -1,0 +1,400 @@
+"""The store: one typed method per transition, and the reads around them.
+
+A store sends each call once. Whoever gets a connection error decides what to send again; every
+transition may be sent twice. Errors of redis-py come out as they are: the callers differ in what
+they do about an outage.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import redis
+
+from .codec import envelope, pack_exception, unpack, unpack_exception, unpack_result
+from .errors import IdempotencyConflict, ProtocolMismatch
+from .keys import key
+from .records import (
+    Checkpoint,
+    Claim,
+    Claims,
+    Event,
+    Failure,
+    Finish,
+    NewRequest,
+    Progress,
+    Pulse,
+    Reaped,
+    RequestRecord,
+    Sweep,
+)
+from .scripts import MAX_REQUESTS, load
+from .settings import Settings
+
+SCHEMA = 1
+"""Version of what stands in Redis. A release meets only its own or an older one."""
+
+STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
+"""What a stock RQ worker runs when it takes a request of ours: see that function."""
+
+_FIELDS = (
+    "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
+    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last",
+)  # fmt: skip
+
+
+class Store:
+    """The protocol over one connection. Not for several threads at once."""
+
+    def __init__(self, connection: redis.Redis, settings: Settings) -> None:
+        self.connection = connection
+        self.settings = settings
+
+    # --- producers -------------------------------------------------------------------------------
+
+    def enqueue(self, requests: Sequence[NewRequest], *, client: str = "") -> list[str]:
+        """Store requests; at most :data:`MAX_REQUESTS` a call.
+
+        Returns per request ``"accepted"``, ``"already"`` or ``"conflict"``. Raises
+        :class:`ProtocolMismatch` when Redis holds a newer protocol.
+        """
+        rows = [
+            {
+                "id": request.id, "nonce": request.nonce, "queue": request.queue, "task": request.task,
+                "data": envelope(STOCK_FUNCTION, request.task), "payload": request.payload,
+                "description": request.description, "max_retries": request.max_retries,
+                "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
+            }
+            for request in requests
+        ]  # fmt: skip
+        answers = self._call("enqueue", {"schema": SCHEMA, "client": client}, {"request": rows})
+        if answers == ["newer"]:
+            raise newer_protocol()
+        return list(answers)
+
+    def cancel(
+        self, requests: Iterable[tuple[str, str]], *, reason: str, incarnation: str = "", worker: str = ""
+    ) -> list[str]:
+        """Cancel ``(id, execution)``; the execution is empty for anybody but the worker that holds it.
+
+        Returns per request ``"canceled"``, ``"requested"``, ``"ended"``, ``"unknown"`` or ``"lost"``.
+        """
+        rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
+        values = {"incarnation": incarnation, "worker": worker, "reason": reason}
+        return list(self._call("cancel", values, {"request": rows}))
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        *,
+        incarnation: str,
+        worker: str,
+        queues: Sequence[str],
+        task: str,
+        free: int,
+        slots: dict[str, int],
+        known: Iterable[str],
+        resume: bool = True,
+        max_bytes: int = 8 * 1024 * 1024,
+    ) -> Claims:
+        """Take up to ``free`` requests of ``task``, or of whatever comes first when ``task`` is empty."""
+        wanted = min(MAX_REQUESTS, max([free, *slots.values()]))
+        values: dict[str, str | int] = {
+            "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
+            "timeout_ms": _ms(self.settings.heartbeat_timeout), "lease_ms": _ms(self.settings.lease), "task": task,
+            "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl), "resume": int(resume),
+            "max_bytes": max_bytes,
+        }  # fmt: skip
+        groups = {
+            "queue": [{"queue": queue} for queue in queues],
+            "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
+            "known": [{"id": identifier} for identifier in known],
+            "fresh": [{"execution": uuid.uuid4().hex} for _ in range(wanted)],
+        }
+        script = load("claim")
+        reply: list[bytes] = script(self.connection, values, groups)
+        rows = [reply[start : start + 13] for start in range(2, len(reply), 13)]
+        return Claims(reply[0].decode(), [_claim(row) for row in rows])
+
+    def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
+        """Store outputs and states and renew. Returns per request ``ok``, ``lost``, ``cancel`` or ``gap <n>``."""
+        rows = [
+            {
+                "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
+                "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
+                "state": item.state or b"", "crc": zlib.crc32(item.state or b""), "fingerprint": item.fingerprint,
+            }
+            for item in requests
+        ]  # fmt: skip
+        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
+        return list(self._call("progress", values, {"request": rows}))
+
+    def renew(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
+        """Renew the leases of ``(id, execution)``. Returns per request ``ok``, ``lost`` or ``cancel``."""
+        rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
+        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
+        return list(self._call("renew", values, {"request": rows}))
+
+    def finish(self, incarnation: str, worker: str, requests: Sequence[Finish]) -> list[str]:
+        """End requests with results. Returns per request ``ok``, ``already``, ``lost`` or ``gap <n>``."""
+        rows = [
+            {
+                "id": item.id, "execution": item.execution, "offset": item.offset, "outputs": item.outputs,
+                "blob": item.blob, "result": item.result, "seconds": f"{item.seconds:.6f}",
+            }
+            for item in requests
+        ]  # fmt: skip
+        return list(self._call("finish", {"incarnation": incarnation, "worker": worker}, {"request": rows}))
+
+    def fail(self, incarnation: str, worker: str, failures: Sequence[Failure]) -> list[str]:
+        """End executions by their policy. Returns per request what became of it; see ``fail.lua``."""
+        rows = [
+            {
+                "id": item.id, "execution": item.execution, "kind": item.kind, "reason": item.reason,
+                "exception": pack_exception(item.traceback), "charge": int(item.charge), "crash": int(item.crash),
+                "loss": int(item.loss), "retry": int(item.retry),
+            }
+            for item in failures
+        ]  # fmt: skip
+        values = {"incarnation": incarnation, "worker": worker, **self._limits()}
+        return list(self._call("fail", values, {"request": rows}))
+
+    def release(
+        self,
+        incarnation: str,
+        worker: str,
+        requests: Sequence[tuple[str, str]],
+        *,
+        reason: str,
+        delay: float = 0.0,
+        fingerprints: Sequence[str] = (),
+    ) -> list[str]:
+        """Hand ``(id, execution)`` back in the order of their claims; ``delay`` in seconds.
+
+        ``fingerprints`` (one per request, or none) are those of checkpoints that the caller could not
+        match. Returns per request ``queued``, ``scheduled``, ``canceled``, ``failed``, ``already``, ``lost``.
+        """
+        shown = fingerprints or [""] * len(requests)
+        rows = [
+            {"id": identifier, "execution": execution, "fingerprint": fingerprint}
+            for (identifier, execution), fingerprint in zip(requests, shown, strict=True)
+        ]
+        values = {
+            "incarnation": incarnation, "worker": worker, "reason": reason, "delay": delay,
+            "alive_ms": _ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
+            "exception": pack_exception(reason),
+        }  # fmt: skip
+        return list(self._call("release", values, {"request": rows}))
+
+    def heartbeat(
+        self,
+        *,
+        incarnation: str,
+        worker: str,
+        queues: Sequence[str],
+        pid: int,
+        host: str,
+        device: str = "",
+        fingerprints: Iterable[str] = (),
+    ) -> Pulse:
+        """Say that a worker process lives."""
+        values = {
+            "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
+            "pid": pid, "host": host, "device": device, "timeout_ms": _ms(self.settings.heartbeat_timeout),
+            "pulse_ms": self._pulse_ms(),
+        }  # fmt: skip
+        groups = {
+            "queue": [{"queue": queue} for queue in queues],
+            "model": [{"fingerprint": fingerprint} for fingerprint in fingerprints],
+        }
+        status, due = self._call("heartbeat", values, groups)
+        return Pulse(status, due == "1")
+
+    # --- recovery --------------------------------------------------------------------------------
+
+    def reap(
+        self,
+        queues: Iterable[str] = (),
+        *,
+        incarnation: str = "",
+        kind: str,
+        reason: str,
+        charge: bool = False,
+        crash: bool = False,
+        loss: bool = True,
+        limit: int = MAX_REQUESTS,
+    ) -> Sweep:
+        """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call."""
+        values = {
+            "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(f"{kind}: {reason}"),
+            "charge": int(charge), "crash": int(crash), "loss": int(loss),
+            "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
+            "timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
+            **self._limits(),
+        }  # fmt: skip
+        groups = {"queue": [] if incarnation else [{"queue": queue} for queue in queues]}
+        reply = self._call("reap", values, groups)
+        rows = [Reaped(*reply[start : start + 6]) for start in range(2, len(reply), 6)]
+        return Sweep(reply[0] == "1", reply[1] == "1", rows)
+
+    def promote(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
+        """Move due retries to their queues; returns how many."""
+        return int(self._call("promote", {"limit": limit}, {"queue": [{"queue": queue} for queue in queues]}))
+
+    def expire(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
+        """Delete stale checkpoints; returns how many."""
+        values = {"ttl_ms": _ms(self.settings.checkpoint_ttl), "limit": limit}
+        return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
+
+    # --- reads -----------------------------------------------------------------------------------
+
+    def queues(self) -> list[str]:
+        """Names of all queues that ever held a job, sorted."""
+        stem = len(key("queue"))
+        members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
+        return sorted(member.decode()[stem:] for member in members)
+
+    def fetch(self, identifier: str) -> RequestRecord | None:
+        """One request, or ``None`` if there is none of ours with this id."""
+        return self.fetch_many([identifier])[0]
+
+    def fetch_many(self, identifiers: Sequence[str]) -> list[RequestRecord | None]:
+        """Several requests in one round trip; payloads stay where they are."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for identifier in identifiers:
+                pipe.hmget(key("job", identifier), _FIELDS)
+            replies = pipe.execute()
+        return [
+            RequestRecord.from_redis(
+                identifier,
+                {name.encode(): value for name, value in zip(_FIELDS, reply, strict=True) if value is not None},
+            )
+            for identifier, reply in zip(identifiers, replies, strict=True)
+        ]
+
+    def result(self, identifier: str) -> Any:
+        """The value of a finished request. Raises ``ValueError`` if it is damaged."""
+        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
+        for _, fields in entries:
+            if b"return_value" in fields:
+                return unpack_result(fields[b"return_value"])
+        return None
+
+    def traceback(self, identifier: str) -> str:
+        """The traceback of a dead letter; empty if there is none."""
+        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
+        for _, fields in entries:
+            if b"exc_string" in fields:
+                return unpack_exception(fields[b"exc_string"])
+        return ""
+
+    def outputs(self, identifier: str, *, entry: int = 0, limit: int = 512) -> list[tuple[int, int, list[Any]]]:
+        """Entries ``entry …`` of the output log, each ``(epoch, offset, outputs)``; at most ``limit`` entries."""
+        raw: Any = self.connection.lrange(key("output", identifier), entry, entry + limit - 1)
+        return [(int(epoch), int(offset), list(values)) for epoch, offset, values in map(unpack, raw)]
+
+    def all_outputs(self, identifier: str) -> list[Any]:
+        """All outputs of the newest epoch, read in pages."""
+        result: list[Any] = []
+        epoch, entry = -1, 0
+        while page := self.outputs(identifier, entry=entry):
+            entry += len(page)
+            for number, offset, values in page:
+                if number != epoch:
+                    epoch, result = number, []
+                result[offset:] = values
+        return result
+
+    def state(self, identifier: str) -> tuple[Any, bool]:
+        """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none."""
+        raw, crc = self.connection.hmget(key("checkpoint", identifier), "state", "crc")  # type: ignore[misc]
+        if raw is None:
+            return None, True
+        if zlib.crc32(raw) != int(crc or -1):
+            return None, False
+        return unpack(raw), True
+
+    def checkpoint(self, identifier: str) -> Checkpoint | None:
+        """Where the request would go on from, without the state itself."""
+        name = key("checkpoint", identifier)
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.hmget(name, "seq", "offset", "at", "fingerprint")
+            pipe.hstrlen(name, "state")  # type: ignore[no-untyped-call]
+            pipe.time()
+            (seq, offset, at, fingerprint), size, now = pipe.execute()
+        if at is None:
+            return None
+        age = now[0] + now[1] / 1e6 - int(at) / 1000
+        return Checkpoint(
+            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(), bytes=size
+        )
+
+    def history(self, identifier: str) -> list[Event]:
+        """What happened to a request, oldest first; its ordinary course is not in it."""
+        lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
+        return [Event.parse(line) for line in lines]
+
+    def check_protocol(self) -> None:
+        """Raise :class:`ProtocolMismatch` when Redis holds a newer protocol than this release speaks."""
+        raw: Any = self.connection.get(key("schema"))
+        if raw is not None and int(raw) > SCHEMA:
+            raise newer_protocol()
+
+    # --- within ----------------------------------------------------------------------------------
+
+    def _call(self, name: str, values: Any, groups: Any) -> Any:
+        return _text(load(name)(self.connection, values, groups))
+
+    def _limits(self) -> dict[str, str | int | float]:
+        settings = self.settings
+        return {
+            "base": settings.retry_base, "cap": settings.retry_cap, "max_crashes": settings.max_crashes,
+            "max_crashes_total": settings.max_crashes_total, "max_executions": settings.max_executions,
+        }  # fmt: skip
+
+    def _pulse_ms(self) -> int:
+        # Without a reaper process the guardians sweep, and they wake only once per heartbeat.
+        return _ms(max(4 * self.settings.reap_interval, 2 * self.settings.heartbeat))
+
+
+def newer_protocol() -> ProtocolMismatch:
+    """The error of a process that is older than what stands in Redis."""
+    return ProtocolMismatch(
+        f"Redis holds data of a newer Perdure protocol than this release speaks ({SCHEMA}); upgrade this process"
+    )
+
+
+def conflict(identifier: str) -> IdempotencyConflict:
+    """The error of a submit whose id is taken."""
+    return IdempotencyConflict(f"the id {identifier} belongs to another request; choose a new one")
+
+
+def new_id() -> str:
+    """A request id: sortable by the time of submit, unique without asking anybody."""
+    return f"{time.time_ns() // 1_000_000:011x}{uuid.uuid4().hex[:21]}"
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _text(reply: Any) -> Any:
+    if isinstance(reply, bytes):
+        return reply.decode(errors="replace")
+    if isinstance(reply, list):
+        return [_text(item) for item in reply]
+    return reply
+
+
+def _claim(row: Sequence[bytes]) -> Claim:
+    identifier, execution, queue, kind, task = (value.decode() for value in row[:5])
+    return Claim(
+        id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
+        attempt=int(row[6]) + 1, seq=int(row[7]), offset=int(row[8]), epoch=int(row[9]), fingerprint=row[10].decode(),
+        client=row[11].decode(), timeout=float(row[12]),
+    )  # fmt: skip
