@@ -16,6 +16,7 @@
     ├── TryAgainLater             not accepted now; nothing was stored
     │   ├── QueueFull
     │   └── Degraded
+    ├── UnknownRequest            there is no request with this id (any more)
     ├── RedisUnavailable          no answer from Redis
     ├── DurabilityUnavailable     Redis cannot confirm that it wrote to disk
     └── ProtocolMismatch          this release does not speak the protocol found in Redis
@@ -143,6 +144,20 @@ class QueueFull(TryAgainLater):
 
 class Degraded(TryAgainLater):
     """The pool is short of workers and takes no request of this priority."""
+
+
+class UnknownRequest(PerdureError, LookupError):
+    """There is no request with this id: none was submitted, or its time to be kept is over. Check the id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"there is no request {request_id}: none was submitted with this id, or it ended so long ago that it is "
+            "no longer kept"
+        )
+        self.request_id = request_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.request_id,)
 
 
 class RedisUnavailable(PerdureError):

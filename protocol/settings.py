@@ -62,6 +62,7 @@ class Settings:
     slots: int = field(default=8, metadata={"help": "requests that one worker runs at once in text generation"})
     threads: int = field(default=0, metadata={"help": "threads of torch; 0 leaves torch's own choice"})
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
+    resume: bool = field(default=True, metadata={"help": "0 starts every request from zero; what resuming is worth is measured against it"})
     untested_rq: bool = field(default=False, metadata={"help": "1 runs with an RQ release that this one was not tested with"})
 
     _POSITIVE: ClassVar[tuple[str, ...]] = (

@@ -27,14 +27,14 @@ local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg
 local task, free, ttl_ms, resume, max_bytes = arg(), arg(), arg(), arg(), arg()
 timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
 max_bytes = tonumber(max_bytes)
-local queues, slots, known, fresh = {}, {}, {}, {}
+local queues, slots_of, known, fresh = {}, {}, {}, {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   queues[#queues + 1] = queue
 end
 for _ = 1, tonumber(arg()) do
-  local path, number = arg(), arg()
-  slots[path] = tonumber(number)
+  local path, slots = arg(), arg()
+  slots_of[path] = tonumber(slots)
 end
 for _ = 1, tonumber(arg()) do
   local id = arg()
@@ -175,7 +175,7 @@ for _, queue in ipairs(queues) do
       if path then
         if task == '' then
           task = path
-          limit = slots[path] or free
+          limit = slots_of[path] or free
         end
         -- A checkpoint that is stale or foreign to this run is no place to go on from.
         local at = redis.call('HGET', KEY.checkpoint .. id, 'at')

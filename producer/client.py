@@ -1,0 +1,168 @@
+"""The client: puts requests in, and hands out handles to what becomes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import redis
+
+from ..protocol.errors import IdempotencyConflict, RedisUnavailable
+from ..protocol.keys import check_id
+from ..protocol.settings import Settings
+from ..protocol.store import conflict
+from .handle import Handle
+from .listing import Listing, read_listing
+from .session import PATIENCE, Session
+from .submission import Seconds, build, build_many, chunks
+
+if TYPE_CHECKING:
+    from ..workers.tasks import AnyTask
+
+Handles = list[Handle]
+
+
+class Client:
+    """A producer's connection to the pool. One is enough for a process; any number of threads may use it.
+
+    1. ``Client()``: finds Redis by the settings. Nothing is connected until it is needed.
+    2. :meth:`submit`, :meth:`get`: hand out handles, whose waiting shares one listener.
+    3. :meth:`close`, or the end of the ``with`` block.
+
+    Whatever it sends can be sent twice, so it rides out an outage of Redis.
+
+    Args:
+        url: where Redis is; without one, ``PERDURE_REDIS_URL``, ``RQ_REDIS_URL`` or a running embedded server.
+        settings: instead of those from the environment.
+        connection: a redis-py client of your own, with replies as bytes; it stays open.
+        patience: seconds for which each call outlasts an outage before it raises ``RedisUnavailable``.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        connection: redis.Redis | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._session = Session(url, settings, connection, patience)
+
+    @classmethod
+    def from_url(cls, url: str, *, settings: Settings | None = None, patience: float = PATIENCE) -> Self:
+        """A client for ``redis://``, ``rediss://`` or ``unix://``."""
+        return cls(url, settings=settings, patience=patience)
+
+    @property
+    def settings(self) -> Settings:
+        return self._session.settings
+
+    def submit(
+        self,
+        task: AnyTask | str,
+        payload: Any,
+        *,
+        queue: str = "default",
+        id: str | None = None,
+        max_retries: int | None = None,
+        result_ttl: Seconds | None = None,
+        failure_ttl: Seconds | None = None,
+    ) -> Handle:
+        """Store a request; once this returns, it will end exactly once.
+
+        Args:
+            task: a task, or its dotted path, which is not imported.
+            payload: None, bool, 64-bit int, float, str, bytes, list and dict.
+            queue: a worker that serves it must be running sooner or later; none is needed now.
+            id: a name of your own, ``[A-Za-z0-9_-]``.
+            max_retries: retries after failures of the request's own; losses of workers are not counted.
+            result_ttl: seconds to keep a finished request, its outputs and result.
+            failure_ttl: seconds to keep a failed or canceled one.
+
+        Raises:
+            InvalidRequest: a field is wrong; nothing was stored.
+            UnknownTask: this is no task, or no worker could import it.
+            PayloadTooLarge: more than ``PERDURE_MAX_PAYLOAD`` bytes.
+            IdempotencyConflict: another request has the id.
+            RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
+        """
+        request = build(
+            task, payload, self.settings, queue=queue, id=id, max_retries=max_retries, result_ttl=result_ttl,
+            failure_ttl=failure_ttl,
+        )  # fmt: skip
+        client_id = self._session.client_id
+        if self._session.call(lambda store: store.enqueue([request], client=client_id)) == ["conflict"]:
+            raise conflict(request.id)
+        return Handle(request.id, self._session)
+
+    def submit_many(
+        self,
+        items: Iterable[Any],
+        *,
+        queue: str = "default",
+        max_retries: int | None = None,
+        result_ttl: Seconds | None = None,
+        failure_ttl: Seconds | None = None,
+    ) -> Handles:
+        """Store many requests in few calls; handles come in the order of the items.
+
+        An item is ``(task, payload)``, or a dict with ``task``, ``payload`` and any option of :meth:`submit`.
+        All are checked before the first is stored. Raises as :meth:`submit` does; with
+        ``IdempotencyConflict``, all but those it names were stored.
+        """
+        common = {
+            "queue": queue, "max_retries": max_retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl,
+        }  # fmt: skip
+        requests = build_many(items, self.settings, common)
+        client_id = self._session.client_id
+        taken: list[str] = []
+        stored = 0
+        for chunk in chunks(requests):
+            try:
+                answers = self._session.call(lambda store, chunk=chunk: store.enqueue(chunk, client=client_id))
+            except RedisUnavailable as error:
+                error.add_note(f"{stored} of {len(requests)} requests were stored; the next {len(chunk)} may have been")
+                raise
+            stored += len(chunk)
+            taken += [request.id for request, answer in zip(chunk, answers, strict=True) if answer == "conflict"]
+        if len(taken) == 1:
+            raise conflict(taken[0])
+        if taken:
+            raise IdempotencyConflict(f"the ids {', '.join(taken[:10])} belong to other requests; choose new ones")
+        return [Handle(request.id, self._session) for request in requests]
+
+    def get(self, id: str) -> Handle:
+        """The handle of a request, whoever submitted it. Asks nobody: an unknown id shows when it is used."""
+        return Handle(check_id(id), self._session)
+
+    def ping(self) -> None:
+        """Raise :class:`RedisUnavailable` unless Redis answers now."""
+        self._session.ping()
+
+    def list(
+        self, *, status: str | None = None, queue: str | None = None, limit: int = 50, cursor: str | None = None
+    ) -> Listing:
+        """One page of requests: running ones first, then waiting, then ended ones from the newest.
+
+        ``status`` and ``queue`` narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
+        while you turn pages may be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
+        """
+        deadline = time.monotonic() + self._session.patience
+        return read_listing(
+            lambda operation: self._session.call(operation, deadline=deadline),
+            status=status, queue=queue, limit=limit, cursor=cursor,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the listener and the connections; handles cannot be used any more. Harmless when repeated."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,270 @@
+"""A handle: what becomes of one request.
+
+A handle is the request's id and a way to ask. The truth stands in Redis; a handle keeps nothing that could
+grow old, and a request can have any number of handles in any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from typing import Any, Final
+
+from ..protocol.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    PerdureError,
+    RequestCanceled,
+    RequestFailed,
+    UnknownRequest,
+    UsageError,
+)
+from ..protocol.records import Checkpoint, Event, FailureKind, RequestRecord
+from ..protocol.states import State
+from .outputs import OutputReader
+from .replies import Watch
+from .session import Session
+from .timeline import attempts_of, complete
+
+STREAM_SILENCE: Final = 1.0
+RESULT_SILENCE: Final = 5.0
+"""Seconds without a hint after which the keys are read anyhow."""
+
+PAGE: Final = 256
+"""Entries of the output log that are read at once."""
+
+
+class Handle:
+    """One request: ``id``, and questions about it. Made by a client; usable by several threads.
+
+    Equal handles have equal ids. A pickled handle is its id alone; ``client.get(handle.id)`` binds it again.
+
+    Every method that asks raises :class:`UnknownRequest` if there is no such request (any more) and
+    :class:`RedisUnavailable` if Redis does not answer for as long as the client's patience, or as the call's
+    timeout.
+    """
+
+    __slots__ = ("_session_or_none", "id")
+
+    def __init__(self, id: str, session: Session | None) -> None:
+        self.id = id
+        self._session_or_none = session
+
+    # --- questions -------------------------------------------------------------------------------
+
+    def record(self) -> RequestRecord:
+        """Everything but payload, outputs and result, as it stands now."""
+        return self._record(None)
+
+    def status(self) -> str:
+        """RQ's word: queued, scheduled, started, finished, failed, canceled or stopped."""
+        return str(self.record().status)
+
+    def done(self) -> bool:
+        """True once it has ended, in whatever way."""
+        return self.record().ended
+
+    def attempts(self) -> int:
+        """How many attempts were begun. An attempt survives the loss of its worker; only own failures count."""
+        return attempts_of(self.record())
+
+    def history(self) -> list[Event]:
+        """What happened to it, oldest first."""
+        record = self.record()
+        return complete(record, self._session.call(lambda store: store.history(self.id)))
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Where another worker would go on from now; ``None`` if there is nothing to go on from."""
+        return self._session.call(lambda store: store.checkpoint(self.id))
+
+    def outputs(self) -> list[Any]:
+        """All outputs so far; does not wait."""
+        reader = OutputReader(self.id, restarts=True)
+        reader.notice(self.record().epoch)
+        outputs: list[Any] = []
+        while True:
+            entry = reader.entry
+            entries = self._session.call(lambda store, entry=entry: store.outputs(self.id, entry=entry, limit=PAGE))
+            if not entries:
+                return outputs
+            outputs += reader.feed(entries)
+            if reader.entry == 0:  # it began again while we read, so do we
+                reader, outputs = OutputReader(self.id, restarts=True), []
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return the result.
+
+        ``timeout`` in seconds; ``None`` takes ``PERDURE_RESPONSE_TIMEOUT``, ``math.inf`` waits for ever. Raises
+        :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the request goes on then.
+        """
+        limit = self._limit(timeout)
+        deadline = time.monotonic() + limit
+        record = self._wait(limit, deadline)
+        if error := self._error(record):
+            raise error
+        return self._session.call(lambda store: store.result(self.id), deadline=max(deadline, self._patience()))
+
+    def exception(self, timeout: float | None = None) -> PerdureError | None:
+        """Wait for the end and return what :meth:`result` would raise; ``None`` if it has finished.
+
+        ``timeout`` and ``TimeoutError`` are those of :meth:`result`.
+        """
+        limit = self._limit(timeout)
+        return self._error(self._wait(limit, time.monotonic() + limit))
+
+    def stream(self, start: int = 0, *, restarts: bool = False, timeout: float | None = None) -> Iterator[Any]:
+        """Yield each output once and in order, as soon as it is stored, until the request ends.
+
+        Args:
+            start: skip as many outputs, which you have already.
+            restarts: when the request began again from zero and puts out something else than before, go on with
+                the new outputs from the first. If they are equal, they go on where they were in any case.
+            timeout: longest time in seconds without a new output; ``None`` and ``math.inf`` as in :meth:`result`.
+
+        Raises, after all that was put out, :class:`RequestFailed` or :class:`RequestCanceled`; also
+        :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.
+        """
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise InvalidRequest(f"start is a number of outputs, not {start!r}", "start")
+        return self._stream(OutputReader(self.id, start=start, restarts=restarts), self._limit(timeout))
+
+    def cancel(self, reason: str = "") -> bool:
+        """Cancel it: a waiting request ends now, a running one when its worker next writes (it may finish first).
+
+        Returns False if it had ended otherwise. ``reason`` goes into the history.
+        """
+        line = " ".join(reason.split()) or "canceled by its producer"
+        answer = self._session.call(lambda store: store.cancel([(self.id, "")], reason=line))[0]
+        if answer == "unknown":
+            raise UnknownRequest(self.id)
+        return answer in ("canceled", "requested")
+
+    # --- within ----------------------------------------------------------------------------------
+
+    @property
+    def _session(self) -> Session:
+        if self._session_or_none is None:
+            raise UsageError(f"this handle was pickled and knows its id only; use client.get({self.id!r})")
+        return self._session_or_none
+
+    def _patience(self) -> float:
+        return time.monotonic() + self._session.patience
+
+    def _limit(self, timeout: float | None) -> float:
+        seconds = self._session.settings.response_timeout if timeout is None else timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
+            raise InvalidRequest(f"timeout is in seconds and not negative, but is {timeout!r}", "timeout")
+        return float(seconds)
+
+    def _record(self, deadline: float | None) -> RequestRecord:
+        record = self._session.call(lambda store: store.fetch(self.id), deadline=deadline)
+        if record is None:
+            raise UnknownRequest(self.id)
+        return record
+
+    def _wait(self, limit: float, deadline: float) -> RequestRecord:
+        """Wait until it has ended."""
+        record = self._record(deadline)
+        if record.ended:
+            return record
+        with self._session.replies.watch(self.id, record.client) as watch:
+            while True:
+                record = self._record(deadline)
+                if record.ended:
+                    return record
+                if not _sleep(watch, RESULT_SILENCE, deadline):
+                    raise TimeoutError(
+                        f"request {self.id} has not ended within {limit:g} s: it is {_state(record)}. It goes on; wait "
+                        f"again with result(), or look at it with: perdure show {self.id}"
+                    )
+
+    def _stream(self, reader: OutputReader, limit: float) -> Generator[Any, None, None]:
+        deadline = time.monotonic() + limit
+        record = self._record(deadline)
+        reader.notice(record.epoch)
+        with self._session.replies.watch(self.id, record.client) as watch:
+            while True:
+                moved = yield from self._drain(reader, deadline)
+                if moved:
+                    deadline = time.monotonic() + limit
+                record = self._record(deadline)
+                if reader.notice(record.epoch):
+                    continue
+                if record.ended:
+                    # What was written before the end is read after it was seen; and a request that was requeued
+                    # between the two has not ended.
+                    yield from self._drain(reader, deadline)
+                    last = self._record(max(deadline, self._patience()))
+                    if not last.ended or reader.notice(last.epoch):
+                        continue
+                    if error := self._error(last):
+                        raise error
+                    if reader.complete():
+                        return
+                elif not _sleep(watch, STREAM_SILENCE, deadline):
+                    raise TimeoutError(
+                        f"request {self.id} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
+                        f"on; read on with stream(start={reader.count}), or look at it with: perdure show {self.id}"
+                    )
+
+    def _drain(self, reader: OutputReader, deadline: float) -> Generator[Any, None, bool]:
+        """Yield what the log has and the reader has not; returns whether there was anything."""
+        moved = False
+        while True:
+            deadline = max(deadline, time.monotonic()) if moved else deadline
+            entry = reader.entry
+            entries = self._session.call(
+                lambda store, entry=entry: store.outputs(self.id, entry=entry, limit=PAGE), deadline=deadline
+            )
+            if not entries:
+                return moved
+            for output in reader.feed(entries):
+                moved = True
+                yield output
+
+    def _error(self, record: RequestRecord) -> PerdureError | None:
+        """What its end says, if that is not a result."""
+        if record.status is State.FINISHED:
+            return None
+        if record.status is not State.FAILED:
+            return RequestCanceled(self.id, str(record.status))
+        history, trace = self._session.call(
+            lambda store: (store.history(self.id), "" if record.error_reason else store.traceback(self.id))
+        )
+        # RQ itself fails a request only where none of our workers had it, and writes no more than a traceback.
+        lines = trace.strip().splitlines() or ["no reason was stored"]
+        kind = record.error_kind or str(FailureKind.UNKNOWN)
+        error = DeadlineExceeded if kind == FailureKind.DEADLINE else RequestFailed
+        return error(self.id, kind, record.error_reason or lines[-1], [event.as_dict() for event in history])
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Handle, (self.id, None)
+
+
+def _sleep(watch: Watch, silence: float, deadline: float) -> bool:
+    """Wait for a hint; False if the deadline has passed already."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return False
+    watch.wait(min(silence, left))
+    return True
+
+
+def _state(record: RequestRecord) -> str:
+    if record.execution:
+        return f"running on {record.worker}"
+    if record.status is State.QUEUED:
+        return f"waiting in the queue {record.queue} (does a worker serve it?)"
+    return f"{record.status} in the queue {record.queue}"

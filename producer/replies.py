@@ -1,0 +1,237 @@
+"""Replies: hints that something is to be read, heard by one thread for a whole client.
+
+Workers publish a line when a request has new outputs or has ended. Such a line may get lost, and nothing
+depends on it: a waiter that hears nothing reads the keys by itself after a while. Hints only make it quick,
+and one subscription serves ten thousand waiters.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Any, Final, Self
+
+import redis
+
+from ..protocol.keys import key
+
+SLICE: Final = 1.0
+"""Seconds that the listener reads at a time; after that it looks what has changed around it."""
+
+PING_AFTER: Final = 5.0
+"""Seconds of silence after which the listener asks whether the connection still lives."""
+
+LISTEN_IDLE: Final = 60.0
+"""Seconds without any waiter after which the listener ends and gives its connection back."""
+
+CONFIRM: Final = 1.0
+"""Seconds that a waiter gives the subscription before it goes on without."""
+
+DEAF_POLL: Final = 0.5
+"""Seconds between two looks at the keys while no hints can be heard."""
+
+_WAKE = b"wake"
+
+
+class Watch:
+    """One waiter's interest in one request. A context manager: the interest ends with the block."""
+
+    def __init__(self, replies: Replies, identifier: str, channel: str) -> None:
+        self.identifier = identifier
+        self.channel = channel
+        self._replies = replies
+        self._event = threading.Event()
+
+    def wait(self, seconds: float) -> None:
+        """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.
+
+        Read the keys afterwards, whatever the reason: what comes while they are read ends the next wait.
+        """
+        if not self._replies.hears(self.channel):
+            seconds = min(seconds, DEAF_POLL)
+        # Spread, so that waiters who all heard nothing do not all ask in the same moment.
+        self._event.wait(max(0.0, seconds * random.uniform(0.9, 1)))
+        self._event.clear()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._replies.forget(self)
+
+
+class Replies:
+    """The listener of one client: a thread and a connection, from the first wait until nobody waits.
+
+    Only that thread touches the subscription. Others say what they want to hear and wake it with a message to
+    the client's own channel.
+    """
+
+    def __init__(self, connection: redis.Redis, client_id: str) -> None:
+        self._connection = connection
+        self._own = client_id
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        self._watches: dict[str, set[Watch]] = {}
+        self._wanted: Counter[str] = Counter()
+        self._heard: set[str] = set()
+        self._deaf = False
+        self._idle_since = 0.0
+        self._thread: threading.Thread | None = None
+
+    def watch(self, identifier: str, channel: str) -> Watch:
+        """Hear of a request whose producer is ``channel``; returns once subscribed, or when that takes too long.
+
+        Read the keys after this: what happened before it is not told.
+        """
+        if self._process != os.getpid():
+            self._reset()  # forked: the listener stayed behind, and with it perhaps a lock that was held
+        watch = Watch(self, identifier, channel)
+        if not channel:
+            return watch  # put there by somebody who listens to nothing
+        with self._changed:
+            self._watches.setdefault(identifier, set()).add(watch)
+            self._wanted[channel] += 1
+            heard = channel in self._heard
+            if self._thread is None and not self._closed:
+                self._deaf = False
+                self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
+                self._thread.start()
+        if not heard:
+            self._wake_listener()
+            with self._changed:
+                self._changed.wait_for(lambda: channel in self._heard or self._deaf or self._closed, CONFIRM)
+        return watch
+
+    def forget(self, watch: Watch) -> None:
+        """End an interest. The channel is left when the listener next looks around."""
+        with self._changed:
+            watches = self._watches.get(watch.identifier)
+            if watches is None or watch not in watches:
+                return
+            watches.discard(watch)
+            if not watches:
+                del self._watches[watch.identifier]
+            self._wanted[watch.channel] -= 1
+            if not self._wanted[watch.channel]:
+                del self._wanted[watch.channel]
+            if not self._watches:
+                self._idle_since = time.monotonic()
+
+    def hears(self, channel: str) -> bool:
+        """Whether hints of this producer arrive now, as far as anybody can know."""
+        return channel in self._heard
+
+    def close(self) -> None:
+        """End the listener and wake all waiters."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._wake_waiters()
+            self._changed.notify_all()
+        if thread is not None and self._process == os.getpid():
+            self._wake_listener()
+            thread.join(2 * SLICE)
+
+    # --- the listener ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        tries = 0
+        while True:
+            began = time.monotonic()
+            pubsub = self._connection.pubsub()
+            try:
+                self._listen(pubsub)
+                return
+            except (redis.RedisError, OSError):
+                tries = 0 if time.monotonic() - began > PING_AFTER else tries + 1
+            finally:
+                _close(pubsub)
+            with self._changed:
+                self._heard = set()
+                self._deaf = True
+                self._wake_waiters()  # what was published meanwhile is lost: they look now
+                self._changed.notify_all()
+                self._changed.wait_for(self._finished, random.uniform(0, min(1.0, 0.05 * 2 ** min(tries, 16))))
+                if self._finished():
+                    self._thread = None
+                    return
+
+    def _listen(self, pubsub: Any) -> None:
+        """Serve until nobody waits any more. Raises what redis-py raises when the connection breaks."""
+        subscribed: set[str] = set()
+        last, pinged = time.monotonic(), False
+        while True:
+            with self._changed:
+                if self._finished():
+                    self._thread, self._heard = None, set()
+                    return
+                wanted = {self._own, *self._wanted}
+            if fresh := wanted - subscribed:
+                pubsub.subscribe(*(key("replies", channel) for channel in fresh))
+            if stale := subscribed - wanted:
+                pubsub.unsubscribe(*(key("replies", channel) for channel in stale))
+                with self._changed:
+                    self._heard -= stale
+            subscribed = wanted
+            message = pubsub.get_message(timeout=SLICE)
+            now = time.monotonic()
+            if message is not None:
+                last, pinged = now, False
+                self._take(message)
+            elif now - last > 2 * PING_AFTER:
+                raise redis.TimeoutError("the server has answered no ping")
+            elif now - last > PING_AFTER and not pinged:
+                pubsub.ping()
+                pinged = True
+
+    def _take(self, message: dict[str, Any]) -> None:
+        channel = message["channel"]
+        name = channel.decode(errors="replace") if isinstance(channel, bytes) else str(channel)
+        if message["type"] == "subscribe":
+            with self._changed:
+                self._heard.add(name.removeprefix(key("replies")))
+                if self._deaf:
+                    self._deaf = False
+                    self._wake_waiters()  # they may have read just before this, and missed what came between
+                self._changed.notify_all()
+        elif message["type"] == "message":
+            identifier, _, what = bytes(message["data"]).partition(b" ")
+            if what:
+                with self._changed:
+                    for watch in self._watches.get(identifier.decode(errors="replace"), ()):
+                        watch.wake()
+
+    def _finished(self) -> bool:
+        return self._closed or (not self._watches and time.monotonic() - self._idle_since > LISTEN_IDLE)
+
+    def _wake_waiters(self) -> None:
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.wake()
+
+    def _wake_listener(self) -> None:
+        try:
+            self._connection.publish(key("replies", self._own), _WAKE)
+        except redis.RedisError:
+            pass  # it looks around by itself within a slice
+
+
+def _close(pubsub: Any) -> None:
+    try:
+        pubsub.close()
+    except (redis.RedisError, OSError):
+        pass  # it was broken already

@@ -1,0 +1,147 @@
+"""What is checked before a request is stored: everything the producer can know.
+
+A mistake is told here, in the caller's own stack, and nothing has been written by then.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from ..protocol.codec import pack
+from ..protocol.errors import InvalidRequest
+from ..protocol.keys import check_id, check_queue, check_task
+from ..protocol.records import NewRequest
+from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
+from ..protocol.settings import Settings
+from ..protocol.store import new_id
+
+Seconds = int | float | timedelta
+
+OPTIONS: Final = ("queue", "id", "max_retries", "result_ttl", "failure_ttl")
+
+_OWN = __package__.partition(".")[0] + "."
+_ROW = 1024  # bytes of a request beside its payload, generously
+_LONGEST = 100 * 366 * 86400  # seconds; Redis counts milliseconds in 64 bits
+_MOST_RETRIES = 1000
+
+
+def build(
+    task: object,
+    payload: Any,
+    settings: Settings,
+    *,
+    queue: str = "default",
+    id: str | None = None,
+    max_retries: int | None = None,
+    result_ttl: Seconds | None = None,
+    failure_ttl: Seconds | None = None,
+) -> NewRequest:
+    """Check one request and put it into the form in which it is sent.
+
+    Raises :class:`InvalidRequest` with the name of the field, ``UnknownTask`` or ``PayloadTooLarge``.
+    """
+    path, payload = _prepared(task, payload)
+    return NewRequest(
+        id=new_id() if id is None else check_id(id),
+        nonce=uuid.uuid4().hex,
+        queue=check_queue(queue),
+        task=path,
+        payload=pack(payload, limit=settings.max_payload, what="payload"),
+        max_retries=_retries(settings.max_retries if max_retries is None else max_retries),
+        result_ttl=_seconds(settings.result_ttl if result_ttl is None else result_ttl, "result_ttl"),
+        failure_ttl=_seconds(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
+        description=path,
+    )
+
+
+def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, Any]) -> list[NewRequest]:
+    """Check all of ``(task, payload)`` or ``{"task": …, "payload": …, option: …}``; ``common`` options apply to all.
+
+    Raises as :func:`build` does, with the position of the item in the message.
+    """
+    requests: list[NewRequest] = []
+    seen: dict[str, int] = {}
+    for index, item in enumerate(items):
+        try:
+            task, payload, options = _item(item)
+            request = build(task, payload, settings, **{**common, **options})
+            if request.id in seen:
+                raise InvalidRequest(f"item {seen[request.id]} has the id {request.id} as well", "id")
+        except ValueError as error:  # UsageError is one
+            error.add_note(f"in item {index} (counted from 0) of submit_many; nothing was submitted")
+            raise
+        seen[request.id] = index
+        requests.append(request)
+    return requests
+
+
+def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:
+    """Cut into calls that keep no other client of Redis waiting. A request larger than that goes alone."""
+    chunk: list[NewRequest] = []
+    size = 0
+    for request in requests:
+        weight = len(request.payload) + _ROW
+        if chunk and (len(chunk) == MAX_REQUESTS or size + weight > MAX_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(request)
+        size += weight
+    if chunk:
+        yield chunk
+
+
+def _prepared(task: object, payload: Any) -> tuple[str, Any]:
+    """The task's path, and the payload as the task itself has checked and completed it, where it is at hand.
+
+    A dotted path of a user's is not imported: the producer need not have the code, and importing it may load
+    a model. What ships with Perdure is light.
+    """
+    from ..workers.tasks import BatchTask, path_of, resolve
+
+    if isinstance(task, str):
+        path = check_task(task)
+        found: object = resolve(path) if path.startswith(_OWN) else None
+    else:
+        path, found = path_of(task), task
+    if isinstance(found, type) and issubclass(found, BatchTask) and found.prepare is not BatchTask.prepare:
+        found = found()
+    if isinstance(found, BatchTask):
+        payload = found.prepare(payload)
+    return path, payload
+
+
+def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:
+    if isinstance(item, Mapping):
+        options = dict(item)
+        try:
+            task, payload = options.pop("task"), options.pop("payload")
+        except KeyError as error:
+            raise InvalidRequest(f"the item has no {error.args[0]!r}", str(error.args[0])) from None
+        for name in options:
+            if name not in OPTIONS:
+                near = difflib.get_close_matches(str(name), OPTIONS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
+                raise InvalidRequest(f"{name!r} is no option of a request; {hint}", str(name))
+        return task, payload, options
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1], {}
+    raise InvalidRequest(f"an item is (task, payload) or a dict with both, not {type(item).__name__}")
+
+
+def _retries(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_RETRIES:
+        raise InvalidRequest(f"max_retries is a whole number from 0 to {_MOST_RETRIES}, not {value!r}", "max_retries")
+    return value
+
+
+def _seconds(value: object, name: str) -> int:
+    """Whole seconds, rounded up."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST:
+        raise InvalidRequest(f"{name} is in seconds, more than 0 and at most 100 years, but is {value!r}", name)
+    return math.ceil(seconds)

@@ -1,0 +1,13 @@
+"""What happens when what runs a request is gone.
+
+:class:`Reaper` takes requests from the dead and moves what is due; :mod:`.failures` says what kind of
+failure an error is and what follows from it; :mod:`.retries` computes when a request is tried again.
+Everything that moves a request is a script of :mod:`perdure.protocol`: this package decides nothing
+between two calls, so that any number of reapers may run.
+"""
+
+from .failures import POLICIES, Policy, classify, describe, failure
+from .reaper import Reaper
+from .retries import backoff, schedule
+
+__all__ = ["Reaper", "Policy", "POLICIES", "classify", "describe", "failure", "backoff", "schedule"]

@@ -1,0 +1,123 @@
+"""The reaper: takes requests from the dead, and moves what is due.
+
+A sweep is a few calls of scripts, each of which decides at its own moment by the server's clock. So
+any number of reapers may run, any of them may die at any time, and a guardian sweeps in the same way
+when no reaper does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from typing import Final
+
+import redis
+
+from ..protocol.records import FailureKind, Reaped
+from ..protocol.settings import Settings
+from ..protocol.store import Store
+from .failures import POLICIES, describe
+
+log = logging.getLogger("perdure.reaper")
+
+EXPIRE_INTERVAL: Final = 10.0
+"""Seconds between two looks for stale checkpoints: they are an hour old, nobody waits for them."""
+
+MAX_ROUNDS: Final = 16
+"""Calls of ``reap`` in one sweep. What is left after them is taken by the next sweep."""
+
+OUTAGE_BASE: Final = 0.1
+OUTAGE_CAP: Final = 2.0
+"""Seconds between two tries while Redis does not answer: doubling from base to cap."""
+
+
+class Reaper:
+    """One reaper, over a store of its own (a store is not for several threads at once).
+
+    ``name`` is for people; it stands in front of every line that is logged.
+    """
+
+    def __init__(self, store: Store, settings: Settings, name: str = "") -> None:
+        self.store = store
+        self.settings = settings
+        self.name = name or f"reaper-{socket.gethostname()}-{os.getpid()}"
+        self._expired_at = -EXPIRE_INTERVAL
+        self._outages = 0
+
+    def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
+        """One round over all queues: reap, promote due retries, and now and then expire checkpoints.
+
+        ``expire`` asks for the last (or forbids it); by default it is done every :data:`EXPIRE_INTERVAL`.
+        Returns what was taken from the dead. Raises what redis-py raises, and ``ProtocolMismatch`` when Redis
+        holds a newer protocol: what was done until then is done.
+        """
+        store = self.store
+        # First: a script of this release must not touch what it may misread.
+        store.check_protocol()
+        queues = store.queues()
+        lost = POLICIES[FailureKind.WORKER_LOST]
+        reaped: list[Reaped] = []
+        for _ in range(MAX_ROUNDS):
+            swept = store.reap(
+                queues,
+                kind=FailureKind.WORKER_LOST,
+                reason=f"no heartbeat for {self.settings.heartbeat_timeout:g} s",
+                charge=lost.charge,
+                crash=lost.crash,
+                loss=lost.loss,
+            )
+            for item in swept.reaped:
+                self._report(item)
+            reaped += swept.reaped
+            if not swept.left:
+                break
+        store.promote(queues)
+        if expire is None:
+            expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL
+        if expire:
+            stale = store.expire(queues)
+            self._expired_at = time.monotonic()
+            if stale:
+                log.info("%s: deleted %d stale checkpoints", self.name, stale)
+        return reaped
+
+    def run(self, stop: threading.Event) -> None:
+        """Sweep every ``reap_interval`` until ``stop`` is set; ride out any error of Redis.
+
+        Raises ``ProtocolMismatch`` when Redis holds a newer protocol.
+        """
+        while not stop.is_set():
+            begin = time.monotonic()
+            try:
+                self.sweep()
+            except (redis.RedisError, OSError) as error:
+                self._log_outage(error)
+                stop.wait(self._outage_delay())
+                continue
+            if self._outages:
+                log.info("%s: Redis answers again", self.name)
+                self._outages = 0
+            stop.wait(max(0.0, self.settings.reap_interval - (time.monotonic() - begin)))
+
+    def _log_outage(self, error: BaseException) -> None:
+        if self._outages == 0:
+            log.warning("%s: no sweep, trying again until it works: %s", self.name, describe(error))
+        self._outages += 1
+
+    def _outage_delay(self) -> float:
+        """Seconds, spread so that the reapers of a pool do not come back in one moment."""
+        delay = min(OUTAGE_CAP, OUTAGE_BASE * 2.0 ** min(self._outages - 1, 30))
+        return random.uniform(delay / 2, delay)
+
+    def _report(self, item: Reaped) -> None:
+        if item.id:
+            log.warning(
+                "%s: %s %s is now %s (execution %s of worker %s)",
+                self.name, item.kind, item.id, item.outcome, item.execution, item.worker or item.incarnation,
+            )  # fmt: skip
+        else:
+            log.warning("%s: %s worker %s is gone (%s)", self.name, item.kind, item.worker or "?", item.incarnation)

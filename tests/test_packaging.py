@@ -1,0 +1,103 @@
+"""The package: the wheel holds what the tree holds, and imports stay where they belong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("protocol", "producer", "workers", "recovery", "scripts")
+SUFFIXES = (".py", ".lua", ".typed")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def in_tree() -> set[str]:
+    """What the packages consist of, as paths below the root."""
+    return {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in SUFFIXES and path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel as built from a copy of what belongs to it: no left-over of an earlier build can help."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in (*sorted(in_tree()), "pyproject.toml", "README.md", "LICENSE"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return zipfile.ZipFile(next((copy / "dist").glob("*.whl")))
+
+
+def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: zipfile.ZipFile) -> None:
+    """A subpackage missing from pyproject.toml imports from the checkout, and from nowhere else."""
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == {f"perdure/{name}" for name in in_tree()}
+
+
+def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"perdure = perdure.scripts.main:main" in wheel.read(entry_points)
+
+
+def test_every_package_is_marked_as_typed() -> None:
+    for package in (*PACKAGES, "workers/text"):
+        assert (ROOT / package / "py.typed").is_file(), package
+
+
+def test_what_is_tested_is_what_is_installed() -> None:
+    """Not a second copy of every class, from the current folder."""
+    import perdure.protocol
+
+    assert importlib.metadata.version("perdure") == PROJECT["version"]
+    assert perdure.protocol.__name__ == "perdure.protocol"
+    assert Path(perdure.protocol.__file__ or "").parent != ROOT / "protocol"
+
+
+@pytest.mark.parametrize("module", ["perdure.producer", "perdure.protocol", "perdure.recovery", "perdure.workers"])
+def test_importing_it_needs_no_torch(module: str) -> None:
+    """Producers run in web servers: they install no inference engine."""
+    code = f"import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_the_newest_in_the_changelog() -> None:
+    versions = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == PROJECT["version"]
+
+
+def test_every_pin_satisfies_what_is_declared() -> None:
+    """And every declared dependency has a pin: nothing is installed untested."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    declared = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in map(Requirement, declared):
+        if requirement.name != "perdure":
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

@@ -1,0 +1,199 @@
+"""The promise: resumed at any token, alone or in company, the same bits."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy
+import pytest
+import torch
+
+from perdure.protocol.errors import SettingsError
+from perdure.protocol.settings import Settings
+from perdure.workers.tasks import NOTHING, Request
+from perdure.workers.text import Generate, engine
+from perdure.workers.text.bundle import read
+from perdure.workers.text.exactness import check_operators, self_check
+from perdure.workers.text.golden import run_alone
+from perdure.workers.text.llama import Llama
+from perdure.workers.text.operators import Operators
+
+# Four chunks of prefill, and past the end of an attention bucket while decoding.
+PROMPT = "What outlives the process that began it? " * 3
+GREEDY = {"prompt": PROMPT[:117], "max_tokens": 20, "seed": 1}
+SAMPLED = {"prompt": PROMPT[:117], "max_tokens": 20, "seed": 2, "temperature": 1.0, "top_p": 0.98}
+NEIGHBOURS = [
+    {"prompt": "short", "max_tokens": 90, "temperature": 2.0, "seed": 11},
+    {"prompt": "x" * 200, "max_tokens": 40, "seed": 12},
+    {"prompt": "y" * 33, "max_tokens": 7, "temperature": 0.5, "top_k": 9, "seed": 13},
+]
+
+
+def load(dtype="float32", threads=1, **changes) -> Generate:
+    task = Generate(Settings(model="tiny", device="cpu", dtype=dtype, threads=threads, **changes))
+    task.load()
+    return task
+
+
+@pytest.fixture
+def bits(monkeypatch):
+    """The logits of every sample, by seed and index; a second, different one is an error."""
+    seen: dict[tuple[int, int], bytes] = {}
+
+    def spy(logits, parameters, index):
+        previous = seen.setdefault((parameters.seed, index), logits.tobytes())
+        assert previous == logits.tobytes(), f"other bits for seed {parameters.seed} at output {index}"
+        return choose(logits, parameters, index)
+
+    choose = engine.choose
+    monkeypatch.setattr(engine, "choose", spy)
+    return seen
+
+
+def run_together(task: Generate, requests: list[Request]) -> dict[str, tuple[list, dict]]:
+    """Run many, filling each slot as soon as it is free; new outputs and result of each."""
+    waiting, outputs, results = list(requests), {item.id: [] for item in requests}, {}
+    running: set[str] = set()
+    while waiting or running:
+        while waiting and len(running) < task.slots:
+            item = waiting.pop(0)
+            task.admit(item)
+            running.add(item.id)
+        for step in task.step():
+            assert step.error is None
+            if step.output is not NOTHING:
+                outputs[step.request_id].append(step.output)
+            if step.result is not NOTHING:
+                results[step.request_id] = step.result
+                running.remove(step.request_id)
+    return {name: (outputs[name], results[name]) for name in outputs}
+
+
+@pytest.mark.parametrize(("dtype", "threads"), itertools.product(["float32", "bfloat16"], [1, 2]))
+@pytest.mark.parametrize("payload", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_resumed_at_every_token_equals_uninterrupted(bits, dtype, threads, payload):
+    """Alone, and among neighbours that come and go; to the last bit of every logit."""
+    task = load(dtype, threads)
+    outputs, result = run_alone(task, Request(id="whole", payload=payload))
+    assert len(outputs) >= 15
+    resumed = [
+        Request(id=f"resumed-{cut}", payload=payload, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)
+    ]
+    for cut, request in enumerate(resumed):
+        assert run_alone(task, request) == (outputs[cut:], result)
+    neighbours = [Request(id=f"other-{place}", payload=item) for place, item in enumerate(NEIGHBOURS)]
+    mixed = [item for pair in zip(resumed, neighbours * len(resumed), strict=False) for item in pair]
+    unique = [
+        Request(id=f"{place}-{item.id}", payload=item.payload, outputs=item.outputs)
+        for place, item in enumerate(mixed)
+    ]
+    for name, (rest, end) in run_together(task, unique).items():
+        if "resumed" in name:
+            assert (rest, end) == (outputs[int(name.rpartition("-")[2]) :], result)
+
+
+def test_slots_of_any_number_are_exact(bits):
+    """Three slots compute in four rows; one request alone in them has the same bits as in company."""
+    task = load(slots=3)
+    expected = run_alone(task, Request(id="whole", payload=SAMPLED))
+    requests = [Request(id=str(place), payload=item) for place, item in enumerate([*NEIGHBOURS, SAMPLED])]
+    assert run_together(task, requests)["3"] == expected
+
+
+class Broken(Operators):
+    """One operator that is wrong for one row, in its last bit."""
+
+    def __init__(self, dtype: torch.dtype, which: str) -> None:
+        super().__init__(torch.device("cpu"), dtype, 8)
+        self._which = which
+
+    def _spoil(self, which: str, x: torch.Tensor) -> torch.Tensor:
+        if which == self._which:
+            x = x.clone()
+            x[5] = torch.nextafter(x[5], x[5] + 1)
+        return x
+
+    def linear(self, x, weight):
+        return self._spoil("linear", super().linear(x, weight))
+
+    def norm(self, x, weight, epsilon):
+        return self._spoil("norm", super().norm(x, weight, epsilon))
+
+    def gate(self, x):
+        return self._spoil("gate", super().gate(x))
+
+    def rotate(self, x, cosine, sine):
+        return self._spoil("rotate", super().rotate(x, cosine, sine))
+
+    def attend(self, queries, seen, layer):
+        return self._spoil("attend", super().attend(queries, seen, layer))
+
+
+@pytest.mark.parametrize(
+    ("which", "named"),
+    [
+        ("linear", "the product with qkv"),
+        ("norm", "norm"),
+        ("gate", "gate"),
+        ("rotate", "in another slot"),
+        ("attend", "in another slot"),
+    ],
+)
+def test_an_operator_that_is_wrong_in_one_row_is_refused(which, named):
+    """The self-check can fail: one unit in the last place, in one of eight rows, is enough."""
+    bundle = read(Settings(model="tiny"))
+    llama = Llama(bundle, torch.device("cpu"), 8, Broken(torch.float32, which))
+    with pytest.raises(SettingsError, match=named):
+        self_check(llama)
+
+
+class Forgetful(Operators):
+    """Attention that lets the rows of one pass see less of each other than a pass each would."""
+
+    def attend(self, queries, seen, layer):
+        first = seen[0]
+        return super().attend(queries, [item if item.keys is not first.keys else first for item in seen], layer)
+
+
+def test_a_replay_that_differs_is_refused():
+    """Known tokens in one pass must leave what they left one by one."""
+    bundle = read(Settings(model="tiny"))
+    llama = Llama(bundle, torch.device("cpu"), 4, Forgetful(torch.device("cpu"), torch.float32, 4))
+    with pytest.raises(SettingsError, match="a replay"):
+        self_check(llama)
+
+
+@pytest.mark.parametrize(("dtype", "threads"), itertools.product(["float32", "bfloat16"], [1, 2]))
+@pytest.mark.parametrize("slots", [1, 4, 8, 16])
+def test_every_operator_is_slot_invariant_at_the_engines_shapes(dtype, threads, slots):
+    """On this machine, for the numbers of rows that engines have."""
+    torch.set_num_threads(threads)
+    bundle = read(Settings(model="tiny", dtype=dtype))
+    check_operators(Llama(bundle, torch.device("cpu"), slots))
+
+
+def test_the_digest_of_the_bits_is_stable_and_sensitive():
+    """Equal in a second engine; another for other arithmetic."""
+    torch.set_num_threads(1)
+    settings = Settings(model="tiny")
+    digests = [self_check(Llama(read(settings), torch.device("cpu"), 8)) for _ in range(2)]
+    other = read(settings)
+    other.tensors["layers.1.down"][3, 3] += 1e-6
+    assert digests[0] == digests[1] != self_check(Llama(other, torch.device("cpu"), 8))
+
+
+def test_the_fingerprint_tells_what_matters_apart():
+    """Dtype, rows, threads; and nothing else does."""
+    first = load().fingerprint()
+    assert load(trace="", step_timeout=3.0).fingerprint() == first
+    others = {load("bfloat16").fingerprint(), load(slots=16).fingerprint(), load(threads=2).fingerprint()}
+    assert len(others | {first}) == 4
+
+
+def test_the_tiny_model_is_the_same_everywhere():
+    """Its weights are made from integers; this digest is of their bytes and of its tokens."""
+    bundle = read(Settings(model="tiny"))
+    flat = numpy.concatenate([tensor.numpy().ravel() for tensor in bundle.tensors.values()])
+    assert flat.size == 424_832 + 260 * 0
+    assert bundle.digest == read(Settings(model="tiny", dtype="bfloat16")).digest
+    assert bundle.shape.context >= 512

@@ -1,0 +1,115 @@
+"""What a generation may be asked to do, and what is refused, without a model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from perdure.protocol.errors import InvalidRequest
+from perdure.workers.tasks import path_of, resolve
+from perdure.workers.text import Generate, generate
+from perdure.workers.text.parameters import Parameters
+
+BAD = [
+    ("no mapping", "hello", ""),
+    ("nothing", {}, "prompt"),
+    ("unknown field", {"prompt": "a", "temprature": 1.0}, "temprature"),
+    ("field that is no string", {"prompt": "a", 3: 1}, "3"),
+    ("empty prompt", {"prompt": ""}, "prompt"),
+    ("prompt of another type", {"prompt": ["a"]}, "prompt"),
+    ("half a surrogate pair", {"prompt": "\ud800"}, "prompt"),
+    ("prompt and messages", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+    ("no messages", {"messages": []}, "messages"),
+    ("messages of another type", {"messages": "a"}, "messages"),
+    ("message of another type", {"messages": ["a"]}, "messages"),
+    ("message without content", {"messages": [{"role": "user"}]}, "messages"),
+    ("message with a name", {"messages": [{"role": "user", "content": "a", "nam": "b"}]}, "messages"),
+    ("unknown role", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
+    ("max_tokens 0", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    ("max_tokens a float", {"prompt": "a", "max_tokens": 3.0}, "max_tokens"),
+    ("max_tokens a bool", {"prompt": "a", "max_tokens": True}, "max_tokens"),
+    ("max_tokens huge", {"prompt": "a", "max_tokens": 2**40}, "max_tokens"),
+    ("temperature NaN", {"prompt": "a", "temperature": float("nan")}, "temperature"),
+    ("temperature infinite", {"prompt": "a", "temperature": float("inf")}, "temperature"),
+    ("temperature beyond floats", {"prompt": "a", "temperature": 10**400}, "temperature"),
+    ("temperature negative", {"prompt": "a", "temperature": -0.1}, "temperature"),
+    ("temperature a string", {"prompt": "a", "temperature": "1"}, "temperature"),
+    ("temperature a bool", {"prompt": "a", "temperature": True}, "temperature"),
+    ("top_p 0", {"prompt": "a", "top_p": 0}, "top_p"),
+    ("top_p above 1", {"prompt": "a", "top_p": 1.1}, "top_p"),
+    ("top_p NaN", {"prompt": "a", "top_p": float("nan")}, "top_p"),
+    ("top_k negative", {"prompt": "a", "top_k": -1}, "top_k"),
+    ("top_k a float", {"prompt": "a", "top_k": 1.5}, "top_k"),
+    ("seed negative", {"prompt": "a", "seed": -1}, "seed"),
+    ("seed beyond 63 bits", {"prompt": "a", "seed": 2**63}, "seed"),
+    ("seed a bool", {"prompt": "a", "seed": False}, "seed"),
+    ("stop a number", {"prompt": "a", "stop": 1}, "stop"),
+    ("stop empty", {"prompt": "a", "stop": ""}, "stop"),
+    ("stop with an empty one", {"prompt": "a", "stop": ["a", ""]}, "stop"),
+    ("stop with a number", {"prompt": "a", "stop": ["a", 1]}, "stop"),
+    ("too many stops", {"prompt": "a", "stop": ["a"] * 17}, "stop"),
+    ("stop too long", {"prompt": "a", "stop": "a" * 257}, "stop"),
+]
+
+
+@pytest.mark.parametrize(("payload", "field"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_bad_payload_is_refused_with_its_field(payload, field):
+    """Both at submit and at admission."""
+    with pytest.raises(InvalidRequest) as refused:
+        generate.prepare(payload)
+    assert refused.value.field == field
+    with pytest.raises(InvalidRequest) as refused:
+        Parameters.of(payload, "request")
+    assert refused.value.field == field
+
+
+def test_a_misspelt_field_is_answered_with_the_nearest_one():
+    """The message helps."""
+    with pytest.raises(InvalidRequest, match="did you mean temperature"):
+        generate.prepare({"prompt": "a", "temprature": 1.0})
+
+
+def test_prepare_stores_every_field_and_draws_a_seed():
+    """What is stored does not depend on a later release's defaults."""
+    first, second = (generate.prepare({"prompt": "a", "stop": "b", "seed": None}) for _ in range(2))
+    assert first.pop("seed") != second.pop("seed")
+    assert first == {
+        "prompt": "a",
+        "max_tokens": 128,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "stop": ["b"],
+    }
+    assert generate.prepare({"prompt": "a", "seed": 5})["seed"] == 5
+
+
+def test_what_prepare_stores_it_takes_again_unchanged():
+    """A payload may pass twice, at submit and at resubmit."""
+    stored = generate.prepare({"messages": [{"role": "user", "content": "a"}], "temperature": 1})
+    assert generate.prepare(stored) == stored
+
+
+def test_a_request_without_a_seed_takes_it_from_its_id():
+    """Each execution draws the same; each request draws another."""
+    seeds = [Parameters.of({"prompt": "a"}, name).seed for name in ("one", "one", "two")]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_task_has_a_dotted_path():
+    """As the documentation spells it."""
+    assert resolve("perdure.workers.text.generate") is generate
+    assert path_of(generate) == "perdure.workers.text.generate"
+    assert isinstance(generate, Generate)
+
+
+def test_a_producer_needs_no_torch():
+    """Importing, checking a payload and asking for the slots import neither torch nor numpy."""
+    code = (
+        "import sys; from perdure.workers.text import generate; generate.prepare({'prompt': 'a'}); generate.slots; "
+        "sys.exit(len({'torch', 'numpy', 'gguf'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

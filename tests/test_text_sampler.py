@@ -1,0 +1,99 @@
+"""Sampling: a pure function of the logits, the parameters and the index."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+
+from perdure.workers.text.noise import gumbel, uniform
+from perdure.workers.text.parameters import Parameters
+from perdure.workers.text.sampler import choose, nucleus, strongest
+
+
+def parameters(**fields):
+    return Parameters.of({"prompt": "a", "seed": 1, **fields}, "request")
+
+
+def logits(size=50, seed=0):
+    return numpy.random.default_rng(seed).normal(size=size).astype(numpy.float32)
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens():
+    """Ties have one answer."""
+    assert choose(numpy.array([0, 3, 1, 3], dtype=numpy.float32), parameters(), 0) == 1
+
+
+def test_noise_depends_on_seed_position_and_token_only():
+    """Not on which tokens it is asked for together with."""
+    everything = uniform(7, 3, numpy.arange(1000))
+    assert numpy.array_equal(uniform(7, 3, numpy.arange(500, 510)), everything[500:510])
+    for other in (uniform(8, 3, numpy.arange(1000)), uniform(7, 4, numpy.arange(1000))):
+        assert not (other == everything).any()
+    assert everything.min() > 0
+    assert everything.max() < 1
+
+
+def test_noise_is_the_same_for_ever():
+    """A change here would change every seeded answer of every user."""
+    words = uniform(42, 0, numpy.array([0, 1, 49151])) * 2**52
+    assert [int(word) for word in words] == PINNED
+
+
+PINNED: list[int] = []
+
+
+def test_noise_is_even():
+    """Mean and variance of the uniform distribution, and of Gumbel's."""
+    values = uniform(1, 2, numpy.arange(200_000))
+    assert abs(values.mean() - 0.5) < 0.003
+    assert abs(values.var() - 1 / 12) < 0.001
+    assert abs(gumbel(1, 2, numpy.arange(200_000)).mean() - 0.5772) < 0.01
+
+
+def test_draws_follow_the_softmax():
+    """Over many positions, each token is drawn as often as its probability says."""
+    row = numpy.array([0.0, 1.0, 2.0, -1.0], dtype=numpy.float32)
+    draws = [choose(row, parameters(temperature=0.7), index) for index in range(4000)]
+    expected = numpy.exp(row / 0.7) / numpy.exp(row / 0.7).sum()
+    assert numpy.abs(numpy.bincount(draws, minlength=4) / 4000 - expected).max() < 0.03
+
+
+def test_top_k_leaves_the_strongest():
+    """And of equal ones the first."""
+    assert list(strongest(numpy.array([1.0, 5, 3, 5, 3, 3]), 3)) == [1, 2, 3]
+    assert list(strongest(numpy.array([1.0, 2]), 5)) == [0, 1]
+    row = logits()
+    best = set(numpy.argsort(-row)[:5])
+    draws = {choose(row, parameters(temperature=5, top_k=5), index) for index in range(300)}
+    assert draws == best
+
+
+def test_top_p_leaves_the_smallest_set_that_holds_it():
+    """The token that crosses the line belongs to it."""
+    values = numpy.log(numpy.array([0.1, 0.5, 0.15, 0.25]))
+    assert list(nucleus(values, 0.5)) == [1]
+    assert list(nucleus(values, 0.51)) == [1, 3]
+    assert list(nucleus(values, 0.76)) == [1, 2, 3]
+    assert list(nucleus(values, 1 - 1e-16)) == [0, 1, 2, 3]
+
+
+def test_top_p_over_a_flat_vocabulary_sorts_all_of_it():
+    """More tokens than the quick way looks at; of equal ones the first."""
+    assert list(nucleus(numpy.zeros(5000), 0.5)) == list(range(2500))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Without overflow."""
+    row = logits()
+    assert choose(row, parameters(temperature=temperature), 0) == int(row.argmax())
+
+
+@pytest.mark.parametrize("bad", [numpy.nan, numpy.inf])
+def test_logits_that_are_no_numbers_fail(bad):
+    """They are never a token."""
+    row = logits()
+    row[7] = bad
+    for temperature in (0, 1):
+        with pytest.raises(ArithmeticError, match="output 4"):
+            choose(row, parameters(temperature=temperature), 4)

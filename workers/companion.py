@@ -1,0 +1,158 @@
+"""The worker's side of its guardian: starts it, tells it what changed, and replaces it when it is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from ..protocol.settings import PREFIX, Settings
+
+RESTART_INTERVAL = 1.0
+"""Seconds between two starts of a guardian, so that one that cannot start does not use up the machine."""
+
+
+@dataclass(slots=True)
+class Companion:
+    """Keeps one guardian process beside this worker.
+
+    The guardian learns everything through its standard input, whose other end only this process has:
+    its end of file is the worker's death. A word on it says that the end is clean.
+    """
+
+    connection: redis.Redis
+    settings: Settings
+    worker: str
+    queues: Sequence[str]
+    device: str = ""
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    fingerprints: list[str] = field(default_factory=list)
+    _incarnation: str = ""
+    _process: subprocess.Popen[bytes] | None = None
+    _started: float = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the guardian, if one was started."""
+        return self._process.pid if self._process else None
+
+    def watch(self, incarnation: str) -> None:
+        """Have this incarnation guarded, in place of any earlier one."""
+        self.dismiss()
+        self._incarnation = incarnation
+        self._start()
+
+    def tend(self) -> None:
+        """Start another guardian if this one is gone. Cheap: called in every round of the courier."""
+        if self._process is None or self._process.poll() is None:
+            return
+        if time.monotonic() - self._started < RESTART_INTERVAL:
+            return
+        self.log.warning("the guardian (pid %d) is gone; starting another", self._process.pid)
+        self._start()
+
+    def tell(self, fingerprints: list[str]) -> None:
+        """The fingerprints that this worker can continue."""
+        self.fingerprints = fingerprints
+        self._send({"fingerprints": fingerprints})
+
+    def dismiss(self) -> None:
+        """The end is clean: the guardian exits without reaping."""
+        if self._process is None:
+            return
+        self._send({"bye": True})
+        if self._process.stdin is not None:
+            try:
+                self._process.stdin.close()
+            except OSError:
+                pass  # it was gone already
+        try:
+            self._process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            # It waits for a Redis that does not answer; without its word it would reap a live worker.
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            # -P: whatever lies in the current folder is not imported in place of ours.
+            [sys.executable, "-P", "-m", "perdure.workers.guardian"],
+            stdin=subprocess.PIPE,
+            # A session of its own: Ctrl-C in the terminal is the worker's to handle, and the guardian outlives it.
+            start_new_session=True,
+            env=_environment(self.settings),
+        )
+        self._send(
+            {
+                "connection": portable(self.connection),
+                "incarnation": self._incarnation,
+                "worker": self.worker,
+                "queues": list(self.queues),
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "device": self.device,
+                "fingerprints": self.fingerprints,
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it is gone; tend() will see it
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """This process' environment with exactly these settings; the server comes through the pipe."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name != "RQ_REDIS_URL"}
+    return rest | settings.replace(redis_url="").environment()
+
+
+def portable(connection: redis.Redis) -> dict[str, Any]:
+    """What another process needs to make the same connection, as JSON: plain values only.
+
+    It holds the password: it goes through a pipe, never through a command line or the environment.
+    """
+    pool = connection.connection_pool
+    kwargs = pool.connection_kwargs
+    plain = {name: value for name, value in kwargs.items() if isinstance(value, str | int | float | bool)}
+    names = ("host", "port", "db", "username", "password", "path")
+    result = {name: value for name, value in plain.items() if name in names or name.startswith("ssl_")}
+    kind = pool.connection_class
+    result["ssl"] = issubclass(kind, redis.SSLConnection)
+    if issubclass(kind, redis.UnixDomainSocketConnection):
+        result["unix_socket_path"] = result.pop("path")
+    return result
+
+
+def private_connection(connection: redis.Redis, *, timeout: float) -> redis.Redis:
+    """A connection of one's own to the same server, without redis-py's retries; ``timeout`` in seconds."""
+    return rebuild(portable(connection), timeout=timeout)
+
+
+def rebuild(values: dict[str, Any], *, timeout: float) -> redis.Redis:
+    """A connection from what :func:`portable` gave. Nothing is sent twice behind our back."""
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return redis.Redis(
+        **values,
+        socket_timeout=timeout,
+        socket_connect_timeout=min(timeout, 2.0),
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=0,
+    )

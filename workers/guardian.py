@@ -1,0 +1,161 @@
+"""The guardian: a small process beside every worker.
+
+It sends the worker's heartbeats (loading weights can hold the GIL for longer than a heartbeat may be
+late) and watches the worker: when the worker is gone, it reaps at once what the worker held, without
+waiting for any timeout. When no reaper has swept lately, it sweeps.
+
+It imports only the standard library, redis and the protocol, so that it starts in a fraction of a
+second and a failing driver cannot take it along.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from ..protocol.records import FailureKind
+from ..protocol.settings import Settings
+from ..protocol.store import Store
+from ..recovery.reaper import Reaper
+from .companion import rebuild
+
+LAST_EFFORT = 60.0
+"""Seconds that a guardian whose worker is gone tries to reach Redis; afterwards the heartbeat has long run out
+and any reaper does the same."""
+
+PAUSE = 0.1
+"""Seconds between two tries of a call that Redis did not answer."""
+
+
+@dataclass(slots=True)
+class Guardian:
+    """Beats for a worker until its pipe ends."""
+
+    store: Store
+    settings: Settings
+    incarnation: str
+    worker: str
+    queues: list[str]
+    pid: int
+    host: str
+    device: str
+    fingerprints: list[str]
+    pipe: int = 0
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
+    _rest: bytes = b""
+    _clean: bool = False
+    _quiet: bool = False
+
+    def run(self) -> int:
+        """Beat and watch; returns the exit status."""
+        handles = [self.pipe]
+        try:
+            # A child that the worker forked may keep its end of the pipe open; the process itself does not lie.
+            handles.append(os.pidfd_open(self.pid))
+        except (AttributeError, OSError):
+            pass  # not Linux, or the worker is gone already, which the pipe will tell
+        reaper = Reaper(self.store, self.settings)
+        due = time.monotonic()
+        while True:
+            ready, _, _ = select.select(handles, [], [], max(0.0, due - time.monotonic()))
+            if ready and self._worker_gone(ready):
+                return 0 if self._clean else self._reap()
+            if time.monotonic() >= due:
+                due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
+                if self._quiet:
+                    return 0
+
+    def _worker_gone(self, ready: list[int]) -> bool:
+        """Read what the worker says; True at its end."""
+        if self.pipe not in ready:
+            # The process ended. Its last word may still stand in the pipe.
+            readable, _, _ = select.select([self.pipe], [], [], 0)
+            if not readable:
+                return True
+        data = os.read(self.pipe, 65536)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            self._clean = self._clean or bool(message.get("bye"))
+            self.fingerprints = message.get("fingerprints", self.fingerprints)
+        return not data or self._clean
+
+    def _beat(self, reaper: Reaper) -> bool:
+        """One heartbeat; False when Redis did not answer."""
+        try:
+            pulse = self.store.heartbeat(
+                incarnation=self.incarnation,
+                worker=self.worker,
+                queues=self.queues,
+                pid=self.pid,
+                host=self.host,
+                device=self.device,
+                fingerprints=self.fingerprints,
+            )
+            if pulse.status == "ok" and pulse.sweep_due:
+                reaper.sweep()
+        except redis.RedisError:
+            self.store.connection.connection_pool.disconnect()
+            return False
+        if pulse.status == "newer":
+            self.log.error("Redis holds a newer protocol than worker %s speaks; stopping it", self.worker)
+            os.kill(self.pid, signal.SIGTERM)
+        # Declared dead: the worker learns it by its next claim and has another incarnation guarded.
+        self._quiet = pulse.status != "ok"
+        return True
+
+    def _reap(self) -> int:
+        """Hand on what the worker held: it is gone, and left no word why."""
+        deadline = time.monotonic() + LAST_EFFORT
+        while time.monotonic() < deadline:
+            try:
+                while True:
+                    sweep = self.store.reap(
+                        incarnation=self.incarnation,
+                        kind=FailureKind.WORKER_LOST,
+                        reason=f"worker {self.worker} (pid {self.pid} on {self.host}) is gone",
+                    )
+                    if not sweep.left:
+                        break
+            except redis.RedisError:
+                self.store.connection.connection_pool.disconnect()
+                time.sleep(PAUSE)
+            else:
+                requests = sum(1 for row in sweep.reaped if row.id)
+                self.log.warning(
+                    "worker %s (pid %d) is gone; %d request(s) handed on", self.worker, self.pid, requests
+                )
+                return 0
+        self.log.error("worker %s is gone, and Redis does not answer", self.worker)
+        return 3
+
+
+def main() -> int:
+    """Read the first line of standard input, then guard until its end."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    # Ctrl-C and the terminal's hang-up are for the worker; its end is what ends the guardian.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return 0
+        line += byte
+    config: dict[str, Any] = json.loads(line)
+    settings = Settings.from_environment()
+    connection = rebuild(config.pop("connection"), timeout=max(1.0, settings.heartbeat_timeout / 2))
+    return Guardian(store=Store(connection, settings), settings=settings, **config).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

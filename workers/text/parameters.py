@@ -1,0 +1,221 @@
+"""What one generation is asked to do: the payload's fields, checked and completed.
+
+Both sides call :func:`complete`: the producer at submit, where a mistake costs nothing, and the
+worker at admission, because a producer that knows only the dotted path stores what it was given.
+No model is needed, and no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ...protocol.errors import InvalidRequest
+
+FIELDS: Final = ("prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+ROLES: Final = ("system", "user", "assistant", "tool")
+
+MAX_TOKENS: Final = 128
+"""Tokens generated when the payload does not say how many."""
+
+_MOST: Final = 2**31 - 1
+_STOPS: Final = 16
+# What may be the beginning of a stop string is held back from the stream, and compared at every token.
+_STOP_LENGTH: Final = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """One generation's parameters, all of them known.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
+    ``prompt`` and ``messages`` is not ``None``.
+    """
+
+    prompt: str | None
+    messages: tuple[dict[str, str], ...] | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+
+    @classmethod
+    def of(cls, payload: Any, request_id: str) -> Parameters:
+        """The parameters of a stored payload.
+
+        A payload without a seed (stored by a producer that did not have this task at hand) takes
+        one from the request's id, so that each execution of the request draws the same.
+        Raises :class:`InvalidRequest` naming the field.
+        """
+        fields = _checked(payload)
+        seed = fields["seed"]
+        if seed is None:
+            seed = int.from_bytes(hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+        messages = fields["messages"]
+        return cls(
+            prompt=fields["prompt"],
+            messages=None if messages is None else tuple(messages),
+            max_tokens=fields["max_tokens"],
+            temperature=fields["temperature"],
+            top_p=fields["top_p"],
+            top_k=fields["top_k"],
+            seed=seed,
+            stop=tuple(fields["stop"]),
+        )
+
+    @property
+    def source(self) -> str:
+        """The field that the prompt came in, for messages."""
+        return "messages" if self.prompt is None else "prompt"
+
+
+def complete(payload: Any) -> dict[str, Any]:
+    """The payload to store: every field present, and a seed drawn if none was given.
+
+    Raises :class:`InvalidRequest` naming the field.
+    """
+    fields = _checked(payload)
+    if fields["seed"] is None:
+        fields["seed"] = secrets.randbits(63)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _checked(payload: Any) -> dict[str, Any]:
+    if not isinstance(payload, Mapping):
+        raise InvalidRequest(f"the payload must be a mapping with a prompt or messages, not {_kind(payload)}")
+    for name in payload:
+        if name not in FIELDS:
+            raise InvalidRequest(f"unknown field {name!r}{_nearest(name, FIELDS)}", field=str(name))
+    given = {name: value for name, value in payload.items() if value is not None}
+    if "prompt" in given and "messages" in given:
+        raise InvalidRequest("prompt and messages exclude each other; give one of them", field="prompt")
+    if "prompt" not in given and "messages" not in given:
+        raise InvalidRequest("a prompt (a string) or messages (a list) must be given", field="prompt")
+    return {
+        "prompt": _prompt(given["prompt"]) if "prompt" in given else None,
+        "messages": _messages(given["messages"]) if "messages" in given else None,
+        "max_tokens": _integer(given, "max_tokens", MAX_TOKENS, 1, _MOST),
+        "temperature": _temperature(given),
+        "top_p": _top_p(given),
+        "top_k": _integer(given, "top_k", 0, 0, _MOST),
+        "seed": _integer(given, "seed", 0, 0, 2**63 - 1) if "seed" in given else None,
+        "stop": _stop(given.get("stop", ())),
+    }
+
+
+def _prompt(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"prompt must be a string, not {_kind(value)}", field="prompt")
+    if not value:
+        raise InvalidRequest("prompt must not be empty", field="prompt")
+    return _encodable(value, "prompt", "prompt")
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list | tuple):
+        raise InvalidRequest(
+            f"messages must be a list of {{'role': …, 'content': …}}, not {_kind(value)}", field="messages"
+        )
+    if not value:
+        raise InvalidRequest("messages must not be empty", field="messages")
+    result = []
+    for place, message in enumerate(value):
+        name = f"messages[{place}]"
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(f"{name} must have a role and a content, but is {_kind(message)}", field="messages")
+        for key in message:
+            if key not in ("role", "content"):
+                raise InvalidRequest(
+                    f"unknown field {key!r} in {name}{_nearest(key, ('role', 'content'))}", field="messages"
+                )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise InvalidRequest(f"{name}.{key} must be a string, not {_kind(message.get(key))}", field="messages")
+            _encodable(message[key], f"{name}.{key}", "messages")
+        if message["role"] not in ROLES:
+            raise InvalidRequest(
+                f"{name}.role must be one of {', '.join(ROLES)}, not {message['role']!r}"
+                f"{_nearest(message['role'], ROLES)}",
+                field="messages",
+            )
+        result.append({"role": message["role"], "content": message["content"]})
+    return result
+
+
+def _temperature(given: Mapping[str, Any]) -> float:
+    value = _number(given, "temperature", 0.0)
+    if value < 0:
+        raise InvalidRequest(f"temperature must not be negative, but is {value}", field="temperature")
+    return value
+
+
+def _top_p(given: Mapping[str, Any]) -> float:
+    value = _number(given, "top_p", 1.0)
+    if not 0 < value <= 1:
+        raise InvalidRequest(f"top_p must be more than 0 and at most 1, but is {value}", field="top_p")
+    return value
+
+
+def _stop(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple):
+        raise InvalidRequest(f"stop must be a string or a list of strings, not {_kind(value)}", field="stop")
+    if len(stops) > _STOPS:
+        raise InvalidRequest(f"stop may hold at most {_STOPS} strings, but holds {len(stops)}", field="stop")
+    for stop in stops:
+        if not isinstance(stop, str):
+            raise InvalidRequest(f"stop must hold strings only, not {_kind(stop)}", field="stop")
+        if not stop:
+            raise InvalidRequest("a stop string must not be empty", field="stop")
+        if len(stop) > _STOP_LENGTH:
+            raise InvalidRequest(
+                f"a stop string may have at most {_STOP_LENGTH} characters, but has {len(stop)}", field="stop"
+            )
+        _encodable(stop, "stop", "stop")
+    return list(stops)
+
+
+def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
+    value = given.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be a whole number, not {_kind(value)}", field=name)
+    if not least <= value <= most:
+        raise InvalidRequest(f"{name} must be between {least} and {most}, but is {value}", field=name)
+    return value
+
+
+def _number(given: Mapping[str, Any], name: str, default: float) -> float:
+    value = given.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be a number, not {_kind(value)}", field=name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} must be a finite number, not {number}", field=name)
+    return number
+
+
+def _encodable(value: str, name: str, field: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} holds half of a surrogate pair, which is not text", field=field) from None
+    return value
+
+
+def _nearest(name: Any, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"

@@ -1,0 +1,143 @@
+"""Text to token ids, and token ids to bytes.
+
+Ids become *bytes*, not text: a character may span several tokens, and only the transcript knows
+when it is complete. The chat template of the model is rendered in jinja2's sandbox.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import tokenizers
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...protocol.errors import InvalidRequest, SettingsError
+
+# Names under which models know the token that ends a turn, besides the one their metadata names.
+END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """All that a model says about its tokens, as plain values that can be stored.
+
+    ``definition`` is the JSON of the ``tokenizers`` package. ``ends`` are the ids that end a text,
+    ``prefix`` the ids put in front of a raw prompt. ``template`` may be empty: then there is no chat.
+    """
+
+    definition: str
+    ends: tuple[int, ...]
+    prefix: tuple[int, ...] = ()
+    post_process: bool = False
+    template: str = ""
+    begin_text: str = ""
+    end_text: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        values = json.loads(text)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+class Tokenizer:
+    """A vocabulary at work."""
+
+    def __init__(self, vocabulary: Vocabulary, size: int) -> None:
+        """``size``: how many tokens the model knows; ids that no text has stand for no bytes.
+
+        Raises :class:`SettingsError` for a tokenizer whose tokens cannot be told as bytes.
+        """
+        self._vocabulary = vocabulary
+        self._inner = tokenizers.Tokenizer.from_str(vocabulary.definition)
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._template = _compile(vocabulary.template) if vocabulary.template else None
+        self.ends = frozenset(vocabulary.ends)
+        self.pieces: list[bytes] = _pieces(self._inner, vocabulary.definition, size)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a raw prompt, as the model wants it to begin."""
+        ids = self._inner.encode(text, add_special_tokens=self._vocabulary.post_process).ids
+        return [*self._vocabulary.prefix, *ids]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation, up to where the assistant answers.
+
+        Raises :class:`InvalidRequest` when the model has no chat template or it refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use prompt instead of messages", field="messages")
+        try:
+            text = self._template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                bos_token=self._vocabulary.begin_text,
+                eos_token=self._vocabulary.end_text,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", field="messages"
+            ) from error
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies write for the 256 bytes."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _compile(template: str) -> Any:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    # No strftime_now, which hubs offer: a request resumed on another day would have another prompt.
+    try:
+        return environment.from_string(template)
+    except TemplateError as error:
+        raise SettingsError(f"the model's chat template cannot be read: {error}") from error
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _pieces(inner: tokenizers.Tokenizer, definition: str, size: int) -> list[bytes]:
+    """The bytes of every id."""
+    decoder = json.loads(definition).get("decoder") or {}
+    parts = {part["type"]: part for part in [decoder, *decoder.get("decoders", [])] if "type" in part}
+    if "ByteLevel" in parts:
+        alphabet = byte_alphabet()
+
+        def piece(token: str) -> bytes:
+            return bytes(alphabet[character] for character in token)
+    elif "ByteFallback" in parts:
+
+        def piece(token: str) -> bytes:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+    else:
+        names = ", ".join(parts) or "none"
+        raise SettingsError(f"the model's tokenizer has a decoder that is not supported ({names})")
+    pieces = [b""] * size
+    added = inner.get_added_tokens_decoder()
+    for token, place in inner.get_vocab(with_added_tokens=True).items():
+        if place >= size:
+            continue
+        if place in added:
+            pieces[place] = b"" if added[place].special else token.encode()
+            continue
+        try:
+            pieces[place] = piece(token)
+        except (KeyError, ValueError):
+            raise SettingsError(f"the model's tokenizer has a token that stands for no bytes: {token!r}") from None
+    return pieces

@@ -1,0 +1,254 @@
+"""The worker: RQ's worker class for requests, started by plain ``rq worker -w perdure.workers.Worker QUEUE``.
+
+1. ``work`` registers with RQ, starts the guardian and the courier, and runs the engine loop in the main thread.
+2. The courier claims requests; the loop steps them; the guardian says that the process lives.
+3. A first SIGTERM or SIGINT drains: no more claims, the running step ends, everything is stored and handed back.
+   A second one, a second or more later, does not wait for the step.
+4. A plain RQ job that comes along runs alone, by RQ's own code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import redis
+import rq
+from rq.executions import Execution
+from rq.job import Job
+from rq.worker import DequeueStrategy, SimpleWorker
+
+from ..protocol.errors import PerdureError, ProtocolMismatch
+from ..protocol.keys import check_queue, key
+from ..protocol.records import Claim, FailureKind
+from ..protocol.settings import Settings
+from ..protocol.store import Store
+from .companion import Companion, private_connection
+from .courier import Courier, Limits
+from .loop import EngineLoop
+from .mailbox import Mailbox
+
+TESTED_RQ = ("3.0",)
+"""Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
+
+COLD_AFTER = 1.0
+"""Seconds after the first stop signal in which another one is its echo (Ctrl-C reaches a whole process group)."""
+
+
+class Worker(SimpleWorker):
+    """Runs requests in batches under leases, and plain RQ jobs one at a time."""
+
+    def __init__(self, queues: Any, *args: Any, **kwargs: Any) -> None:
+        # RQ makes instances only to look at them too (Worker.all, rq info): nothing is started here.
+        super().__init__(queues, *args, **kwargs)
+        self._courier: Courier | None = None
+        self._companion: Companion | None = None
+        self._signals: list[float] = []
+
+    # --- RQ's entry ----------------------------------------------------------------------------------
+
+    def work(  # type: ignore[override]
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = "%H:%M:%S",
+        log_format: str = "%(asctime)s %(message)s",
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = False,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
+    ) -> bool:
+        """Work until told to stop; True if any request or job was claimed.
+
+        Arguments are RQ's. Exits the process with status 1 when the worker itself is unfit (a model that
+        does not load, an untested RQ), after a message that says why.
+        """
+        try:
+            settings = Settings.from_environment(strict=True)
+            check_rq(settings)
+            for queue in self.queues:
+                check_queue(queue.name)
+            store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
+            store.check_protocol()
+        except PerdureError as error:
+            sys.exit(f"perdure worker: {error}")
+        self.bootstrap(logging_level, date_format, log_format)
+        self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
+        self._dequeue_strategy = dequeue_strategy
+        if with_scheduler:
+            self.log.warning(
+                "Worker %s: --with-scheduler is not served by this worker yet; run RQ's own scheduler beside it", self.name
+            )
+        mailbox = Mailbox()
+        self._companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
+        self._courier = Courier(
+            store=store,
+            worker=self.name,
+            queues=self._next_queues,
+            mailbox=mailbox,
+            registered=self._companion.watch,
+            tended=self._companion.tend,
+            limits=Limits(burst, max_jobs, max_idle_time),
+            resume=settings.resume,
+        )
+        loop = EngineLoop(self._courier, mailbox, settings, self._run_plain, self._companion.tell)
+        return self._run(loop, self._courier, settings)
+
+    def _run(self, loop: EngineLoop, courier: Courier, settings: Settings) -> bool:
+        watcher = SignalWatcher(self._stop_signal)
+        try:
+            watcher.install()
+            try:
+                loop.preload()
+            except Exception as error:
+                self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
+                sys.exit(1)
+            courier.start()
+            exit_watch = threading.Thread(
+                target=self._leave_a_stuck_step, args=(courier, settings), name="exit", daemon=True
+            )
+            exit_watch.start()
+            loop.run()
+            courier.join()
+            if courier.failed is not None:
+                loop.exit_code = 1
+        finally:
+            watcher.remove()
+            self._depart(courier)
+        if loop.exit_code:
+            sys.exit(loop.exit_code)
+        return courier.claimed > 0
+
+    def _depart(self, courier: Courier) -> None:
+        """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it."""
+        assert self._companion is not None
+        store = courier.store
+        try:
+            store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
+            self.teardown()
+        except redis.RedisError as error:
+            self.log.warning("Worker %s: cannot sign off in Redis (%s); the reaper will", self.name, error)
+        self._companion.dismiss()
+
+    def _leave_a_stuck_step(self, courier: Courier, settings: Settings) -> None:
+        """End the process when the courier is done and the main thread sits in a step that does not end."""
+        courier.join()
+        if courier.parked.wait(settings.drain_timeout if courier.failed else 0.5):
+            return
+        self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
+        self._depart(courier)
+        logging.shutdown()
+        os._exit(0)
+
+    # --- stopping ------------------------------------------------------------------------------------
+
+    def _install_signal_handlers(self) -> None:
+        """Not RQ's: those raise in the middle of whatever runs, and what was just claimed would be lost."""
+
+    def _stop_signal(self, number: int) -> None:
+        """Called by the signal watcher's thread, also while the main thread sits in native code."""
+        courier = self._courier
+        now = time.monotonic()
+        self._signals.append(now)
+        if courier is None:
+            os._exit(1)
+        if len(self._signals) == 1:
+            self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
+            self._shutdown_requested_date = rq.utils.now()
+            courier.stop()
+        elif now - self._signals[0] >= COLD_AFTER:
+            self.log.warning("Worker %s: cold shut down", self.name)
+            courier.stop(cold=True)
+
+    # --- queues and plain jobs -----------------------------------------------------------------------
+
+    def _next_queues(self) -> list[str]:
+        """Queue names in the order that RQ's dequeue strategy asks for."""
+        if self._dequeue_strategy != DequeueStrategy.DEFAULT and self._ordered_queues:
+            self.reorder_queues(self._ordered_queues[0])
+        return [queue.name for queue in self._ordered_queues]
+
+    def _run_plain(self, claim: Claim) -> None:
+        """Run a plain job by RQ's own code; the claim has already written what RQ's preparation writes."""
+        queue = self.queue_class(
+            claim.queue, connection=self.connection, job_class=self.job_class, serializer=self.serializer
+        )
+        try:
+            job = self.job_class.fetch(claim.id, connection=self.connection, serializer=self.serializer)
+        except Exception:
+            self.log.exception("Worker %s: cannot read job %s; it is left to the reaper", self.name, claim.id)
+            return
+        execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
+        self.executions[execution.id] = execution
+        self.perform_job(job, queue, execution)
+
+    def cleanup_execution(self, job: Job, pipeline: Any, execution: Execution | None = None) -> None:
+        """RQ's end of an execution, and the end of our lease in the same transaction."""
+        super().cleanup_execution(job, pipeline, execution)
+        courier = self._courier
+        if execution is not None and courier is not None:
+            pipeline.zrem(key("leases", job.origin), job.id)
+            pipeline.hdel(key("held", courier.incarnation), job.id)
+            pipeline.hset(job.key, "execution", "")
+
+    def run_maintenance_tasks(self) -> None:
+        """Nothing: the reaper does ours, and RQ's would judge executions by other rules."""
+
+
+class SignalWatcher:
+    """Sees stop signals in a thread of its own.
+
+    Python runs a signal's handler in the main thread, and only between two bytecodes: a step in native
+    code would keep SIGTERM waiting for as long as it lasts. The byte that the interpreter's C handler
+    writes to the wake-up descriptor comes at once.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, seen: Any) -> None:
+        self._seen = seen
+        self._read, self._write = socket.socketpair()
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over the stop signals. Main thread only."""
+        self._write.setblocking(False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            self._before[number] = signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+
+    def remove(self) -> None:
+        """Give the signals back; what comes now is ignored, since the process is leaving."""
+        signal.set_wakeup_fd(-1)
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+        self._write.close()
+
+    def _watch(self) -> None:
+        while data := self._read.recv(16):
+            for number in data:
+                if number in self.NUMBERS:
+                    self._seen(number)
+
+
+def check_rq(settings: Settings) -> None:
+    """Raise :class:`ProtocolMismatch` on an RQ that was not tested, unless a setting allows it."""
+    version = ".".join(rq.VERSION.split(".")[:2])
+    if version not in TESTED_RQ and not settings.untested_rq:
+        raise ProtocolMismatch(
+            f"RQ {rq.VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
+            "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run all the same"
+        )
+
+
+def _timeout(settings: Settings) -> float:
+    # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
+    return max(2.0, min(10.0, settings.lease / 3))
+
