@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,11 +13,12 @@ import redis
 from ..protocol.errors import IdempotencyConflict, RedisUnavailable
 from ..protocol.keys import check_id
 from ..protocol.settings import Settings
-from ..protocol.store import conflict
+from ..protocol.store import Store, conflict
+from .arguments import Seconds, waited
 from .handle import Handle
 from .listing import Listing, read_listing
 from .session import PATIENCE, Session
-from .submission import Seconds, build, build_many, chunks
+from .submission import build, build_many, chunks
 
 if TYPE_CHECKING:
     from ..workers.tasks import AnyTask
@@ -48,7 +50,7 @@ class Client:
         connection: redis.Redis | None = None,
         patience: float = PATIENCE,
     ) -> None:
-        self._session = Session(url, settings, connection, patience)
+        self._session = Session(url, settings, connection, waited(patience, "patience"))
 
     @classmethod
     def from_url(cls, url: str, *, settings: Settings | None = None, patience: float = PATIENCE) -> Self:
@@ -121,7 +123,7 @@ class Client:
         stored = 0
         for chunk in chunks(requests):
             try:
-                answers = self._session.call(lambda store, chunk=chunk: store.enqueue(chunk, client=client_id))
+                answers = self._session.call(partial(Store.enqueue, requests=chunk, client=client_id))
             except RedisUnavailable as error:
                 error.add_note(f"{stored} of {len(requests)} requests were stored; the next {len(chunk)} may have been")
                 raise

@@ -6,14 +6,13 @@ grow old, and a request can have any number of handles in any number of processe
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any, Final
 
 from ..protocol.errors import (
     DeadlineExceeded,
-    InvalidRequest,
     PerdureError,
     RequestCanceled,
     RequestFailed,
@@ -22,6 +21,8 @@ from ..protocol.errors import (
 )
 from ..protocol.records import Checkpoint, Event, FailureKind, RequestRecord
 from ..protocol.states import State
+from ..protocol.store import Store
+from .arguments import waited, whole
 from .outputs import OutputReader
 from .replies import Watch
 from .session import Session
@@ -84,8 +85,7 @@ class Handle:
         reader.notice(self.record().epoch)
         outputs: list[Any] = []
         while True:
-            entry = reader.entry
-            entries = self._session.call(lambda store, entry=entry: store.outputs(self.id, entry=entry, limit=PAGE))
+            entries = self._session.call(partial(Store.outputs, identifier=self.id, entry=reader.entry, limit=PAGE))
             if not entries:
                 return outputs
             outputs += reader.feed(entries)
@@ -127,9 +127,8 @@ class Handle:
         Raises, after all that was put out, :class:`RequestFailed` or :class:`RequestCanceled`; also
         :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.
         """
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-            raise InvalidRequest(f"start is a number of outputs, not {start!r}", "start")
-        return self._stream(OutputReader(self.id, start=start, restarts=restarts), self._limit(timeout))
+        reader = OutputReader(self.id, start=whole(start, "start", 0), restarts=restarts)
+        return self._stream(reader, self._limit(timeout))
 
     def cancel(self, reason: str = "") -> bool:
         """Cancel it: a waiting request ends now, a running one when its worker next writes (it may finish first).
@@ -154,10 +153,7 @@ class Handle:
         return time.monotonic() + self._session.patience
 
     def _limit(self, timeout: float | None) -> float:
-        seconds = self._session.settings.response_timeout if timeout is None else timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
-            raise InvalidRequest(f"timeout is in seconds and not negative, but is {timeout!r}", "timeout")
-        return float(seconds)
+        return waited(self._session.settings.response_timeout if timeout is None else timeout, "timeout")
 
     def _record(self, deadline: float | None) -> RequestRecord:
         record = self._session.call(lambda store: store.fetch(self.id), deadline=deadline)
@@ -187,43 +183,50 @@ class Handle:
         reader.notice(record.epoch)
         with self._session.replies.watch(self.id, record.client) as watch:
             while True:
-                moved = yield from self._drain(reader, deadline)
+                moved = yield from self._drain(reader, limit, deadline)
                 if moved:
                     deadline = time.monotonic() + limit
-                record = self._record(deadline)
-                if reader.notice(record.epoch):
-                    continue
-                if record.ended:
-                    # What was written before the end is read after it was seen; and a request that was requeued
-                    # between the two has not ended.
-                    yield from self._drain(reader, deadline)
-                    last = self._record(max(deadline, self._patience()))
-                    if not last.ended or reader.notice(last.epoch):
+                if not moved or watch.told_end:
+                    record = self._record(deadline)
+                    if reader.notice(record.epoch):
                         continue
-                    if error := self._error(last):
-                        raise error
-                    if reader.complete():
-                        return
-                elif not _sleep(watch, STREAM_SILENCE, deadline):
+                    if record.ended:
+                        ended = yield from self._close(reader, limit, deadline)
+                        if ended:
+                            return
+                        deadline = time.monotonic() + limit
+                        continue
+                if not _sleep(watch, STREAM_SILENCE, deadline):
                     raise TimeoutError(
                         f"request {self.id} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
                         f"on; read on with stream(start={reader.count}), or look at it with: perdure show {self.id}"
                     )
 
-    def _drain(self, reader: OutputReader, deadline: float) -> Generator[Any, None, bool]:
+    def _drain(self, reader: OutputReader, limit: float, deadline: float) -> Generator[Any, None, bool]:
         """Yield what the log has and the reader has not; returns whether there was anything."""
         moved = False
         while True:
-            deadline = max(deadline, time.monotonic()) if moved else deadline
             entry = reader.entry
-            entries = self._session.call(
-                lambda store, entry=entry: store.outputs(self.id, entry=entry, limit=PAGE), deadline=deadline
-            )
-            if not entries:
-                return moved
+            page = partial(Store.outputs, identifier=self.id, entry=entry, limit=PAGE)
+            entries = self._session.call(page, deadline=deadline)
             for output in reader.feed(entries):
                 moved = True
                 yield output
+            if len(entries) < PAGE and reader.entry == entry + len(entries):
+                return moved
+            # The caller may have taken its time over them.
+            deadline = time.monotonic() + limit
+
+    def _close(self, reader: OutputReader, limit: float, deadline: float) -> Generator[Any, None, bool]:
+        """Yield the rest after the end was seen; returns False if it goes on after all. Raises how it ended."""
+        # What was written before the end is there now; and a request that was requeued meanwhile has not ended.
+        yield from self._drain(reader, limit, deadline)
+        record = self._record(max(deadline, self._patience()))
+        if not record.ended or reader.notice(record.epoch):
+            return False
+        if error := self._error(record):
+            raise error
+        return reader.complete()
 
     def _error(self, record: RequestRecord) -> PerdureError | None:
         """What its end says, if that is not a result."""

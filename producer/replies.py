@@ -43,6 +43,8 @@ class Watch:
     def __init__(self, replies: Replies, identifier: str, channel: str) -> None:
         self.identifier = identifier
         self.channel = channel
+        self.told_end = False
+        """Whether a hint said that the request has ended. It may have been requeued since."""
         self._replies = replies
         self._event = threading.Event()
 
@@ -57,7 +59,10 @@ class Watch:
         self._event.wait(max(0.0, seconds * random.uniform(0.9, 1)))
         self._event.clear()
 
-    def wake(self) -> None:
+    def wake(self, what: bytes = b"") -> None:
+        """End the wait; ``what`` is what the hint says: ``end``, or how many outputs there are."""
+        if what == b"end":
+            self.told_end = True
         self._event.set()
 
     def __enter__(self) -> Self:
@@ -152,7 +157,7 @@ class Replies:
         tries = 0
         while True:
             began = time.monotonic()
-            pubsub = self._connection.pubsub()
+            pubsub = self._connection.pubsub()  # type: ignore[no-untyped-call]
             try:
                 self._listen(pubsub)
                 return
@@ -213,7 +218,7 @@ class Replies:
             if what:
                 with self._changed:
                     for watch in self._watches.get(identifier.decode(errors="replace"), ()):
-                        watch.wake()
+                        watch.wake(what)
 
     def _finished(self) -> bool:
         return self._closed or (not self._watches and time.monotonic() - self._idle_since > LISTEN_IDLE)

@@ -33,6 +33,9 @@ PAUSE_CAP: Final = 1.0
 LANES: Final = 8
 """Calls in flight at once. A thousand threads that wait share as many connections."""
 
+LANE_WAIT: Final = 60.0
+"""Seconds; a call is a millisecond, or a timeout when Redis is away."""
+
 _TRANSIENT = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 _FINAL = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
 
@@ -76,7 +79,8 @@ class Session:
             if self._closed:
                 raise UsageError("this Client is closed; make a new one")
             try:
-                if not self._lanes.acquire(timeout=max(0.0, deadline - time.monotonic()) + PAUSE_CAP):
+                left = deadline - time.monotonic()
+                if not self._lanes.acquire(timeout=min(max(left, PAUSE_CAP), LANE_WAIT)):
                     raise redis.TimeoutError("all connections wait for answers")
                 try:
                     return operation(self._store)

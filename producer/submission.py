@@ -6,10 +6,8 @@ A mistake is told here, in the caller's own stack, and nothing has been written 
 from __future__ import annotations
 
 import difflib
-import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Final
 
 from ..protocol.codec import pack
@@ -19,14 +17,12 @@ from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
-
-Seconds = int | float | timedelta
+from .arguments import Seconds, kept, whole
 
 OPTIONS: Final = ("queue", "id", "max_retries", "result_ttl", "failure_ttl")
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
-_LONGEST = 100 * 366 * 86400  # seconds; Redis counts milliseconds in 64 bits
 _MOST_RETRIES = 1000
 
 
@@ -52,9 +48,11 @@ def build(
         queue=check_queue(queue),
         task=path,
         payload=pack(payload, limit=settings.max_payload, what="payload"),
-        max_retries=_retries(settings.max_retries if max_retries is None else max_retries),
-        result_ttl=_seconds(settings.result_ttl if result_ttl is None else result_ttl, "result_ttl"),
-        failure_ttl=_seconds(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
+        max_retries=whole(
+            settings.max_retries if max_retries is None else max_retries, "max_retries", 0, _MOST_RETRIES
+        ),
+        result_ttl=kept(settings.result_ttl if result_ttl is None else result_ttl, "result_ttl"),
+        failure_ttl=kept(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
         description=path,
     )
 
@@ -108,8 +106,10 @@ def _prepared(task: object, payload: Any) -> tuple[str, Any]:
         found: object = resolve(path) if path.startswith(_OWN) else None
     else:
         path, found = path_of(task), task
-    if isinstance(found, type) and issubclass(found, BatchTask) and found.prepare is not BatchTask.prepare:
-        found = found()
+    if isinstance(found, type) and issubclass(found, BatchTask):
+        batch: type[BatchTask] = found
+        # An instance costs whatever its author likes; without a check of its own it has nothing to say.
+        found = None if batch.prepare is BatchTask.prepare else batch()
     if isinstance(found, BatchTask):
         payload = found.prepare(payload)
     return path, payload
@@ -131,17 +131,3 @@ def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1], {}
     raise InvalidRequest(f"an item is (task, payload) or a dict with both, not {type(item).__name__}")
-
-
-def _retries(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_RETRIES:
-        raise InvalidRequest(f"max_retries is a whole number from 0 to {_MOST_RETRIES}, not {value!r}", "max_retries")
-    return value
-
-
-def _seconds(value: object, name: str) -> int:
-    """Whole seconds, rounded up."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST:
-        raise InvalidRequest(f"{name} is in seconds, more than 0 and at most 100 years, but is {value!r}", name)
-    return math.ceil(seconds)

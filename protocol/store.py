@@ -200,12 +200,13 @@ class Store:
         pid: int,
         host: str,
         device: str = "",
+        ready: bool = True,
         fingerprints: Iterable[str] = (),
     ) -> Pulse:
-        """Say that a worker process lives."""
+        """Say that a worker process lives; ``ready`` once it claims."""
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
-            "pid": pid, "host": host, "device": device, "timeout_ms": _ms(self.settings.heartbeat_timeout),
+            "pid": pid, "host": host, "device": device, "ready": int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
             "pulse_ms": self._pulse_ms(),
         }  # fmt: skip
         groups = {
@@ -250,6 +251,30 @@ class Store:
         """Delete stale checkpoints; returns how many."""
         values = {"ttl_ms": _ms(self.settings.checkpoint_ttl), "limit": limit}
         return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
+
+    def workers(self) -> list[dict[str, Any]]:
+        """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held."""
+        beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for incarnation, _ in beats:
+                pipe.hgetall(key("incarnation", incarnation.decode()))
+                pipe.hkeys(key("held", incarnation.decode()))
+            (seconds, micros), *replies = pipe.execute()
+        now = seconds + micros / 1e6
+        result = []
+        for (incarnation, deadline), record, held in zip(beats, replies[::2], replies[1::2], strict=True):
+            fields = {name.decode(): value.decode(errors="replace") for name, value in record.items()}
+            result.append(
+                {
+                    "incarnation": incarnation.decode(), "worker": fields.get("worker", ""),
+                    "queues": fields.get("queues", "").split(","), "pid": int(fields.get("pid") or 0),
+                    "host": fields.get("host", ""), "device": fields.get("device", ""),
+                    "ready": fields.get("ready") == "1", "dead_in": deadline / 1000 - now,
+                    "held": sorted(item.decode() for item in held),
+                }  # fmt: skip
+            )
+        return result
 
     # --- reads -----------------------------------------------------------------------------------
 

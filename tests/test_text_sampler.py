@@ -36,10 +36,7 @@ def test_noise_depends_on_seed_position_and_token_only():
 def test_noise_is_the_same_for_ever():
     """A change here would change every seeded answer of every user."""
     words = uniform(42, 0, numpy.array([0, 1, 49151])) * 2**52
-    assert [int(word) for word in words] == PINNED
-
-
-PINNED: list[int] = []
+    assert [int(word) for word in words] == [1704597898904423, 2929977715766208, 244310753259266]
 
 
 def test_noise_is_even():

@@ -36,6 +36,7 @@ class Companion:
     device: str = ""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     fingerprints: list[str] = field(default_factory=list)
+    ready: bool = False
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -60,10 +61,13 @@ class Companion:
         self.log.warning("the guardian (pid %d) is gone; starting another", self._process.pid)
         self._start()
 
-    def tell(self, fingerprints: list[str]) -> None:
-        """The fingerprints that this worker can continue."""
-        self.fingerprints = fingerprints
-        self._send({"fingerprints": fingerprints})
+    def tell(self, *, fingerprints: list[str] | None = None, ready: bool | None = None) -> None:
+        """The fingerprints that this worker can continue, and whether it claims now."""
+        if fingerprints is not None:
+            self.fingerprints = fingerprints
+        if ready is not None:
+            self.ready = ready
+        self._send({"fingerprints": self.fingerprints, "ready": self.ready})
 
     def dismiss(self) -> None:
         """The end is clean: the guardian exits without reaping."""
@@ -103,6 +107,7 @@ class Companion:
                 "host": socket.gethostname(),
                 "device": self.device,
                 "fingerprints": self.fingerprints,
+                "ready": self.ready,
             }
         )
 

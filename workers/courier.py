@@ -55,15 +55,15 @@ class Limits:
 class Courier:
     """Claims, checkpoints, finishes and hands back, in a thread of its own.
 
-    ``registered`` is called with the new incarnation when this worker starts to beat under one, at the
-    start and again after it was declared dead by mistake (a long stop, a network cut).
+    ``rejoined`` is called with the new incarnation after this worker was declared dead by mistake (a long
+    stop, a network cut); ``tended`` in every round.
     """
 
     store: Store
     worker: str
     queues: Callable[[], list[str]]
     mailbox: Mailbox
-    registered: Callable[[str], None]
+    rejoined: Callable[[str], None]
     tended: Callable[[], None]
     limits: Limits = field(default_factory=Limits)
     resume: bool = True
@@ -234,7 +234,6 @@ class Courier:
 
     def _run(self) -> None:
         try:
-            self.registered(self.incarnation)
             while not self._finished():
                 self._turn()
             self._leave()
@@ -507,7 +506,7 @@ class Courier:
                 self._let_go(name)
             self._releases.clear()
             self.incarnation = uuid.uuid4().hex
-        self.registered(self.incarnation)
+        self.rejoined(self.incarnation)
 
     # --- outages and the end -----------------------------------------------------------------------
 

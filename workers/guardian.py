@@ -49,11 +49,13 @@ class Guardian:
     host: str
     device: str
     fingerprints: list[str]
+    ready: bool
     pipe: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
     _rest: bytes = b""
     _clean: bool = False
     _quiet: bool = False
+    _news: bool = False
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
@@ -69,7 +71,8 @@ class Guardian:
             ready, _, _ = select.select(handles, [], [], max(0.0, due - time.monotonic()))
             if ready and self._worker_gone(ready):
                 return 0 if self._clean else self._reap()
-            if time.monotonic() >= due:
+            if time.monotonic() >= due or self._news:
+                self._news = False
                 due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
                 if self._quiet:
                     return 0
@@ -87,6 +90,8 @@ class Guardian:
             message = json.loads(line)
             self._clean = self._clean or bool(message.get("bye"))
             self.fingerprints = message.get("fingerprints", self.fingerprints)
+            self.ready = message.get("ready", self.ready)
+            self._news = True
         return not data or self._clean
 
     def _beat(self, reaper: Reaper) -> bool:
@@ -99,6 +104,7 @@ class Guardian:
                 pid=self.pid,
                 host=self.host,
                 device=self.device,
+                ready=self.ready,
                 fingerprints=self.fingerprints,
             )
             if pulse.status == "ok" and pulse.sweep_due:

@@ -46,7 +46,7 @@ class EngineLoop:
     mailbox: Mailbox
     settings: Settings
     run_plain: PlainRunner
-    changed: Callable[[list[str]], None]
+    shown: Callable[[list[str]], None]
     """Called with all fingerprints when another task has been loaded."""
 
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
@@ -129,7 +129,7 @@ class EngineLoop:
             self.courier.loading(0)
         self._engines[path] = engine
         self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
-        self.changed([item.fingerprint for item in self._engines.values() if item.fingerprint])
+        self.shown([item.fingerprint for item in self._engines.values() if item.fingerprint])
         self.courier.loaded(path, batch.slots, batch.step_timeout)
         return engine
 

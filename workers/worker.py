@@ -92,23 +92,28 @@ class Worker(SimpleWorker):
             worker=self.name,
             queues=self._next_queues,
             mailbox=mailbox,
-            registered=self._companion.watch,
+            rejoined=self._companion.watch,
             tended=self._companion.tend,
             limits=Limits(burst, max_jobs, max_idle_time),
             resume=settings.resume,
         )
-        loop = EngineLoop(self._courier, mailbox, settings, self._run_plain, self._companion.tell)
-        return self._run(loop, self._courier, settings)
+        companion = self._companion
+        loop = EngineLoop(
+            self._courier, mailbox, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown)
+        )
+        return self._run(loop, self._courier, companion, settings)
 
-    def _run(self, loop: EngineLoop, courier: Courier, settings: Settings) -> bool:
+    def _run(self, loop: EngineLoop, courier: Courier, companion: Companion, settings: Settings) -> bool:
         watcher = SignalWatcher(self._stop_signal)
         try:
             watcher.install()
+            companion.watch(courier.incarnation)
             try:
                 loop.preload()
             except Exception as error:
                 self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
                 sys.exit(1)
+            companion.tell(ready=True)
             courier.start()
             exit_watch = threading.Thread(
                 target=self._leave_a_stuck_step, args=(courier, settings), name="exit", daemon=True
@@ -128,7 +133,7 @@ class Worker(SimpleWorker):
     def _depart(self, courier: Courier) -> None:
         """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it."""
         assert self._companion is not None
-        store = courier.store
+        store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
             self.teardown()

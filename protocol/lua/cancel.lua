@@ -15,10 +15,13 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'origin', 'client', 'failure_ttl', 'last', 'task')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'origin', 'client', 'failure_ttl', 'last', 'cancel')
   local queue = job[3] or ''
   local verdict = string.match(job[6] or '', ':(%a+)$')
-  local ended = verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped'
+  -- A verdict whose registry has lost the id was taken back: somebody requeued it, and it waits again.
+  local registry = verdict == 'stopped' and 'canceled' or verdict
+  local ended = (registry == 'finished' or registry == 'failed' or registry == 'canceled')
+    and redis.call('ZSCORE', KEY[registry] .. queue, id)
   if not job[2] then
     forget(id)
     answers[#answers + 1] = 'unknown'
@@ -27,8 +30,9 @@ for _ = 1, tonumber(arg()) do
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'
   elseif execution == '' and job[1] and job[1] ~= '' then
+    -- Once: sent again, it is the same wish.
+    if job[7] ~= '1' then history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason) end
     redis.call('HSET', name, 'cancel', '1')
-    history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason)
     answers[#answers + 1] = 'requested'
   elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') then
     local already = verdict == 'canceled' or verdict == 'stopped'

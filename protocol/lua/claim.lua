@@ -66,7 +66,8 @@ for i = 1, #held, 2 do
   if not known[id] then
     local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task')
     if job[1] == execution and redis.call('ZSCORE', KEY.leases .. job[2], id) then
-      redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_ms), id)
+      -- A plain job keeps its own lease: it is one long step.
+      if job[3] then redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_ms), id) end
       give(id, execution, job[2])
       task = job[3] or ''
       free = 0 -- the caller sees what it holds before it asks for more
@@ -108,13 +109,7 @@ local function runnable(id, queue)
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
   elseif job[1] == 'canceled' or job[1] == 'stopped' then
-    -- Canceled by RQ's Job.cancel while it waited.
-    if redis.call('HEXISTS', name, 'task') == 1 then
-      redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
-      drop_checkpoint(id)
-      share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
-      hint(redis.call('HGET', name, 'client'), id, 'end')
-    end
+    settle_canceled(id)
     return false
   end
   redis.call('ZREM', KEY.retries .. queue, id)

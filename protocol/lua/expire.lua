@@ -17,8 +17,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(now
   elseif job[1] and job[1] ~= '' then
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms)) end
-  elseif job[3] == 'failed' then
-    -- Its outputs may still be read; only going on from them is over.
+  elseif job[3] == 'failed' or job[3] == 'canceled' or job[3] == 'stopped' or job[3] == 'finished' then
+    -- It has ended. Its outputs may still be read; only going on from them is over.
     drop_checkpoint(id)
     stale = stale + 1
   else

@@ -7,6 +7,7 @@
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on
+-- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on
 -- ARGV timeout_ms   ms until it counts as dead without another heartbeat
 -- ARGV pulse_ms     the reapers' pulse is old after so many ms
 -- EACH queue: queue         the worker's queues
@@ -18,7 +19,7 @@
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
 local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
-local host, device, timeout_ms, pulse_ms = arg(), arg(), arg(), arg()
+local host, device, ready, timeout_ms, pulse_ms = arg(), arg(), arg(), arg(), arg()
 local queues = {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
@@ -29,7 +30,8 @@ if reaped(incarnation) then return { 'reaped', '0' } end
 
 redis.call('ZADD', KEY.beats, int(now_ms + tonumber(timeout_ms)), incarnation)
 local record = KEY.incarnation .. incarnation
-redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device)
+redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
+  'ready', ready)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
 for _ = 1, tonumber(arg()) do

@@ -211,13 +211,15 @@ end
 -- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
 local function decide(queue, id, execution, incarnation, policy)
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel')
+  local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel', 'status')
   local worker, claimed_ms = job[1] or '', tonumber(job[2]) or now_ms
   local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
   detach(queue, id, execution, incarnation, worker)
-  if job[3] == '1' then
-    -- Canceled while it ran; its end is the cancel that the worker could not confirm.
-    redis.call('HSET', name, 'status', 'canceled', 'ended_at', utc(), 'execution', '', 'last', execution .. ':canceled')
+  if job[3] == '1' or job[4] == 'canceled' or job[4] == 'stopped' then
+    -- Canceled while it ran, by us or by RQ; its end is the cancel that the worker could not confirm.
+    local state = job[4] == 'stopped' and 'stopped' or 'canceled'
+    redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', execution .. ':' .. state)
+    redis.call('HDEL', name, 'cancel')
     leave_registries(queue, id)
     redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
     drop_checkpoint(id)
@@ -273,6 +275,16 @@ local function decide(queue, id, execution, incarnation, policy)
   return 'scheduled'
 end
 
+-- Canceled by RQ's Job.cancel while it waited: RQ has written status and registry, the rest is ours.
+local function settle_canceled(id)
+  local name = KEY.job .. id
+  if redis.call('HEXISTS', name, 'task') == 0 then return end
+  redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
+  drop_checkpoint(id)
+  share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
+  hint(redis.call('HGET', name, 'client'), id, 'end')
+end
+
 -- Move due retries to the back of their queue: they neither overtake fresh work nor starve behind it.
 -- Returns how many were moved.
 local function promote(queue, limit)
@@ -280,12 +292,15 @@ local function promote(queue, limit)
   local moved = 0
   for _, id in ipairs(due) do
     redis.call('ZREM', KEY.retries .. queue, id)
-    -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves.
+    -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves. Any other status
+    -- is for display: a stale writer's must not lose the request, and the claim that pops it knows better.
     local status = redis.call('HGET', KEY.job .. id, 'status')
     if not status then
       forget(id)
-    elseif status == 'scheduled' then
-      redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
+    elseif status == 'canceled' or status == 'stopped' then
+      settle_canceled(id)
+    else
+      if status == 'scheduled' then redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc()) end
       redis.call('RPUSH', KEY.queue .. queue, id)
       moved = moved + 1
     end

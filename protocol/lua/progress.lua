@@ -25,7 +25,7 @@ for _ = 1, tonumber(arg()) do
   local blob, has_state, state, crc, fingerprint = arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client')
-  if job[1] ~= execution then
+  if job[1] ~= execution or execution == '' then
     if not job[1] then forget(id) end
     if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
     count('fenced', job[4] or '')

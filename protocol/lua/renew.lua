@@ -11,7 +11,7 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin')
-  if job[1] ~= execution then
+  if job[1] ~= execution or execution == '' then
     if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
     count('fenced', job[4] or '')
     answers[#answers + 1] = 'lost'

@@ -1,0 +1,37 @@
+"""Checks of single arguments. A wrong one is an :class:`InvalidRequest` that names it, never a puzzle later."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+from ..protocol.errors import InvalidRequest
+
+Seconds = int | float | timedelta
+
+LONGEST = 100 * 366 * 86400
+"""Seconds, and more than anybody keeps: Redis counts milliseconds in 64 bits."""
+
+
+def whole(value: object, name: str, least: int, most: int | None = None) -> int:
+    """A whole number within bounds; a bool is none."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
+    if not fits:
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise InvalidRequest(f"{name} is a whole number {bounds}, not {value!r}", name)
+    return value  # type: ignore[return-value]
+
+
+def kept(value: object, name: str) -> int:
+    """How long something is kept: whole seconds, rounded up."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST:
+        raise InvalidRequest(f"{name} is in seconds, more than 0 and at most 100 years, but is {value!r}", name)
+    return math.ceil(seconds)
+
+
+def waited(value: object, name: str) -> float:
+    """How long something is waited for, in seconds; 0 and infinity are allowed."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
+        raise InvalidRequest(f"{name} is in seconds and not negative, but is {value!r}", name)
+    return float(value)
