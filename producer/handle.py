@@ -79,6 +79,15 @@ class Handle:
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""
         return self._session.call(lambda store: store.checkpoint(self.id))
 
+    def offset(self) -> int:
+        """How many outputs are stored."""
+
+        def read(store: Store) -> int:
+            last = store.outputs(self.id, entry=-1, limit=1)
+            return last[0][1] + len(last[0][2]) if last else 0
+
+        return self._session.call(read)
+
     def outputs(self) -> list[Any]:
         """All outputs so far; does not wait."""
         reader = OutputReader(self.id, restarts=True)
@@ -105,7 +114,10 @@ class Handle:
         record = self._wait(limit, deadline)
         if error := self._error(record):
             raise error
-        return self._session.call(lambda store: store.result(self.id), deadline=max(deadline, self._patience()))
+        try:
+            return self._session.call(lambda store: store.result(self.id), deadline=max(deadline, self._patience()))
+        except ValueError as error:
+            raise PerdureError(f"request {self.id} has finished, but its result cannot be read: {error}") from None
 
     def exception(self, timeout: float | None = None) -> PerdureError | None:
         """Wait for the end and return what :meth:`result` would raise; ``None`` if it has finished.

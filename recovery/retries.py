@@ -7,7 +7,7 @@ asked twice, the answer is the same.
 
 from __future__ import annotations
 
-import hashlib
+_ROUNDS = bytes(3)  # carry the last characters, in which neighbours differ, into the high bits
 
 
 def backoff(request_id: str, n: int, base: float, cap: float) -> float:
@@ -19,9 +19,10 @@ def backoff(request_id: str, n: int, base: float, cap: float) -> float:
     if n < 1:
         raise ValueError(f"the first retry is number 1, not {n}")
     delay = min(cap, base * 2.0 ** min(n - 1, 30))
-    # Jitter, not secrecy: SHA-1 is what Redis offers to scripts.
-    digest = hashlib.sha1(f"{request_id}:{n}".encode(), usedforsecurity=False).hexdigest()
-    return delay * (1 - 0.25 * (int(digest[:8], 16) / 2**32))
+    spread = 0
+    for byte in f"{request_id}:{n}".encode() + _ROUNDS:
+        spread = ((spread + byte) * 1664525 + 1013904223) % 2**32
+    return delay * (1 - 0.25 * spread / 2**32)
 
 
 def schedule(request_id: str, retries: int, base: float, cap: float) -> list[float]:

@@ -139,7 +139,7 @@ class Pool:
 
     def set_pulse(self, *, at_shift: int = 0, since_shift: int = -HOUR_MS) -> None:
         """The reapers' pulse as if sweeps had gone on: the last one ``at_shift`` ms from now."""
-        now = round(self.now() * 1000)
+        now = int(self.now() * 1000)  # rounded up, it would come from the future
         self.connection.hset(key("pulse"), mapping={"at": now + at_shift, "since": now + since_shift})
 
     def stop_heart(self, incarnation: str) -> None:

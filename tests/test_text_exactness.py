@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ import torch
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.workers.tasks import NOTHING, Request
-from perdure.workers.text import Generate, engine
+from perdure.workers.text import Generate
 from perdure.workers.text.bundle import read
 from perdure.workers.text.exactness import check_operators, self_check
 from perdure.workers.text.golden import run_alone
 from perdure.workers.text.llama import Llama
 from perdure.workers.text.operators import Operators
+from perdure.workers.text.sampler import choose
 
 # Four chunks of prefill, and past the end of an attention bucket while decoding.
 PROMPT = "What outlives the process that began it? " * 3
@@ -47,14 +50,15 @@ def bits(monkeypatch):
         assert previous == logits.tobytes(), f"other bits for seed {parameters.seed} at output {index}"
         return choose(logits, parameters, index)
 
-    choose = engine.choose
-    monkeypatch.setattr(engine, "choose", spy)
+    monkeypatch.setattr("perdure.workers.text.engine.choose", spy)
     return seen
 
 
-def run_together(task: Generate, requests: list[Request]) -> dict[str, tuple[list, dict]]:
+def run_together(task: Generate, requests: list[Request]) -> dict[str, tuple[list[Any], dict[str, Any]]]:
     """Run many, filling each slot as soon as it is free; new outputs and result of each."""
-    waiting, outputs, results = list(requests), {item.id: [] for item in requests}, {}
+    waiting = list(requests)
+    outputs: dict[str, list[Any]] = {item.id: [] for item in requests}
+    results: dict[str, dict[str, Any]] = {}
     running: set[str] = set()
     while waiting or running:
         while waiting and len(running) < task.slots:
@@ -78,16 +82,13 @@ def test_resumed_at_every_token_equals_uninterrupted(bits, dtype, threads, paylo
     task = load(dtype, threads)
     outputs, result = run_alone(task, Request(id="whole", payload=payload))
     assert len(outputs) >= 15
-    resumed = [
-        Request(id=f"resumed-{cut}", payload=payload, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)
-    ]
+    resumed = [Request(id=f"resumed-{cut}", payload=payload, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)]
     for cut, request in enumerate(resumed):
         assert run_alone(task, request) == (outputs[cut:], result)
     neighbours = [Request(id=f"other-{place}", payload=item) for place, item in enumerate(NEIGHBOURS)]
     mixed = [item for pair in zip(resumed, neighbours * len(resumed), strict=False) for item in pair]
     unique = [
-        Request(id=f"{place}-{item.id}", payload=item.payload, outputs=item.outputs)
-        for place, item in enumerate(mixed)
+        Request(id=f"{place}-{item.id}", payload=item.payload, outputs=item.outputs) for place, item in enumerate(mixed)
     ]
     for name, (rest, end) in run_together(task, unique).items():
         if "resumed" in name:
@@ -150,11 +151,11 @@ def test_an_operator_that_is_wrong_in_one_row_is_refused(which, named):
 
 
 class Forgetful(Operators):
-    """Attention that lets the rows of one pass see less of each other than a pass each would."""
+    """Attention that lets the rows of one request in one pass see less of each other than a pass each would."""
 
     def attend(self, queries, seen, layer):
-        first = seen[0]
-        return super().attend(queries, [item if item.keys is not first.keys else first for item in seen], layer)
+        first = {id(item.keys): item for item in reversed(seen)}
+        return super().attend(queries, [replace(first[id(item.keys)], row=item.row) for item in seen], layer)
 
 
 def test_a_replay_that_differs_is_refused():

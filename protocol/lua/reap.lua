@@ -89,8 +89,9 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local alone = #held == 2 and '1' or '0'
   redis.call('HSET', record, 'reaped', why, 'reaped_at', int(now_ms))
   redis.call('EXPIRE', record, HOUR)
-  -- From last to first would need their order; the front of the queue has room for any of them.
-  for i = 1, #held, 2 do
+  -- From last to first: each goes to the front, so they stand there in the order of their claims. (A small hash
+  -- keeps its order; in a large one it is by chance, which harms nobody.)
+  for i = #held - 1, 1, -2 do
     if taken >= limit then
       left = '1'
       return
@@ -135,7 +136,9 @@ if not at or not since or at > now_ms or now_ms - at > pulse_ms then since = now
 redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since))
 if now_ms - since < timeout_ms then return answer('0') end
 
-for _, holder in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms), 'LIMIT', 0, 16)) do
+local silent = redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms), 'LIMIT', 0, 16)
+if #silent == 16 then left = '1' end -- a whole host is lost: there may be more
+for _, holder in ipairs(silent) do
   if taken >= limit then
     left = '1'
     break

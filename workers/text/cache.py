@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import gguf
 import numpy
@@ -108,7 +108,7 @@ def _load(place: Path, dtype: torch.dtype) -> Bundle:
     )
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, dict[str, str]], int]:
+def _header(file: BinaryIO) -> tuple[dict[str, dict[str, Any]], int]:
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= 2**28:
         raise ValueError("no safetensors header")

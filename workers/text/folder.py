@@ -90,6 +90,8 @@ def _shape(config: dict[str, Any], folder: Path) -> Shape:
         )
     except KeyError as error:
         raise SettingsError(f"{folder}/config.json does not say its {error.args[0]}") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise SettingsError(f"{folder}/config.json has no such shape: {error}") from None
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:

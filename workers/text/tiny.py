@@ -2,7 +2,7 @@
 
 It writes nonsense. It is for tests and demonstrations without a download: the same architecture,
 a step in milliseconds, and near-flat logits, on which a rounding error shows sooner than on those
-of a trained model.
+of a trained model. No token ends its texts: they have ``max_tokens`` tokens unless a stop string comes.
 """
 
 from __future__ import annotations
@@ -67,5 +67,4 @@ def _vocabulary() -> Vocabulary:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in _SPECIALS])
-    ends = (vocab["<|endoftext|>"], vocab["<|im_end|>"])
-    return Vocabulary(definition=inner.to_str(), ends=ends, template=_TEMPLATE, end_text="<|im_end|>")
+    return Vocabulary(definition=inner.to_str(), ends=(), template=_TEMPLATE, end_text="<|im_end|>")

@@ -1,0 +1,1 @@
+"""What a person types: the ``perdure`` command, and the processes behind it."""

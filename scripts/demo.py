@@ -1,0 +1,74 @@
+"""``perdure demo``: kill workers in the middle of real generations, and compare every answer with one that nobody
+disturbed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..protocol.errors import PerdureError, SettingsError
+from ..protocol.settings import Settings
+
+CHECK_EVERY = 0.1
+"""Seconds between two drawings of the screen at most."""
+
+
+@click.command(
+    epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json"
+)
+@click.option("--model", help="smollm2 (default), tiny, or a path to a GGUF file or a model folder.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to FILE.")
+@click.option("--keep", is_flag=True, help="Keep the folder with the logs.")
+def demo(model: str | None, json_file: Path | None, keep: bool) -> None:
+    """Generate text on two workers, kill both in turn, and show that no answer changed.
+
+    Starts a Redis of its own. Exits with 1 unless nothing was lost, doubled or different, and unless every
+    interrupted request went on from its last checkpoint.
+    """
+    settings = Settings.from_environment(strict=True).replace(model=model)
+    raise SystemExit(run(settings, json_file, keep=keep))
+
+
+def run(settings: Settings, json_file: Path | None, *, keep: bool = False) -> int:
+    """The demonstration, its tables and its exit status: 0 if everything promised was shown."""
+    try:
+        from .demonstration import Demonstration, prompts
+        from .screen import Screen
+        from .verdict import judge
+    except ImportError as error:
+        raise SettingsError(f"the demonstration needs {error.name}: pip install 'perdure[demo]'") from None
+    folder = Path(tempfile.mkdtemp(prefix="perdure-demo-"))
+    began = time.monotonic()
+    failed = True
+    try:
+        with Screen(CHECK_EVERY) as screen:
+            demonstration = Demonstration(settings, folder, screen.say, screen.show)
+            verdict = judge(demonstration.run(prompts(settings.model)))
+            screen.stop()
+            screen.report(verdict, time.monotonic() - began)
+        if json_file is not None:
+            _write(json_file, verdict.as_dict())
+        failed = bool(verdict.problems)
+        return 1 if failed else 0
+    except PerdureError as error:
+        print(f"perdure demo: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if keep or failed:
+            print(f"The logs are in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}") from None

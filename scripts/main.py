@@ -1,0 +1,137 @@
+"""``perdure``: the command line.
+
+Data goes to stdout, messages go to stderr. Exit codes: 0; 1 the request failed or was canceled; 2 a mistake in
+the call; 3 Redis cannot be reached; 4 the pool is unhealthy (nothing came in time, or it takes nothing now);
+130 after Ctrl-C. A command is imported when it is called: the others' libraries cost it nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+OK, FAILED, USAGE, UNREACHABLE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# name -> (module of this package, attribute, one line for the list of commands)
+COMMANDS = {
+    "demo": ("demo", "demo", "Watch real generations survive kill -9."),
+    "up": ("up", "up", "Run a reaper and workers in the foreground."),
+    "worker": ("processes", "worker", "Run one worker."),
+    "reaper": ("processes", "reaper", "Take requests from dead workers."),
+    "submit": ("submitting", "submit", "Put a request on a queue."),
+    "show": ("views", "show", "Show one request."),
+    "list": ("views", "list_", "List requests."),
+    "result": ("views", "result", "Wait for a request and print its result."),
+    "cancel": ("moves", "cancel", "Cancel requests."),
+    "requeue": ("moves", "requeue", "Send failed requests back to their queues."),
+}
+
+
+class Commands(click.Group):
+    """Finds commands by name, and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, (module, _, _) in COMMANDS.items() if _exists(module)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        try:
+            command = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            raise click.UsageError(
+                f'"perdure {cmd_name}" needs the package {error.name}, which is not installed. '
+                'Run: pip install "perdure[demo]"'
+            ) from None
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does, but from the table: listing commands must not import them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.{module}") is not None
+
+
+EPILOG = """\b
+Examples:
+  perdure up gpu --workers 2
+  perdure submit app.tasks.count '{"n": 3}' --queue gpu --stream
+  perdure list --status failed
+  perdure show ID
+
+Redis is found by --url, PERDURE_REDIS_URL, RQ_REDIS_URL, or a running embedded server."""
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("perdure"), prog_name="perdure")
+def perdure() -> None:
+    """Inference requests that outlive the workers running them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors a person can cause are one message on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    options: dict[str, Any] = {"color": False} if os.environ.get("NO_COLOR") else {}
+    try:
+        code = perdure.main(args=argv, prog_name="perdure", standalone_mode=False, **options)
+        sys.stdout.flush()
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except BrokenPipeError:
+        # The reader has seen enough ("| head"). Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        return _explain(error)
+    return code if isinstance(code, int) else OK
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong and return the exit code. What is not a known error is a bug, with its traceback."""
+    from ..protocol.errors import (
+        PerdureError,
+        RedisUnavailable,
+        RequestCanceled,
+        RequestFailed,
+        UnknownRequest,
+        UsageError,
+    )
+
+    match error:
+        case RedisUnavailable():
+            code = UNREACHABLE
+        case UsageError() | UnknownRequest():
+            code = USAGE
+        case RequestFailed() | RequestCanceled():
+            code = FAILED
+        case PerdureError() | TimeoutError():
+            code = UNHEALTHY
+        case _:
+            raise error
+    click.echo(f"perdure: {error}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  {note}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""``perdure show``, ``list`` and ``result``: what stands in Redis, for people and for programs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..protocol.records import RequestRecord
+from ..protocol.states import State
+from .console import json_option, one_line, open_client, print_json, print_table, timeout_option, url_option
+from .submitting import follow
+
+if TYPE_CHECKING:
+    from ..producer import Handle
+
+_COLORS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped": "yellow", "started": "cyan"}
+
+
+@click.command(epilog="\b\nExamples:\n  perdure show ID\n  perdure show ID --json | jq .checkpoint.offset")
+@click.argument("identifier", metavar="ID")
+@json_option
+@url_option
+def show(identifier: str, as_json: bool, url: str | None) -> None:
+    """Show one request: its state, its checkpoint, and what happened to it."""
+    with open_client(url) as client:
+        facts = describe(client.get(identifier))
+    if as_json:
+        print_json(facts, indent=2)
+    else:
+        _print_facts(facts)
+
+
+def describe(handle: Handle) -> dict[str, Any]:
+    """A request as ``show --json`` prints it. ``offset`` counts stored outputs; ages are seconds."""
+    from ..producer.timeline import attempts_of
+
+    record = handle.record()
+    point = handle.checkpoint()
+    # Returns at once: it has ended. RQ may have failed it, and says why in its own way.
+    error: Any = handle.exception() if record.ended and record.status is State.FAILED else None
+    return {
+        "id": record.id,
+        "status": str(record.status),
+        "queue": record.queue,
+        "task": record.task,
+        "attempt": attempts_of(record),
+        "executions": record.executions,
+        "worker": record.worker or None,
+        "offset": handle.offset(),
+        "checkpoint": point
+        and {"seq": point.seq, "offset": point.offset, "age": round(point.age, 3), "bytes": point.bytes},
+        "error": error and {"kind": error.kind, "reason": error.reason},
+        "history": [event.as_dict() for event in handle.history()],
+    }
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    status = facts["status"]
+    click.echo(f"request     {facts['id']}")
+    click.echo(f"status      {click.style(status, fg=_COLORS.get(status))}")
+    for name in ("queue", "task", "attempt", "executions", "worker"):
+        value = facts[name]
+        click.echo(f"{name:<12}{'-' if value is None else one_line(value)}")
+    click.echo(f"outputs     {facts['offset']}")
+    point = facts["checkpoint"]
+    if point:
+        click.echo(
+            f"checkpoint  {point['seq']}, {point['offset']} outputs, {point['bytes']} bytes of state, "
+            f"{point['age']:.1f} s old"
+        )
+    if facts["error"]:
+        click.echo(f"error       {facts['error']['kind']}: {one_line(facts['error']['reason'])}")
+    for number, event in enumerate(facts["history"]):
+        at = datetime.fromtimestamp(event["at"], UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        place = f" at {event['offset']}" if event["offset"] else ""
+        worker = f" on {one_line(event['worker'])}" if event["worker"] else ""
+        reason = ": ".join(one_line(event[name]) for name in ("kind", "reason") if event[name])
+        click.echo(f"{'history' if not number else '':<12}{at}  {event['event']}{worker}{place}  {reason}".rstrip())
+
+
+@click.command(
+    name="list",
+    epilog="\b\nExamples:\n  perdure list --status failed --queue gpu\n  perdure list --json --limit 200",
+)
+@click.option("--status", help="Only these: queued, started, scheduled, finished, failed, canceled, stopped.")
+@click.option("--queue", metavar="NAME", help="Only of this queue.")
+@click.option("--limit", default=50, show_default=True, type=int, metavar="N", help="Requests on a page.")
+@click.option("--cursor", metavar="CURSOR", help="Of the page before.")
+@json_option
+@url_option
+def list_(
+    status: str | None, queue: str | None, limit: int, cursor: str | None, as_json: bool, url: str | None
+) -> None:
+    """List requests: running, waiting, then ended ones from the newest."""
+    with open_client(url) as client:
+        page = client.list(status=status, queue=queue, limit=limit, cursor=cursor)
+    items = [_item(record) for record in page.items]
+    if as_json:
+        print_json({"items": items, "cursor": page.cursor})
+        return
+    columns = ("id", "status", "queue", "task", "attempt", "worker", "created_at")
+    if items:
+        rows = [["-" if item[name] is None else item[name] for name in columns] for item in items]
+        print_table([name.removesuffix("_at").upper() for name in columns], rows)
+    else:
+        click.echo("No requests here.", err=True)
+    if page.cursor:
+        click.echo(f"More with: --cursor {page.cursor}", err=True)
+
+
+def _item(record: RequestRecord) -> dict[str, Any]:
+    from ..producer.timeline import attempts_of
+
+    error = {"kind": record.error_kind, "reason": record.error_reason} if record.error_kind else None
+    return {
+        "id": record.id,
+        "status": str(record.status),
+        "queue": record.queue,
+        "task": record.task,
+        "attempt": attempts_of(record),
+        "executions": record.executions,
+        "worker": record.worker or None,
+        "created_at": record.created_at or None,
+        "started_at": record.started_at or None,
+        "ended_at": record.ended_at or None,
+        "error": error,
+    }
+
+
+@click.command(epilog="\b\nExamples:\n  perdure result ID --timeout 5\n  perdure result ID --stream --start 12")
+@click.argument("identifier", metavar="ID")
+@click.option("--stream", is_flag=True, help="Print outputs as they come, instead of the result.")
+@click.option("--start", default=0, type=click.IntRange(min=0), metavar="N", help="Skip the first N outputs.")
+@timeout_option("Longest time to wait; default PERDURE_RESPONSE_TIMEOUT. 0 only looks.")
+@json_option
+@url_option
+def result(identifier: str, stream: bool, start: int, timeout: float | None, as_json: bool, url: str | None) -> None:
+    """Wait for a request and print its result.
+
+    Exit code 4 means that it has not ended in time; it goes on.
+    """
+    with open_client(url) as client:
+        handle = client.get(identifier)
+        follow(handle, wait=not stream, stream=stream, timeout=timeout, as_json=as_json, start=start)

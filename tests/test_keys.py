@@ -1,0 +1,123 @@
+"""The names of all keys."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from perdure.protocol import keys
+from perdure.protocol.errors import InvalidRequest, UsageError
+
+# Drives a request through the real scripts on a pretended server, and lists every key that came to be.
+SCRIPT = """
+import fakeredis
+from perdure.protocol.keys import NAMES, PREFIX
+from perdure.protocol.records import NewRequest, Progress
+from perdure.protocol.settings import Settings
+from perdure.protocol.store import Store
+from perdure.protocol.codec import pack
+
+connection = fakeredis.FakeRedis()
+store = Store(connection, Settings())
+store.enqueue([NewRequest(id="a", nonce="n", queue="q", task="app.count", payload=b"", max_retries=1, result_ttl=9,
+                          failure_ttl=9, description="")])
+store.heartbeat(incarnation="i", worker="w", queues=["q"], pid=1, host="h", fingerprints=["f"])
+(claim,) = store.claim(incarnation="i", worker="w", queues=["q"], task="", free=1, slots={}, known=[]).claims
+store.progress("i", [Progress(id="a", execution=claim.execution, seq=1, offset=0, outputs=1,
+                              blob=pack([0, 0, [1]], limit=99, what="x"), state=b"s", fingerprint="f")])
+store.reap(["q"], kind="WORKER_LOST", reason="")
+names = sorted(name.decode() for name in connection.scan_iter())
+print(PREFIX)
+print(*sorted(NAMES.values()))
+print(*names)
+"""
+
+
+def run(prefix: str | None) -> tuple[str, list[str], list[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "RQ_KEY_PREFIX"}
+    if prefix is not None:
+        environment["RQ_KEY_PREFIX"] = prefix
+    output = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    first, table, made = output.splitlines()
+    return first, table.split(), made.split()
+
+
+def test_one_prefix_puts_every_key_into_one_slot():
+    """RQ_KEY_PREFIX='{x}': no name, RQ's or ours, stands outside; nothing that the scripts make does."""
+    prefix, table, made = run("{x}")
+    assert prefix == "{x}"
+    assert table
+    assert made
+    assert [name for name in (*table, *made) if not name.startswith("{x}:")] == []
+    default, other_table, other_made = run(None)
+    assert default == "rq"
+    assert [name.replace("{x}:", "rq:", 1) for name in table] == other_table
+    fixed = [name for name in other_made if ":execution:" not in name]
+    assert [name.replace("{x}:", "rq:", 1) for name in made if ":execution:" not in name] == fixed
+
+
+def test_no_name_is_spelled_twice():
+    """Each key has one name; ours stand below one stem and cannot meet RQ's."""
+    assert len(set(keys.NAMES.values())) == len(keys.NAMES)
+    ours = {name for name in keys.NAMES.values() if name.startswith(keys.OURS)}
+    assert len(ours) == 15
+
+
+def test_names_fit_into_lua_source_without_escapes():
+    """The table is baked into the scripts as it stands."""
+    for name in keys.NAMES.values():
+        assert not set(name) & set("'\\\n")
+
+
+def test_the_full_key_is_the_stem_and_the_id():
+    """As RQ's own tools spell it."""
+    assert keys.key("job", "42") == "rq:job:42"
+    assert keys.key("queue", "gpu") == "rq:queue:gpu"
+    assert keys.key("leases", "gpu") == "rq:perdure:leases:gpu"
+    assert keys.key("counters") == "rq:perdure:counters"
+
+
+@pytest.mark.parametrize("identifier", ["a", "A-b_9", "x" * 200])
+def test_ids_that_rq_allows_pass(identifier):
+    """Letters, digits, underscore and dash."""
+    assert keys.check_id(identifier) == identifier
+
+
+@pytest.mark.parametrize("identifier", ["", "a:b", "a b", "a\n", "ü", "x" * 201, None, 7, b"a", "*", "{a}", "a/b"])
+def test_other_ids_are_refused_with_what_is_allowed(identifier):
+    """An id is part of a key's name: nothing in it may be read as something else."""
+    with pytest.raises(InvalidRequest, match="a request id has 1 to 200") as caught:
+        keys.check_id(identifier)
+    assert caught.value.field == "id"
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("queue", ["gpu", "gpu.large", "a@b", "low-1"])
+def test_queue_names_that_are_in_use_pass(queue):
+    """Dots and at signs too."""
+    assert keys.check_queue(queue) == queue
+
+
+@pytest.mark.parametrize("queue", ["", "a,b", "a:b", "a b", "x" * 201, None, "a\n"])
+def test_other_queue_names_are_refused(queue):
+    """A comma would split the list of a worker's queues."""
+    with pytest.raises(InvalidRequest, match="a queue name has 1 to 200"):
+        keys.check_queue(queue)
+
+
+@pytest.mark.parametrize("path", ["app.count", "a.b_c.D9"])
+def test_dotted_paths_pass(path):
+    """A module and a name in it."""
+    assert keys.check_task(path) == path
+
+
+@pytest.mark.parametrize("path", ["count", "", "a..b", "a.b()", "a.1b", "a.b\n", "a.ü", None, print, "a." + "b" * 500])
+def test_what_is_no_dotted_path_is_refused(path):
+    """A path is imported by workers: it must be one."""
+    with pytest.raises(UsageError, match="dotted path"):
+        keys.check_task(path)

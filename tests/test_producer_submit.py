@@ -1,0 +1,386 @@
+"""Submitting: what is refused before anything is stored, and what a lost reply does not do."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from perdure.producer import Client, Handle
+from perdure.producer.submission import chunks
+from perdure.protocol.codec import unpack
+from perdure.protocol.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    PayloadTooLarge,
+    RedisUnavailable,
+    TryAgainLater,
+    UnknownRequest,
+    UnknownTask,
+    UsageError,
+)
+from perdure.protocol.keys import key
+from perdure.protocol.records import NewRequest
+from perdure.protocol.settings import Settings
+from perdure.workers.tasks import BatchTask, Request, Step, task
+
+PATH = "app.tasks.count"
+
+
+@task
+def count(request: Request) -> Iterator[Step]:
+    """A task at the top level of a module."""
+    yield Step(output=1)
+
+
+class Checked(BatchTask):
+    """A batch task that completes its payload at submit."""
+
+    def prepare(self, payload: Any) -> Any:
+        if payload.get("max_tokens", 1) < 1:
+            raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+        return {"seed": 7, **payload}
+
+
+@pytest.fixture(params=["server", "fakeredis"])
+def redis_client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    """An empty Redis: a real one, and fakeredis, which runs the same scripts."""
+    if request.param == "server":
+        yield request.getfixturevalue("connection")
+    else:
+        with fakeredis.FakeRedis() as connection:
+            yield connection
+
+
+@pytest.fixture
+def client(redis_client: redis.Redis) -> Iterator[Client]:
+    with Client(connection=redis_client, settings=Settings()) as client:
+        yield client
+
+
+def stored(connection: redis.Redis, handle: Handle) -> dict[bytes, bytes]:
+    fields: Any = connection.hgetall(key("job", handle.id))
+    return dict(fields)
+
+
+# --- what is stored ------------------------------------------------------------------------------
+
+
+def test_a_submitted_request_waits_in_its_queue(client: Client, redis_client: redis.Redis) -> None:
+    handle = client.submit(PATH, {"n": 3}, queue="gpu", id="mine-1", max_retries=5, result_ttl=1.2, failure_ttl=60)
+    assert handle.id == "mine-1"
+    assert redis_client.lrange(key("queue", "gpu"), 0, -1) == [b"mine-1"]
+    fields = stored(redis_client, handle)
+    assert unpack(fields[b"payload"]) == {"n": 3}
+    assert (fields[b"task"], fields[b"origin"], fields[b"max_retries"]) == (b"app.tasks.count", b"gpu", b"5")
+    assert (fields[b"result_ttl"], fields[b"failure_ttl"]) == (b"2", b"60")
+    assert (handle.status(), handle.done(), handle.attempts()) == ("queued", False, 0)
+
+
+def test_a_task_object_is_submitted_by_its_path(client: Client, redis_client: redis.Redis) -> None:
+    handle = client.submit(count, None)
+    assert stored(redis_client, handle)[b"task"].decode() == f"{__name__}.count"
+
+
+@pytest.mark.parametrize("given", [Checked, pytest.param(Checked(), id="anonymous instance")])
+def test_a_batch_task_checks_and_completes_the_payload(
+    client: Client, redis_client: redis.Redis, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(given, Checked):
+        monkeypatch.setitem(globals(), "instance", given)
+    assert unpack(stored(redis_client, client.submit(given, {"max_tokens": 2}))[b"payload"]) == {
+        "seed": 7,
+        "max_tokens": 2,
+    }
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit(given, {"max_tokens": 0})
+    assert caught.value.field == "max_tokens"
+
+
+def test_many_requests_keep_their_order_and_options(client: Client, redis_client: redis.Redis) -> None:
+    items: list[Any] = [(PATH, index) for index in range(300)]
+    items.append({"task": PATH, "payload": "last", "queue": "other", "id": "last", "max_retries": 0})
+    handles = client.submit_many(items, queue="gpu", result_ttl=timedelta(hours=1))
+    assert [handle.id.encode() for handle in handles[:-1]] == redis_client.lrange(key("queue", "gpu"), 0, -1)
+    assert redis_client.lrange(key("queue", "other"), 0, -1) == [b"last"]
+    assert stored(redis_client, handles[-1])[b"result_ttl"] == b"3600"
+    assert client.submit_many([]) == []
+
+
+def test_calls_are_cut_by_number_and_by_bytes() -> None:
+    def request(size: int) -> NewRequest:
+        return NewRequest(
+            id="x", nonce="n", queue="q", task=PATH, payload=bytes(size), max_retries=0, result_ttl=1, failure_ttl=1,
+            description="",
+        )  # fmt: skip
+
+    assert [len(chunk) for chunk in chunks([request(1)] * 300)] == [128, 128, 44]
+    mib = 1024 * 1024
+    assert [len(chunk) for chunk in chunks([request(3 * mib)] * 5)] == [2, 2, 1]
+    assert [len(chunk) for chunk in chunks([request(1), request(20 * mib), request(1)])] == [1, 1, 1]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+NESTED: Any = []
+for _ in range(2000):
+    NESTED = [NESTED]
+
+BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
+    "lambda": (lambda: 1, {}, {}, UnknownTask, "is not a task"),
+    "function": (len, {}, {}, UnknownTask, "is not a task"),
+    "number": (5, {}, {}, UnknownTask, "is not a task"),
+    "base class": (BatchTask, {}, {}, UnknownTask, "is not a task"),
+    "word": ("count", {}, {}, UsageError, "dotted path"),
+    "spaces": ("app.tasks.count me", {}, {}, UsageError, "dotted path"),
+    "empty path": ("", {}, {}, UsageError, "dotted path"),
+    "our own, missing": ("perdure.workers.nothing.here", {}, {}, UnknownTask, "cannot import"),
+    "our own, no task": ("perdure.workers.tasks.path_of", {}, {}, UnknownTask, "not a task"),
+    "object": (PATH, {"a": [1, object()]}, {}, InvalidRequest, r"payload\['a'\]\[1\] is a object"),
+    "set": (PATH, {1, 2}, {}, InvalidRequest, "payload is a set"),
+    "large int": (PATH, {"n": 2**70}, {}, InvalidRequest, "64 bits"),
+    "surrogate": (PATH, "\ud800", {}, InvalidRequest, "surrogate"),
+    "nested": (PATH, NESTED, {}, InvalidRequest, "nested"),
+    "over-size": (PATH, "x" * 2000, {}, PayloadTooLarge, "more than the limit of 1,000"),
+    "queue, space": (PATH, {}, {"queue": "my queue"}, InvalidRequest, "queue name"),
+    "queue, colon": (PATH, {}, {"queue": "a:b"}, InvalidRequest, "queue name"),
+    "queue, newline": (PATH, {}, {"queue": "a\n"}, InvalidRequest, "queue name"),
+    "queue, empty": (PATH, {}, {"queue": ""}, InvalidRequest, "queue name"),
+    "queue, number": (PATH, {}, {"queue": 7}, InvalidRequest, "queue name"),
+    "id, slash": (PATH, {}, {"id": "a/b"}, InvalidRequest, "request id"),
+    "id, umlaut": (PATH, {}, {"id": "ä"}, InvalidRequest, "request id"),
+    "id, empty": (PATH, {}, {"id": ""}, InvalidRequest, "request id"),
+    "id, long": (PATH, {}, {"id": "x" * 201}, InvalidRequest, "request id"),
+    "retries": (PATH, {}, {"max_retries": -1}, InvalidRequest, "max_retries"),
+    "retries, bool": (PATH, {}, {"max_retries": True}, InvalidRequest, "max_retries"),
+    "result_ttl 0": (PATH, {}, {"result_ttl": 0}, InvalidRequest, "result_ttl"),
+    "result_ttl nan": (PATH, {}, {"result_ttl": math.nan}, InvalidRequest, "result_ttl"),
+    "failure_ttl": (PATH, {}, {"failure_ttl": math.inf}, InvalidRequest, "failure_ttl"),
+    "failure_ttl, text": (PATH, {}, {"failure_ttl": "1h"}, InvalidRequest, "failure_ttl"),
+}
+
+
+@pytest.mark.parametrize(("given", "payload", "options", "error", "text"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_before_anything_is_stored(
+    given: Any, payload: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    connection = fakeredis.FakeRedis()
+    client = Client(connection=connection, settings=Settings(max_payload=1000))
+    with pytest.raises(error, match=text):
+        client.submit(given, payload, **options)
+    with pytest.raises(error, match=text) as caught:
+        client.submit_many([(PATH, 1), {"task": given, "payload": payload, **options}])
+    assert "item 1" in caught.value.__notes__[0]
+    assert connection.keys() == []
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ("text", "an item is"),
+        ((PATH,), "an item is"),
+        ({"task": PATH}, "no 'payload'"),
+        ({"task": PATH, "payload": 1, "queu": "gpu"}, "did you mean 'queue'"),
+        ({"task": PATH, "payload": 1, "id": "twice"}, "item 0 has the id twice as well"),
+    ],
+)
+def test_a_bad_item_is_named(client: Client, redis_client: redis.Redis, item: Any, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text):
+        client.submit_many([{"task": PATH, "payload": 1, "id": "twice"}, item])
+    assert redis_client.keys() == []
+
+
+def test_an_id_can_be_used_once(client: Client, redis_client: redis.Redis) -> None:
+    client.submit(PATH, 1, id="a")
+    with pytest.raises(IdempotencyConflict, match="the id a "):
+        client.submit(PATH, 1, id="a")
+    with pytest.raises(IdempotencyConflict, match="the id a "):
+        client.submit_many([{"task": PATH, "payload": 1, "id": name} for name in ("a", "b")])
+    assert redis_client.lrange(key("queue", "default"), 0, -1) == [b"a", b"b"]
+
+
+def test_a_connection_that_decodes_is_refused() -> None:
+    with pytest.raises(UsageError, match="decode_responses"):
+        Client(connection=fakeredis.FakeRedis(decode_responses=True))
+
+
+def test_a_url_and_a_connection_are_too_much() -> None:
+    with pytest.raises(UsageError, match="not both"):
+        Client("redis://localhost", connection=fakeredis.FakeRedis())
+
+
+def test_a_closed_client_says_so(client: Client) -> None:
+    handle = client.submit(PATH, 1)
+    client.close()
+    client.close()
+    for call in (lambda: client.submit(PATH, 1), handle.status, handle.result):
+        with pytest.raises(UsageError, match="closed"):
+            call()
+
+
+def test_memory_that_is_full_is_told_and_nothing_is_stored(connection: redis.Redis) -> None:
+    connection.config_set("maxmemory", 1)
+    try:
+        with Client(connection=connection) as client, pytest.raises(TryAgainLater, match="maxmemory"):
+            client.submit(PATH, 1)
+    finally:
+        connection.config_set("maxmemory", 0)
+    assert connection.keys() == []
+
+
+# --- handles -------------------------------------------------------------------------------------
+
+
+def test_a_handle_is_its_id(client: Client) -> None:
+    handle = client.submit(PATH, 1, id="a")
+    copy = pickle.loads(pickle.dumps(handle))
+    assert (copy, hash(copy), copy.id, repr(copy)) == (handle, hash(handle), "a", "<Handle a>")
+    with pytest.raises(UsageError, match=r"client.get\('a'\)"):
+        copy.status()
+    assert client.get(copy.id).status() == "queued"
+
+
+def test_an_unknown_request_is_told_when_it_is_asked_about(client: Client) -> None:
+    handle = client.get("nobody")
+    for ask in (handle.status, handle.result, handle.cancel, handle.outputs, lambda: list(handle.stream())):
+        with pytest.raises(UnknownRequest, match="no request nobody") as caught:
+            ask()
+    assert isinstance(caught.value, LookupError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(InvalidRequest):
+        client.get("a b")
+
+
+def test_producers_import_neither_torch_nor_tasks() -> None:
+    code = "import sys, perdure.producer; print([name for name in ('torch', 'perdure.workers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- lost replies and outages --------------------------------------------------------------------
+
+
+class Proxy:
+    """Between a client and the server; on demand it swallows the reply to a command and cuts the connection."""
+
+    def __init__(self, port: int) -> None:
+        self.cut = 0
+        """How many replies to scripts are still to be hidden."""
+        self.hidden = 0
+        self._server_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._server_port))
+                threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
+
+    def _serve(self, near: socket.socket, far: socket.socket) -> None:
+        doomed = False
+        with near, far, suppress(OSError):
+            while True:
+                ready, _, _ = select.select([near, far], [], [])
+                if near in ready:
+                    if not (data := near.recv(1 << 20)):
+                        return
+                    doomed = doomed or (self.cut > 0 and b"EVALSHA" in data)
+                    far.sendall(data)
+                if far in ready:
+                    if not (reply := far.recv(1 << 20)):
+                        return
+                    if doomed:  # there is a reply: the command was executed
+                        self.cut -= 1
+                        self.hidden += 1
+                        return
+                    near.sendall(reply)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def proxy(redis_url: str) -> Iterator[Proxy]:
+    proxy = Proxy(int(redis_url.rpartition(":")[2].partition("/")[0]))
+    yield proxy
+    proxy.close()
+
+
+def test_a_submit_whose_reply_is_lost_is_sent_again_and_stored_once(proxy: Proxy, connection: redis.Redis) -> None:
+    with Client(proxy.url, settings=Settings()) as client:
+        client.submit(PATH, 0)  # the script is loaded now
+        proxy.cut = 2
+        one = client.submit(PATH, 1)
+        assert proxy.hidden == 2
+        proxy.cut = 1
+        many = client.submit_many([(PATH, index) for index in range(3)])
+        assert proxy.hidden == 3
+    ids = [one.id, *(handle.id for handle in many)]
+    assert connection.lrange(key("queue", "default"), 1, -1) == [name.encode() for name in ids]
+    assert connection.hget(key("counters"), "submitted:default") == b"5"
+
+
+def test_a_cancel_whose_reply_is_lost_is_still_a_cancel(proxy: Proxy, connection: redis.Redis) -> None:
+    with Client(proxy.url, settings=Settings()) as client:
+        client.submit(PATH, 0).cancel()
+        handle = client.submit(PATH, 1)
+        proxy.cut = 1
+        assert handle.cancel()
+        assert (proxy.hidden, handle.status()) == (1, "canceled")
+    assert connection.zcard(key("canceled", "default")) == 2
+
+
+def test_a_redis_that_stays_away_is_told_without_its_password() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with Client(f"redis://me:s3cret@127.0.0.1:{port}/0", settings=Settings(), patience=0.2) as client:
+        for call in (lambda: client.submit(PATH, 1), client.ping, client.list, client.get("a").status):
+            with pytest.raises(RedisUnavailable, match=f"redis://me:\\*\\*\\*@127.0.0.1:{port}/0") as caught:
+                call()
+            assert "s3cret" not in repr(caught.value)
+            assert caught.value.__cause__ is None
+        with pytest.raises(RedisUnavailable) as caught:
+            client.submit_many([(PATH, 1), (PATH, 2)])
+        assert "0 of 2 requests were stored" in caught.value.__notes__[0]
+
+
+def test_a_refused_password_is_told_at_once(connection: redis.Redis, redis_url: str) -> None:
+    """Waiting would not help: the patience here is longer than the test may take."""
+    url = redis_url.replace("redis://", "redis://nobody:wrong@")
+    with Client(url, settings=Settings(), patience=1000) as client, pytest.raises(RedisUnavailable, match="password"):
+        client.submit(PATH, 1)
+
+
+def test_one_client_serves_many_threads(client: Client, redis_client: redis.Redis) -> None:
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for index in range(20):
+                assert client.submit(PATH, index, id=f"t{number}-{index}").status() == "queued"
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert redis_client.llen(key("queue", "default")) == 160

@@ -1,0 +1,100 @@
+"""Each script's plain path on a pretended server: what users' own tests run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fakeredis
+import pytest
+
+from perdure.protocol import scripts
+from perdure.protocol.keys import key
+from perdure.protocol.states import State
+
+from .test_protocol_kit import Hand, Pool
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with fakeredis.FakeRedis() as connection:
+        yield Pool.over(connection)
+
+
+@pytest.fixture
+def hand(pool: Pool) -> Hand:
+    return Hand(pool)
+
+
+def test_a_request_runs_to_its_end(pool: Pool, hand: Hand):
+    """enqueue, claim, progress, renew, heartbeat and finish."""
+    pool.submit("a")
+    assert hand.beat(["model-1"]) == "ok"
+    claim = hand.take("a")
+    assert hand.step(claim, ["x"]) == "ok"
+    assert hand.renew(claim) == "ok"
+    assert hand.finish(claim, {"n": 1}, offset=1, outputs=["y"]) == "ok"
+    assert pool.status("a") is State.FINISHED
+    assert pool.store.result("a") == {"n": 1}
+    assert pool.store.all_outputs("a") == ["x", "y"]
+
+
+def test_a_request_is_retried_released_and_fails(pool: Pool, hand: Hand):
+    """fail, promote and release."""
+    pool.submit("a", retries=1)
+    assert hand.fail(hand.take("a")) == "scheduled"
+    pool.make_due("a")
+    assert pool.store.promote(["gpu"]) == 1
+    assert hand.release(hand.take("a")) == ["queued"]
+    assert hand.fail(hand.take("a")) == "failed"
+    assert pool.events("a") == ["retry", "released", "failed"]
+    assert "it broke" in pool.store.traceback("a")
+
+
+def test_a_lost_worker_is_reaped_and_another_goes_on(pool: Pool, hand: Hand):
+    """reap, by evidence and by a sweep."""
+    pool.submit("a")
+    hand.step(hand.take("a"), ["x"])
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["queued", "gone"]
+    other = Hand(pool, "w2")
+    claim = other.take("a")
+    assert claim.offset == 1
+    pool.stop_heart(other.incarnation)
+    assert [item.outcome for item in pool.sweep().reaped] == ["scheduled", "gone"]
+
+
+def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
+    """expire and cancel."""
+    pool.submit("a", "b")
+    claim = hand.take("a")
+    hand.step(claim, ["x"])
+    hand.release(claim)
+    pool.age_checkpoint("a", 4000)
+    assert pool.store.expire(["gpu"]) == 1
+    claim = hand.take("a")
+    assert claim.epoch == 1
+    assert [pool.cancel("a"), pool.cancel("b")] == ["requested", "canceled"]
+    assert hand.confirm_cancel(claim) == "canceled"
+
+
+def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
+    """A new script needs a plain path here too."""
+    ran: set[str] = set()
+    call = scripts.Script.__call__
+
+    def note(self, *arguments):
+        ran.add(self.name)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(scripts.Script, "__call__", note)
+    for test in (
+        test_a_request_runs_to_its_end,
+        test_a_request_is_retried_released_and_fails,
+        test_a_lost_worker_is_reaped_and_another_goes_on,
+        test_a_checkpoint_expires_and_a_request_is_canceled,
+    ):
+        pool.connection.flushall()
+        hand.held.clear()
+        hand.incarnation = f"{test.__name__}"
+        test(pool, hand)
+    assert ran == set(scripts.names())
+    assert pool.connection.exists(key("job", "a"))

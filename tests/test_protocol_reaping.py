@@ -1,0 +1,446 @@
+"""Who is judged dead, when, and what becomes of what they held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import redis
+from rq import Queue, Retry
+from rq.job import Job
+from rq.worker import Worker
+
+from perdure.protocol.keys import key
+from perdure.protocol.records import Claim, FailureKind
+from perdure.protocol.states import State
+from perdure.recovery.retries import backoff, schedule
+
+from .test_protocol_kit import HOUR_MS, Hand, Pool, dump
+
+
+@pytest.fixture
+def pool(connection: redis.Redis) -> Pool:
+    return Pool.over(connection)
+
+
+@pytest.fixture
+def hand(pool: Pool) -> Hand:
+    return Hand(pool)
+
+
+def beats(pool: Pool) -> set[str]:
+    found: Any = pool.connection.zrange(key("beats"), 0, -1)
+    return {member.decode() for member in found}
+
+
+# --- who is dead -------------------------------------------------------------------------------------
+
+
+def test_evidence_reaps_at_once(pool: Pool, hand: Hand):
+    """A guardian saw the end: neither pulse nor heartbeat nor lease has to agree."""
+    pool.submit("a", "b")
+    hand.beat()
+    hand.claim(2)
+    reaped = pool.reap(hand.incarnation)
+    assert [(item.outcome, item.kind) for item in reaped] == [
+        ("queued", "WORKER_LOST"), ("queued", "WORKER_LOST"), ("gone", "WORKER_LOST"),
+    ]  # fmt: skip
+    assert {item.worker for item in reaped} == {"w1"}
+    assert sorted(pool.waiting()) == ["a", "b"]
+    assert beats(pool) == set()
+
+
+def test_a_silent_heart_is_reaped_by_the_sweep(pool: Pool, hand: Hand):
+    """A host that died tells nobody; the others are left alone."""
+    pool.submit("a", "b")
+    hand.take("a")
+    other = Hand(pool, "w2")
+    other.take("b")
+    pool.stop_heart(hand.incarnation)
+    assert {(item.id, item.incarnation, item.outcome) for item in pool.sweep().reaped} == {
+        ("a", hand.incarnation, "queued"), ("", hand.incarnation, "gone"),
+    }  # fmt: skip
+    assert beats(pool) == {other.incarnation}
+
+
+def test_a_dead_worker_that_held_nothing_is_cleared_away(pool: Pool, hand: Hand):
+    """Its heartbeat and its registration go."""
+    hand.beat()
+    pool.stop_heart(hand.incarnation)
+    assert [(item.id, item.outcome) for item in pool.sweep().reaped] == [("", "gone")]
+    assert beats(pool) == set()
+
+
+def test_an_expired_lease_is_a_hang(pool: Pool, hand: Hand):
+    """No progress while the heart beats: this request is taken, its neighbours stay, the worker lives."""
+    pool.submit("hangs", "moves")
+    first, second = hand.claim(2).claims
+    hand.beat()
+    pool.expire_lease("hangs")
+    assert [(item.id, item.kind, item.outcome) for item in pool.sweep().reaped] == [("hangs", "HANG", "scheduled")]
+    assert hand.beat() == "ok"
+    assert hand.step(first, ["x"]) == "lost"
+    assert hand.step(second, ["x"]) == "ok"
+
+
+def test_a_heartbeat_that_arrives_in_time_saves_its_worker(pool: Pool, hand: Hand):
+    """Who is dead is decided by the sweep at its own moment, not before."""
+    pool.submit("a")
+    claim = hand.take("a")
+    pool.stop_heart(hand.incarnation)
+    hand.beat()
+    assert pool.sweep().reaped == []
+    assert hand.step(claim, ["x"]) == "ok"
+
+
+def test_progress_that_arrives_in_time_saves_its_lease(pool: Pool, hand: Hand):
+    """A late step is no hang once it is there."""
+    pool.submit("a")
+    claim = hand.take("a")
+    pool.expire_lease("a")
+    hand.step(claim, ["x"])
+    assert pool.sweep().reaped == []
+
+
+def test_a_worker_that_died_before_its_first_heartbeat_is_found(pool: Pool, hand: Hand):
+    """The claim itself counts as a heartbeat: nothing is held by somebody of whom nobody ever hears."""
+    pool.submit("a")
+    hand.take("a")
+    assert beats(pool) == {hand.incarnation}
+
+
+# --- when nobody is judged ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pulse",
+    [
+        None,  # first start, or Redis lost its data
+        (-HOUR_MS, -2 * HOUR_MS),  # an outage, a stall
+        (HOUR_MS, -HOUR_MS),  # the server's clock was set back
+        (-1000, -1000),  # sweeps have only just begun again
+    ],
+)
+def test_nobody_is_judged_by_clocks_that_say_nothing(pool: Pool, hand: Hand, pulse):
+    """Pulse missing, old, from the future, or too young: beats and leases judge nobody for a heartbeat timeout."""
+    pool.submit("a")
+    claim = hand.take("a")
+    pool.stop_heart(hand.incarnation)
+    pool.expire_lease("a")
+    pool.connection.delete(key("pulse"))
+    if pulse:
+        pool.set_pulse(at_shift=pulse[0], since_shift=pulse[1])
+    sweep = pool.sweep(settled=False)
+    assert (sweep.judged, sweep.reaped) == (False, [])
+    assert hand.step(claim, ["x"]) == "ok"
+
+
+def test_evidence_is_good_even_when_clocks_say_nothing(pool: Pool, hand: Hand):
+    """A guardian's evidence needs no clock."""
+    pool.submit("a")
+    hand.take("a")
+    pool.connection.delete(key("pulse"))
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["queued", "gone"]
+
+
+def test_judging_begins_again_one_heartbeat_timeout_after_the_first_sweep(pool: Pool, hand: Hand):
+    """The grace after an outage is one heartbeat timeout of sweeps that went on as they should."""
+    pool.submit("a")
+    hand.take("a")
+    pool.stop_heart(hand.incarnation)
+    assert not pool.sweep(settled=False).judged
+    timeout = round(pool.store.settings.heartbeat_timeout * 1000)
+    pool.set_pulse(at_shift=-500, since_shift=-timeout + 2000)
+    assert not pool.sweep(settled=False).judged
+    pool.set_pulse(at_shift=-500, since_shift=-timeout - 1)
+    assert pool.sweep(settled=False).judged
+
+
+def test_a_heartbeat_says_when_a_sweep_is_due(pool: Pool, hand: Hand):
+    """Without any reaper the guardians sweep; while one sweeps, they need not."""
+
+    def due() -> bool:
+        return pool.store.heartbeat(
+            incarnation=hand.incarnation, worker="w1", queues=["gpu"], pid=1, host="here"
+        ).sweep_due
+
+    assert due()
+    pool.sweep(settled=False)
+    assert not due()
+    pool.set_pulse(at_shift=-HOUR_MS)
+    assert due()
+    pool.set_pulse(at_shift=HOUR_MS)
+    assert due()
+
+
+# --- the dead who come back --------------------------------------------------------------------------
+
+
+def test_a_zombie_is_told_that_it_was_reaped(pool: Pool, hand: Hand):
+    """A process that was stopped and wakes up may neither claim nor beat nor write under its old incarnation."""
+    pool.submit("a", "b")
+    claim = hand.take("a")
+    pool.reap(hand.incarnation)
+    before = dump(pool.connection)
+    assert hand.beat() == "reaped"
+    assert hand.claim().status == "reaped"
+    assert hand.step(claim, ["x"]) == "lost"
+    assert dump(pool.connection) == before
+    assert 3500 < pool.connection.ttl(key("incarnation", hand.incarnation)) <= 3600
+    successor = Hand(pool)
+    assert successor.beat() == "ok"
+    assert len(successor.claim(2).claims) == 2
+
+
+def test_the_registration_of_a_dead_worker_is_deleted(pool: Pool, hand: Hand):
+    """RQ's tools show no worker that is gone, and its name is free at once."""
+    worker = Worker(["gpu"], connection=pool.connection, name="w1")
+    worker.register_birth()
+    pool.connection.hset(key("worker", "w1"), "pid", 4711)
+    hand.beat()
+    pool.submit("a")
+    hand.take("a")
+    assert [item.name for item in Worker.all(connection=pool.connection)] == ["w1"]
+    pool.reap(hand.incarnation)
+    assert Worker.all(connection=pool.connection) == []
+    assert not [name for name in dump(pool.connection) if name.startswith(key("worker", "w1"))]
+
+
+def test_the_registration_of_a_successor_with_the_same_name_stays(pool: Pool, hand: Hand):
+    """Names are for people, fences are for incarnations."""
+    hand.beat()
+    worker = Worker(["gpu"], connection=pool.connection, name="w1")
+    worker.register_birth()
+    pool.connection.hset(key("worker", "w1"), "pid", 9999)
+    pool.reap(hand.incarnation)
+    assert [item.name for item in Worker.all(connection=pool.connection)] == ["w1"]
+
+
+# --- what becomes of the requests --------------------------------------------------------------------
+
+
+def lose(pool: Pool, hand: Hand, identifier: str, *, kind: FailureKind = FailureKind.WORKER_LOST) -> Claim:
+    """A fresh worker claims the request and is lost; what it held."""
+    pool.make_due(identifier)
+    worker = Hand(pool, f"lost-{hand.incarnation}")
+    claim = worker.take(identifier)
+    pool.reap(worker.incarnation, kind)
+    return claim
+
+
+def test_the_first_loss_is_redelivered_at_once_and_from_the_front(pool: Pool, hand: Hand):
+    """Being on a worker that was lost is not the request's fault."""
+    pool.submit("a", "waiting")
+    assert lose(pool, hand, "a").attempt == 1
+    assert pool.waiting() == ["a", "waiting"]
+    assert pool.events("a") == ["redelivered"]
+    assert hand.take("a").attempt == 1
+
+
+def test_the_second_loss_without_progress_waits(pool: Pool, hand: Hand):
+    """Perhaps it is the request after all: still uncharged, but no longer at once."""
+    pool.submit("a")
+    lose(pool, hand, "a")
+    lose(pool, hand, "a")
+    assert pool.status("a") is State.SCHEDULED
+    assert pool.events("a") == ["redelivered", "retry"]
+    assert pool.due_in("a") == pytest.approx(backoff("a", 1, 1, 30), abs=0.9)
+    pool.make_due("a")
+    assert hand.take("a").attempt == 1
+
+
+def test_progress_gives_the_budget_back(pool: Pool, hand: Hand):
+    """A second of stepping, and further than ever before: attempts, losses and crashes start anew."""
+    pool.submit("a")
+    claim = hand.take("a")
+    hand.fail(claim)
+    pool.make_due("a")
+    lose(pool, hand, "a")
+    claim = hand.take("a")
+    assert claim.attempt == 2
+    assert pool.field("a", "retries_left") == "2"
+    pool.connection.hincrby(key("job", "a"), "claimed", -1500)
+    hand.step(claim, ["x"])
+    pool.reap(hand.incarnation)
+    assert pool.field("a", "retries_left") == "3"
+    assert pool.status("a") is State.QUEUED, "a loss after progress is a first loss again"
+    assert pool.field("a", "executions") == "0"
+
+
+@pytest.mark.parametrize(("stepped_ms", "outputs"), [(500, ["x"]), (5000, [])])
+def test_neither_a_step_without_time_nor_time_without_a_step_is_progress(pool: Pool, hand: Hand, stepped_ms, outputs):
+    """A poison that puts out one output an attempt, or only lives long, does not live for ever."""
+    pool.submit("a")
+    lose(pool, hand, "a")
+    claim = hand.take("a")
+    pool.connection.hincrby(key("job", "a"), "claimed", -stepped_ms)
+    if outputs:
+        hand.step(claim, outputs)
+    pool.reap(hand.incarnation)
+    assert pool.status("a") is State.SCHEDULED
+
+
+def test_progress_must_reach_beyond_the_best_of_all_earlier_executions(pool: Pool, hand: Hand):
+    """To come as far as before is no progress."""
+    pool.submit("a")
+    claim = hand.take("a")
+    pool.connection.hincrby(key("job", "a"), "claimed", -5000)
+    hand.step(claim, ["x"])
+    pool.reap(hand.incarnation)
+    assert pool.field("a", "losses") == "1"
+    again = Hand(pool, "w2")
+    claim = again.take("a")
+    pool.connection.hincrby(key("job", "a"), "claimed", -5000)
+    again.step(claim, [], seq=2)
+    pool.reap(again.incarnation)
+    assert pool.field("a", "losses") == "2"
+
+
+def test_executions_without_progress_are_capped(connection: redis.Redis):
+    """Losses are nobody's fault, but not without end."""
+    pool = Pool.over(connection, max_executions=3)
+    hand = Hand(pool)
+    pool.submit("a")
+    for _ in range(3):
+        assert pool.status("a") is not State.FAILED
+        lose(pool, hand, "a")
+    assert pool.status("a") is State.FAILED
+    assert pool.field("a", "error_kind") == "WORKER_LOST"
+
+
+def test_the_third_crash_alone_is_a_dead_letter(pool: Pool, hand: Hand):
+    """A request that kills a worker whenever it is alone there is a poison."""
+    pool.submit("a")
+    for number in range(1, 4):
+        assert pool.status("a") is not State.FAILED
+        lose(pool, hand, "a", kind=FailureKind.CRASH)
+        assert pool.field("a", "crashes") == str(number)
+    job = Job.fetch("a", connection=pool.connection)
+    assert job.is_failed
+    result = job.latest_result()
+    assert result is not None
+    assert result.exc_string == "CRASH: seen"
+    assert pool.events("a") == ["retry", "retry", "failed"]
+
+
+def test_a_crash_in_company_counts_only_in_all(connection: redis.Redis):
+    """Who of the batch it was is not known; after max_crashes_total it does not matter any more."""
+    pool = Pool.over(connection, max_crashes_total=4)
+    pool.submit("a", "b")
+    for number in range(1, 5):
+        pool.make_due("a")
+        pool.make_due("b")
+        worker = Hand(pool)
+        assert len(worker.claim(2).claims) == 2
+        pool.reap(worker.incarnation, FailureKind.CRASH)
+        assert pool.field("a", "crashes_total") == str(number)
+        assert pool.field("a", "crashes") == ""
+    assert {pool.status("a"), pool.status("b")} == {State.FAILED}
+
+
+def test_a_crash_always_waits_before_the_next_try(pool: Pool, hand: Hand):
+    """A poison must not take the pool down at the speed of its workers' starts."""
+    pool.submit("a")
+    for number in (1, 2):
+        lose(pool, hand, "a", kind=FailureKind.CRASH)
+        assert pool.due_in("a") == pytest.approx(backoff("a", number, 1, 30), abs=0.7)
+
+
+def test_the_schedule_that_is_shown_is_the_one_that_happens(connection: redis.Redis):
+    """Python computes the very delays that the scripts give: base, doubling, cap, and the same jitter."""
+    pool = Pool.over(connection, retry_base=100.0, retry_cap=1000.0)
+    hand = Hand(pool)
+    for identifier in ("a", "another-id", "Z_9"):
+        pool.submit(identifier, retries=6)
+        shown = schedule(identifier, 6, 100.0, 1000.0)
+        for delay in shown:
+            pool.make_due(identifier)
+            claim = hand.take(identifier)
+            before = pool.now()
+            assert hand.fail(claim) == "scheduled"
+            after = pool.now()
+            due: Any = connection.zscore(key("retries", "gpu"), identifier)
+            # The script's own moment lies between; a delay is rounded to a millisecond.
+            assert before + delay - 0.002 <= due / 1000 <= after + delay + 0.002
+        connection.delete(key("retries", "gpu"))
+
+
+def test_a_sweep_is_bounded_and_says_what_is_left(pool: Pool):
+    """One call takes at most its limit; the next ones take the rest, and nothing is taken twice."""
+    hand = Hand(pool, slots=10)
+    pool.submit(*[f"r{number}" for number in range(10)])
+    assert len(hand.claim(10).claims) == 10
+    pool.stop_heart(hand.incarnation)
+    taken: list[str] = []
+    left = True
+    while left:
+        pool.set_pulse()
+        sweep = pool.store.reap(["gpu"], kind="WORKER_LOST", reason="no heartbeat", limit=4)
+        ids = [item.id for item in sweep.reaped if item.id]
+        assert len(ids) <= 4
+        taken += ids
+        left = sweep.left
+    assert sorted(taken) == sorted(f"r{number}" for number in range(10))
+    assert len(pool.waiting()) == 10
+
+
+def test_more_dead_workers_than_one_call_looks_at_are_not_forgotten(pool: Pool):
+    """A host of many workers is lost at once: a call that has not seen them all says so."""
+    hands = [Hand(pool, f"w{number}") for number in range(20)]
+    for hand in hands:
+        hand.beat()
+        pool.stop_heart(hand.incarnation)
+    first = pool.sweep()
+    assert first.left
+    second = pool.sweep()
+    assert not second.left
+    assert {item.incarnation for item in first.reaped + second.reaped} == {hand.incarnation for hand in hands}
+
+
+# --- plain jobs --------------------------------------------------------------------------------------
+
+
+def test_a_plain_job_of_a_lost_worker_fails_as_with_rq(pool: Pool, hand: Hand):
+    """Without RQ's Retry it is RQ's failure, only sooner."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2)
+    hand.take(job.id)
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["failed", "gone"]
+    job.refresh()
+    assert job.is_failed
+    assert job.id in job.failed_job_registry.get_job_ids()
+
+
+def test_a_plain_job_with_rqs_retry_runs_again(pool: Pool, hand: Hand):
+    """RQ's Retry holds: at once without interval, later with one."""
+    queue = Queue("gpu", connection=pool.connection)
+    job = queue.enqueue("operator.add", 1, 2, retry=Retry(max=1))
+    hand.take(job.id)
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["queued", "gone"]
+    again = Hand(pool, "w2")
+    again.take(job.id)
+    assert [item.outcome for item in pool.reap(again.incarnation)] == ["failed", "gone"]
+    late = queue.enqueue("operator.add", 1, 2, retry=Retry(max=2, interval=[5, 9]))
+    third = Hand(pool, "w3")
+    third.take(late.id)
+    assert [item.outcome for item in pool.reap(third.incarnation)] == ["scheduled", "gone"]
+    assert pool.due_in(late.id) == pytest.approx(5, abs=2)
+
+
+def test_reaping_a_plain_job_that_rq_has_ended_only_ends_the_lease(pool: Pool, hand: Hand):
+    """Its worker died between RQ's end and the lease's."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2)
+    hand.take(job.id)
+    pool.connection.hset(key("job", job.id), "status", "finished")
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["ended", "gone"]
+    assert pool.field(job.id, "status") == "finished"
+    assert pool.connection.zcard(key("leases", "gpu")) == 0
+
+
+def test_the_lease_of_a_plain_job_lasts_as_long_as_its_timeout(pool: Pool, hand: Hand):
+    """Its one step may take all of RQ's timeout; with -1 only the heartbeat watches it."""
+    queue = Queue("gpu", connection=pool.connection)
+    for timeout, least in ((600, 629), (-1, 86_400)):
+        job = queue.enqueue("operator.add", 1, 2, job_timeout=timeout)
+        Hand(pool).take(job.id)
+        deadline: Any = pool.connection.zscore(key("leases", "gpu"), job.id)
+        assert deadline / 1000 - pool.now() > least

@@ -1,0 +1,249 @@
+"""How requests share the engine: admission, fairness, ends, failures, the trace."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from perdure.protocol.errors import InvalidRequest, SettingsError
+from perdure.protocol.settings import Settings
+from perdure.workers.tasks import NOTHING, Request, Step
+from perdure.workers.text import Generate
+from perdure.workers.text.device import prepare_device
+from perdure.workers.text.golden import answer, answers, run_alone
+from perdure.workers.text.sampler import choose
+
+SETTINGS = Settings(model="tiny", device="cpu", threads=1)
+PROMPT = "What outlives its process? " * 2
+PAYLOAD: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "seed": 3}
+
+
+@pytest.fixture
+def task() -> Generate:
+    task = Generate(SETTINGS)
+    task.load()
+    return task
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """A loaded task, and what its trace counts: rows by (request, execution, kind)."""
+    task = Generate(SETTINGS.replace(trace=str(tmp_path / "trace")))
+    task.load()
+
+    def count() -> Counter[tuple[str, str, str]]:
+        lines = [json.loads(line) for file in tmp_path.glob("trace/*.jsonl") for line in file.read_text().splitlines()]
+        return Counter((row[0], row[1], row[3]) for line in lines for row in line["rows"])
+
+    return task, count
+
+
+def steps_until(task: Generate, done) -> list[list[Step]]:
+    result: list[list[Step]] = []
+    while not done([step for steps in result for step in steps]):
+        result.append(task.step())
+    return result
+
+
+def ended(*ids: str):
+    return lambda steps: set(ids) <= {step.request_id for step in steps if step.ends}
+
+
+def test_nothing_happens_without_requests(task):
+    """An idle engine has no steps, and dropping what it never had is no error."""
+    assert task.step() == []
+    task.drop("unknown")
+    Generate(SETTINGS).drop("before load")
+
+
+def test_it_must_be_loaded_first():
+    """Said plainly."""
+    with pytest.raises(RuntimeError, match="load"):
+        Generate(SETTINGS).admit(Request(id="a", payload=PAYLOAD))
+
+
+def test_outputs_and_result_agree(task):
+    """Texts add up, tokens are listed, the last step carries output and result together."""
+    task.admit(Request(id="a", payload=PAYLOAD))
+    steps = [step for steps in steps_until(task, ended("a")) for step in steps]
+    outputs = [step.output for step in steps if step.output is not NOTHING]
+    result = steps[-1].result
+    assert steps[-1].output is not NOTHING
+    assert "".join(output["text"] for output in outputs) == result["text"]
+    assert [output["token"] for output in outputs] == result["token_ids"]
+    assert result["finish_reason"] == "length"
+    assert result["usage"] == {"prompt_tokens": len(PAYLOAD["prompt"]), "completion_tokens": 12}
+    assert result == answer(PAYLOAD, SETTINGS)
+
+
+def test_messages_go_through_the_chat_template(task):
+    """The model's own; equal to the prompt that it renders to."""
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+    text = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "max_tokens": 5}
+    results = answers([("a", chat), ("b", text)], SETTINGS)
+    assert results[0] == results[1]
+    assert results[0]["usage"]["prompt_tokens"] == len("user\nhi\nassistant\n") + 3
+
+
+@pytest.mark.parametrize(
+    ("payload", "field", "numbers"),
+    [
+        ({"prompt": "a" * 1024}, "prompt", ["1024"]),
+        ({"messages": [{"role": "user", "content": "a" * 2000}]}, "messages", ["1024"]),
+        ({"prompt": "a" * 1000, "max_tokens": 25}, "max_tokens", ["25", "1000", "1024", "24"]),
+        ({"prompt": "a", "temprature": 1}, "temprature", []),
+    ],
+)
+def test_what_the_model_cannot_take_is_refused_beside_others(task, payload, field, numbers):
+    """The one that is refused is named and counted; the one that runs does not notice."""
+    task.admit(Request(id="a", payload=PAYLOAD))
+    task.step()
+    with pytest.raises(InvalidRequest) as refused:
+        task.admit(Request(id="b", payload=payload))
+    assert refused.value.field == field
+    assert all(number in str(refused.value) for number in numbers)
+    steps = steps_until(task, ended("a"))
+    assert steps[-1][0].result == answer(PAYLOAD, SETTINGS)
+
+
+def test_the_context_can_be_used_to_its_last_token(task):
+    """1020 tokens of prompt and 4 of answer fill 1024."""
+    outputs, result = run_alone(task, Request(id="a", payload={"prompt": "a" * 1020, "max_tokens": 4}))
+    assert len(outputs) == 4
+    assert result["usage"]["prompt_tokens"] == 1020
+
+
+def test_no_more_than_the_slots_and_no_request_twice(task):
+    """Both are mistakes of the caller, and touch nobody."""
+    for place in range(8):
+        task.admit(Request(id=str(place), payload=PAYLOAD))
+    with pytest.raises(RuntimeError, match="slot"):
+        task.admit(Request(id="8", payload=PAYLOAD))
+    with pytest.raises(RuntimeError, match="already"):
+        task.admit(Request(id="3", payload=PAYLOAD))
+    task.drop("3")
+    task.admit(Request(id="8", payload=PAYLOAD))
+    done = {step.request_id for steps in steps_until(task, ended("8", "0", "7")) for step in steps if step.ends}
+    assert done == set("01245678")
+
+
+def test_outputs_of_another_task_are_refused(task):
+    """A checkpoint that is not ours is not guessed at."""
+    wrong: list[list[Any]] = [[3], [{"token": "a"}], [{"token": 10**6}], [{}]]
+    for outputs in wrong:
+        with pytest.raises(ValueError, match="output 0"):
+            task.admit(Request(id="a", payload=PAYLOAD, outputs=outputs))
+    assert task.step() == []
+
+
+def test_a_long_prompt_does_not_stop_the_others(task):
+    """Between two outputs of a running request there are at most two prefill passes."""
+    task.admit(Request(id="a", payload={"prompt": "a", "max_tokens": 40}))
+    task.step()
+    task.admit(Request(id="long", payload={"prompt": "b" * 900, "max_tokens": 1}))
+    moved = [{step.request_id for step in steps} for steps in steps_until(task, ended("long"))]
+    waits = "".join("a" if "a" in names else "." for names in moved)
+    assert "..a" in waits
+    assert "..." not in waits
+
+
+def test_one_failure_of_arithmetic_leaves_the_others(task, monkeypatch):
+    """A row that is no numbers ends its request, with the error, and no other."""
+
+    def sometimes(logits, parameters, index):
+        if parameters.seed == 99 and index == 4:
+            raise ArithmeticError("not finite")
+        return choose(logits, parameters, index)
+
+    expected = answer(PAYLOAD, SETTINGS)
+    monkeypatch.setattr("perdure.workers.text.engine.choose", sometimes)
+    task.admit(Request(id="a", payload=PAYLOAD))
+    task.admit(Request(id="bad", payload=PAYLOAD | {"seed": 99}))
+    steps = [step for steps in steps_until(task, ended("a", "bad")) for step in steps if step.ends]
+    ends = {step.request_id: step for step in steps}
+    assert isinstance(ends["bad"].error, ArithmeticError)
+    assert ends["a"].result == expected
+
+
+def stopped_by(task: Generate, kind: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """A payload that ends in this way, its outputs, and its result."""
+    outputs, result = run_alone(task, Request(id=kind, payload=PAYLOAD))
+    if kind == "length":
+        return PAYLOAD, outputs, result
+    if kind == "stop":
+        text = result["text"]
+        payload = PAYLOAD | {"stop": [text[5:7]]}
+    else:
+        # The ninth token becomes one that ends a text; with a stop string, text is held back until then.
+        assert task._tokenizer is not None
+        task._tokenizer.ends = frozenset({result["token_ids"][8]})
+        before = outputs[7]["text"] or outputs[6]["text"]
+        payload = PAYLOAD | ({"stop": [before[-1] + "never"]} if kind == "held" else {})
+    return payload, *run_alone(task, Request(id=kind, payload=payload))
+
+
+@pytest.mark.parametrize("kind", ["length", "stop", "end", "held"])
+def test_a_request_with_all_its_outputs_ends_at_once(traced, kind):
+    """Its last execution died between the last output and the result: no pass, no further token."""
+    task, count = traced
+    payload, outputs, result = stopped_by(task, kind)
+    before = count()
+    again, repeated = run_alone(task, Request(id=kind, execution="second", payload=payload, outputs=outputs))
+    assert (again, repeated) == ([], result)
+    extra = count() - before
+    # A token that ends the text without an output was not stored, and is sampled again.
+    assert sum(number for key, number in extra.items() if key[2] == "decode") == (kind == "end")
+    assert bool(extra) == (kind == "end")
+
+
+@pytest.mark.parametrize("kind", ["length", "stop", "end", "held"])
+def test_each_way_to_end_is_the_same_from_every_cut(task, kind):
+    """Stop strings and held back text do not depend on where an execution began."""
+    payload, outputs, result = stopped_by(task, kind)
+    assert "".join(output["text"] for output in outputs) == result["text"]
+    assert len(result["token_ids"]) == len(outputs) - (kind == "held")
+    assert result["finish_reason"] == ("length" if kind == "length" else "stop")
+    for cut in range(len(outputs)):
+        rest = run_alone(task, Request(id=str(cut), payload=payload, outputs=outputs[:cut]))
+        assert rest == (outputs[cut:], result)
+
+
+def test_the_trace_counts_every_row(traced):
+    """Decode rows are the tokens sampled, over all executions; a resumed one replays and samples the rest."""
+    task, count = traced
+    prompt = len(PAYLOAD["prompt"])
+    outputs, _ = run_alone(task, Request(id="a", execution="first", payload=PAYLOAD))
+    assert count() == {("a", "first", "prefill"): prompt, ("a", "first", "decode"): 12}
+    run_alone(task, Request(id="a", execution="second", payload=PAYLOAD, outputs=outputs[:9]))
+    rows = count()
+    assert rows["a", "second", "prefill"] == prompt
+    assert rows["a", "second", "replay"] == 8
+    assert rows["a", "second", "decode"] == 3
+
+
+def test_replay_takes_a_pass_for_every_eight_tokens(task):
+    """Many known tokens are one pass, not one each."""
+    payload = PAYLOAD | {"max_tokens": 60, "prompt": "a"}
+    outputs, _ = run_alone(task, Request(id="a", payload=payload))
+    task.admit(Request(id="b", payload=payload, outputs=outputs[:32]))
+    steps = steps_until(task, lambda steps: any(step.output is not NOTHING for step in steps))
+    assert len(steps) == 1 + 4
+
+
+def test_cuda_without_cuda_is_an_error(monkeypatch):
+    """Never a silent CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("cuda", "cuda:3"):
+        with pytest.raises(SettingsError, match=r"^CUDA_UNAVAILABLE: PERDURE_DEVICE=cuda"):
+            prepare_device(Settings(device=name))
+    with pytest.raises(SettingsError, match="auto, cpu, cuda"):
+        prepare_device(Settings(device="gpu"))
+    assert prepare_device(Settings(device="auto")).type == "cpu"
+
+
+def test_slots_come_from_the_settings():
+    """Without loading anything."""
+    assert Generate(Settings(slots=3)).slots == 3
