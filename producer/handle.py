@@ -198,7 +198,8 @@ class Handle:
                 moved = yield from self._drain(reader, limit, deadline)
                 if moved:
                     deadline = time.monotonic() + limit
-                if not moved or watch.told_end:
+                if not moved or watch.look:
+                    watch.look = False
                     record = self._record(deadline)
                     if reader.notice(record.epoch):
                         continue

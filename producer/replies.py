@@ -43,8 +43,8 @@ class Watch:
     def __init__(self, replies: Replies, identifier: str, channel: str) -> None:
         self.identifier = identifier
         self.channel = channel
-        self.told_end = False
-        """Whether a hint said that the request has ended. It may have been requeued since."""
+        self.look = True
+        """Whether more may have happened than new outputs; for the waiter to clear before it reads."""
         self._replies = replies
         self._event = threading.Event()
 
@@ -56,13 +56,14 @@ class Watch:
         if not self._replies.hears(self.channel):
             seconds = min(seconds, DEAF_POLL)
         # Spread, so that waiters who all heard nothing do not all ask in the same moment.
-        self._event.wait(max(0.0, seconds * random.uniform(0.9, 1)))
+        if not self._event.wait(max(0.0, seconds * random.uniform(0.9, 1))):
+            self.look = True
         self._event.clear()
 
     def wake(self, what: bytes = b"") -> None:
-        """End the wait; ``what`` is what the hint says: ``end``, or how many outputs there are."""
-        if what == b"end":
-            self.told_end = True
+        """End the wait. ``what`` is a hint's: ``end``, or how many outputs there are; none if hints were lost."""
+        if not what.isdigit():
+            self.look = True
         self._event.set()
 
     def __enter__(self) -> Self:

@@ -57,6 +57,7 @@ class Settings:
     model: str = field(default="smollm2", metadata={"help": "smollm2, tiny, or a path to a GGUF file or a model folder"})
     model_path: str = field(default="", metadata={"help": "folder in which package weights lie (default: .models beside the current folder)"})
     torch_index: str = field(default="", metadata={"help": "package index for torch; read by scripts/setup only"})
+    python: str = field(default="", metadata={"help": "interpreter for the virtual environment; read by scripts/setup only"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     slots: int = field(default=8, metadata={"help": "requests that one worker runs at once in text generation"})
@@ -143,8 +144,9 @@ def variable(name: str) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    # Without the prefix that all have in common, or everything would be near to everything.
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), [item.removeprefix(PREFIX) for item in known], n=1)
+    hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
     return f"{name} is not a setting of Perdure{hint}"
 
 
@@ -174,10 +176,19 @@ def redact(url: str) -> str:
         return "(unreadable URL)"
     query = re.sub(r"(?i)(password=)[^&]*", r"\1***", parts.query)
     netloc = parts.netloc
+    try:
+        unescaped = parts.scheme != "unix" and ("@" in parts.path + query or bool(parts.fragment) or (parts.port or 0) < 0)
+    except ValueError:
+        unescaped = True
+    if unescaped:
+        # A "/", "#" or "?" in a password ends it too early: what follows would be shown.
+        return f"{parts.scheme}://(unreadable URL)"
     if "@" in netloc:
         credentials, _, host = netloc.rpartition("@")
         user, colon, _ = credentials.partition(":")
         netloc = f"{user}:***@{host}" if colon else f"{user}@{host}"
+    if parts.scheme == "unix":
+        return f"unix://{netloc}{parts.path}" + (f"?{query}" if query else "")
     return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
 
 

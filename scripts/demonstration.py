@@ -203,11 +203,11 @@ class Demonstration:
     # --- the kills ---------------------------------------------------------------------------------
 
     def _kill_alone(self, store: Store, deadline: float) -> None:
-        """The worker with the most requests, once enough of them have been seen putting out."""
+        """The worker with the most requests, once enough of them have been seen putting out: the other has room."""
 
         def target() -> dict[str, Any] | None:
-            workers = sorted(self._ready(store), key=lambda item: -len(item["held"]))
-            return next((item for item in workers if len(self._written(item, {})) >= INTERRUPTED), None)
+            worker = max(self._ready(store), key=lambda item: len(item["held"]), default=None)
+            return worker if worker is not None and len(self._written(worker, {})) >= INTERRUPTED else None
 
         worker = self._await(target, deadline)
         if worker is not None:

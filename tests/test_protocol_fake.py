@@ -63,7 +63,7 @@ def test_a_lost_worker_is_reaped_and_another_goes_on(pool: Pool, hand: Hand):
 
 
 def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
-    """expire and cancel."""
+    """Expire and cancel."""
     pool.submit("a", "b")
     claim = hand.take("a")
     hand.step(claim, ["x"])

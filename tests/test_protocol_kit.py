@@ -6,7 +6,7 @@ No test waits: what time would do is done to the keys (:meth:`Pool.stop_heart`, 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def plain(raw: Any) -> Any:
 
 def dump(connection: redis.Redis, *, without: Sequence[str] = ("counters",)) -> dict[str, Any]:
     """Every key with its value, except the named ones (a name of the key table; by default the counters)."""
-    readers = {
+    readers: dict[str, Callable[[str], Any]] = {
         "hash": lambda name: connection.hgetall(name),
         "list": lambda name: connection.lrange(name, 0, -1),
         "set": lambda name: connection.smembers(name),
@@ -118,8 +118,8 @@ class Pool:
         return float(score) / 1000 - self.now()
 
     def now(self) -> float:
-        seconds, micros = self.connection.time()  # type: ignore[misc]
-        return float(seconds + micros / 1e6)
+        reply: Any = self.connection.time()
+        return float(reply[0] + reply[1] / 1e6)
 
     # --- what time would do --------------------------------------------------------------------------
 
@@ -170,7 +170,12 @@ class Pool:
         """What a guardian does with evidence."""
         policy = POLICIES[kind]
         return self.store.reap(
-            incarnation=incarnation, kind=kind, reason="seen", charge=policy.charge, crash=policy.crash, loss=policy.loss
+            incarnation=incarnation,
+            kind=kind,
+            reason="seen",
+            charge=policy.charge,
+            crash=policy.crash,
+            loss=policy.loss,
         ).reaped
 
 

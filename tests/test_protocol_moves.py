@@ -709,7 +709,9 @@ def test_the_scripts_make_only_moves_of_the_table(pool: Pool):
         assert after in TRANSITIONS[before], f"{script}: {before} -> {after}"
 
 
-@pytest.mark.xfail(reason="fail, release and reap also end what was canceled, release also what never moves", strict=True)
+@pytest.mark.xfail(
+    reason="fail, release and reap also end what was canceled, release also what never moves", strict=True
+)
 def test_the_table_names_the_script_of_each_move(pool: Pool):
     """Who wants to know who may end a request finds all of them there."""
     unnamed = {f"{script}: {a} -> {b}" for a, b, script in edges(pool) if script not in TRANSITIONS[a].get(b, ())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,20 @@ def test_a_torn_file_is_read_anew_and_mended(home, model):
         assert_equal(cached(model, torch.float32, reader), expected)
         assert reader.reads == reads
         assert stored.read_bytes() == content
+
+
+def test_what_a_killed_writer_left_is_removed_in_time(home, model):
+    """After an hour; before, somebody may be writing it."""
+    reader = Reader()
+    cached(model, torch.float32, reader)
+    (stored,) = home.iterdir()
+    old, young = (stored.with_name(f"{stored.name}{name}.part") for name in ("old", "young"))
+    for part in (old, young):
+        part.write_bytes(b"torn")
+    os.utime(old, (0, 0))
+    stored.unlink()
+    cached(model, torch.float32, reader)
+    assert sorted(home.iterdir()) == sorted([stored, young])
 
 
 def test_a_home_that_cannot_be_written_costs_only_time(model, tmp_path, monkeypatch):

@@ -68,10 +68,10 @@ def plain(w: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
     cosine, sine = torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
     past = torch.ones(count, count).tril().bool()
 
-    def norm(x, name):
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt() * w[f"{name}.weight"]
 
-    def rotate(x):
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         return x * cosine + torch.cat((-x[:, D // 2 :], x[:, : D // 2]), 1) * sine
 
     x = w["model.embed_tokens.weight"][torch.tensor(ids)]
@@ -131,7 +131,7 @@ def write_folder(folder: Path, w: dict[str, torch.Tensor], **changes: Any) -> Pa
     save_file(dict(list(w.items())[half:]), folder / "model-2.safetensors")
     (folder / "config.json").write_text(json.dumps(config(**changes)))
     inner = tokenizers.Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[tuple(m.split()) for m in MERGES])
+        models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[(m.split()[0], m.split()[1]) for m in MERGES])
     )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

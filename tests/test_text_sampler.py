@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
+from numpy.typing import NDArray
 
 from perdure.workers.text.noise import gumbel, uniform
 from perdure.workers.text.parameters import Parameters
 from perdure.workers.text.sampler import choose, nucleus, strongest
 
 
-def parameters(**fields):
+def parameters(**fields: Any) -> Parameters:
     return Parameters.of({"prompt": "a", "seed": 1, **fields}, "request")
 
 
-def logits(size=50, seed=0):
+def logits(size: int = 50, seed: int = 0) -> NDArray[numpy.float32]:
     return numpy.random.default_rng(seed).normal(size=size).astype(numpy.float32)
 
 

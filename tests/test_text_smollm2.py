@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_resumed_equals_uninterrupted_in_company(task):
         for cut in cuts:
             task.admit(Request(id=str(cut), payload=payload, outputs=outputs[:cut]))
         found = {str(cut): list(outputs[:cut]) for cut in cuts}
-        ends: dict[str, dict] = {}
+        ends: dict[str, Any] = {}
         while len(ends) < len(cuts):
             for step in task.step():
                 assert step.error is None

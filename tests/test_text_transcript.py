@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -12,7 +13,7 @@ END = 256
 PIECES = [bytes([byte]) for byte in range(256)] + [b"", b"ab", b"cd\xe2\x82", b"\xac"]
 
 
-def read(tokens, stops=(), max_tokens=1000):
+def read(tokens: Iterable[int], stops: Sequence[str] = (), max_tokens: int = 1000) -> tuple[Transcript, list[str]]:
     transcript = Transcript(PIECES, {END}, stops, max_tokens, prompt_tokens=3)
     pieces = []
     for token in tokens:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -28,6 +29,7 @@ from .tokenizer import Vocabulary
 
 _FORMAT: Final = "1"
 _PAGE: Final = 4096
+_ABANDONED: Final = 3600  # seconds after which nobody is still writing a file
 _DTYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -72,6 +74,7 @@ def _save(place: Path, bundle: Bundle, dtype: torch.dtype) -> None:
     # Padded with blanks, which the format allows, so that the data begins on a page.
     text += b" " * (-(8 + len(text)) % _PAGE)
     place.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(place)
     file = tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, suffix=".part", delete=False)  # noqa: SIM115
     try:
         with file:
@@ -83,6 +86,14 @@ def _save(place: Path, bundle: Bundle, dtype: torch.dtype) -> None:
         with contextlib.suppress(OSError):
             Path(file.name).unlink()
         raise
+
+
+def _tidy(place: Path) -> None:
+    """Remove what processes that were killed while writing left behind."""
+    for part in place.parent.glob(f"{place.name}*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()
 
 
 def _load(place: Path, dtype: torch.dtype) -> Bundle:

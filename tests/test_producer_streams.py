@@ -1,0 +1,602 @@
+"""Waiting and streaming: each output once and in order, whatever happens to workers, Redis and hints.
+
+The worker's side is played by the tests themselves, with the calls that a worker makes.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from perdure.producer import Client, Handle
+from perdure.producer.outputs import OutputReader
+from perdure.producer.session import LANES
+from perdure.protocol.codec import pack, pack_result
+from perdure.protocol.connection import connect
+from perdure.protocol.errors import (
+    InvalidRequest,
+    OutputsRestarted,
+    PerdureError,
+    RedisUnavailable,
+    RequestCanceled,
+    RequestFailed,
+)
+from perdure.protocol.keys import key
+from perdure.protocol.records import Claim, Failure, FailureKind, Finish, Progress
+from perdure.protocol.settings import Settings
+from perdure.protocol.store import Store
+from perdure.scripts.server import Server
+
+PATH = "app.tasks.count"
+LONG = 60.0
+"""Seconds; reached only when something is broken."""
+
+
+class Hands:
+    """A worker without a process: claims, writes and ends as it is told."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.store = Store(connection, Settings())
+        self.seq = 0
+        self.held: set[str] = set()
+
+    def claim(self, *, resume: bool = True, number: int = 1) -> list[Claim]:
+        claims = self.store.claim(
+            incarnation="hands", worker="hands", queues=["default"], task="", free=number, slots={}, known=self.held,
+            resume=resume,
+        ).claims  # fmt: skip
+        self.held.update(claim.id for claim in claims)
+        return claims
+
+    def put(self, claim: Claim, offset: int, *outputs: Any) -> None:
+        self.seq += 1
+        blob = pack([claim.epoch, offset, outputs], limit=10**6, what="output")
+        progress = Progress(
+            id=claim.id, execution=claim.execution, seq=self.seq, offset=offset, outputs=len(outputs), blob=blob,
+            state=None, fingerprint="",
+        )  # fmt: skip
+        assert self.store.progress("hands", [progress]) == ["ok"]
+
+    def finish(self, claim: Claim, offset: int, result: Any = None) -> None:
+        end = Finish(
+            id=claim.id, execution=claim.execution, offset=offset, outputs=0, blob=b"",
+            result=pack_result(result, limit=10**6), seconds=0.1,
+        )  # fmt: skip
+        assert self.store.finish("hands", "hands", [end]) == ["ok"]
+
+    def fail(self, claim: Claim, kind: FailureKind, reason: str) -> None:
+        failure = Failure(
+            id=claim.id, execution=claim.execution, kind=kind, reason=reason, traceback="Trace", charge=True,
+            crash=False, loss=False, retry=False,
+        )  # fmt: skip
+        assert self.store.fail("hands", "hands", [failure]) == ["failed"]
+
+    def restart(self, claim: Claim) -> Claim:
+        """Hand it back and take it again from zero, as after a checkpoint that grew too old."""
+        self.store.release("hands", "hands", [(claim.id, claim.execution)], reason="test")
+        self.held.clear()
+        (again,) = self.claim(resume=False)
+        assert (again.id, again.epoch) == (claim.id, claim.epoch + 1)
+        return again
+
+
+class Reading:
+    """A stream read by a thread of its own."""
+
+    def __init__(self, handle: Handle, **options: Any) -> None:
+        self._items: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._read, args=(handle.stream(timeout=LONG, **options),), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: Iterator[Any]) -> None:
+        try:
+            for output in stream:
+                self._items.put(output)
+            self._items.put(StopIteration())
+        except PerdureError as error:
+            self._items.put(error)
+
+    def take(self, number: int) -> list[Any]:
+        return [self._items.get(timeout=LONG) for _ in range(number)]
+
+    def rest(self) -> list[Any]:
+        """All that is left; the last is how it ended."""
+        items = []
+        while not isinstance(item := self._items.get(timeout=LONG), Exception):
+            items.append(item)
+        self._thread.join()
+        return [*items, item]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition that something else brings about."""
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+@pytest.fixture(params=["server", "fakeredis"])
+def connections(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, redis.Redis]]:
+    """Two clients of one empty Redis, the producer's and the worker's."""
+    if request.param == "server":
+        url = request.getfixturevalue("redis_url")
+        with connect(url, name="perdure-client") as one, connect(url, name="hands") as two:
+            yield one, two
+    else:
+        server = fakeredis.FakeServer()
+        with fakeredis.FakeRedis(server=server) as one, fakeredis.FakeRedis(server=server) as two:
+            yield one, two
+
+
+@pytest.fixture
+def client(connections: tuple[redis.Redis, redis.Redis]) -> Iterator[Client]:
+    with Client(connection=connections[0], settings=Settings()) as client:
+        yield client
+
+
+@pytest.fixture
+def hands(connections: tuple[redis.Redis, redis.Redis]) -> Hands:
+    return Hands(connections[1])
+
+
+def ended(items: list[Any]) -> list[Any]:
+    """The outputs of a stream that came to its end."""
+    assert isinstance(items[-1], StopIteration)
+    return items[:-1]
+
+
+# --- the ordinary course -------------------------------------------------------------------------
+
+
+def test_outputs_come_as_they_are_stored(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    reading = Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    assert reading.take(1) == ["a"]
+    hands.put(claim, 1, "b", {"c": b"\x00"})
+    assert reading.take(2) == ["b", {"c": b"\x00"}]
+    assert handle.outputs() == ["a", "b", {"c": b"\x00"}]
+    assert (handle.offset(), handle.status(), handle.attempts()) == (3, "started", 1)
+    hands.finish(claim, 3, {"total": 3})
+    assert ended(reading.rest()) == []
+    assert handle.result() == {"total": 3}
+    assert handle.exception() is None
+    assert [event.event for event in handle.history()] == ["submitted", "started", "finished"]
+
+
+def test_a_stream_begins_where_it_is_told(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    for offset in range(0, 900, 3):  # more entries than one page
+        hands.put(claim, offset, offset, offset + 1, offset + 2)
+    hands.finish(claim, 900)
+    assert list(handle.stream()) == handle.outputs() == list(range(900))
+    assert list(handle.stream(start=877)) == list(range(877, 900))
+    assert list(handle.stream(start=5000)) == []
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(InvalidRequest, match="start"):
+            handle.stream(start=wrong)  # type: ignore[arg-type]
+
+
+def test_a_handle_of_another_client_hears_hints_too(client: Client, hands: Hands) -> None:
+    """Polled, each wait would take seconds: 30 of them would not fit into the time limit of a test."""
+    mine = client.submit(PATH, 1, id="mine")
+    (claim,) = hands.claim()
+    with Client(connection=connections_of(client), settings=Settings()) as other:
+        reading = Reading(other.get(mine.id))
+        for offset in range(300):
+            hands.put(claim, offset, offset)
+            assert reading.take(1) == [offset]
+        hands.finish(claim, 300, "end")
+        assert ended(reading.rest()) == []
+        assert other.get("mine").result() == "end"
+
+
+def connections_of(client: Client) -> redis.Redis:
+    return client._session._connection
+
+
+def test_a_failure_ends_stream_and_result_with_its_reason(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    reading = Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    hands.fail(claim, FailureKind.INVALID_REQUEST, "max_tokens must be at least 1")
+    output, error = reading.rest()
+    assert output == "a"
+    assert isinstance(error, RequestFailed)
+    assert (error.kind, error.reason, error.request_id) == (
+        "INVALID_REQUEST",
+        "max_tokens must be at least 1",
+        handle.id,
+    )
+    assert [event["event"] for event in error.history] == ["failed"]
+    with pytest.raises(RequestFailed):
+        handle.result()
+    assert isinstance(handle.exception(), RequestFailed)
+    assert (handle.done(), handle.attempts()) == (True, 1)
+
+
+def test_a_result_that_cannot_be_read_is_told(client: Client, hands: Hands, connections: Any) -> None:
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    hands.finish(claim, 0, "fine")
+    connections[1].xadd(key("results", handle.id), {"return_value": b"bm8gcGlja2xl"})
+    with pytest.raises(PerdureError, match="cannot be read"):
+        handle.result()
+
+
+# --- cancel --------------------------------------------------------------------------------------
+
+
+def test_a_waiting_request_is_canceled_at_once(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    reading = Reading(handle)
+    assert handle.cancel("no\nlonger needed")
+    assert handle.cancel()
+    assert isinstance(reading.rest()[-1], RequestCanceled)
+    with pytest.raises(RequestCanceled, match="was canceled"):
+        handle.result()
+    assert hands.claim() == []
+    assert [event.reason for event in handle.history() if event.event == "canceled"] == ["no longer needed"]
+
+
+def test_a_running_request_is_canceled_by_its_worker(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    assert handle.cancel("enough")
+    assert not handle.done()
+    assert hands.store.renew("hands", [(claim.id, claim.execution)]) == ["cancel"]
+    reading = Reading(handle)
+    hands.store.cancel([(claim.id, claim.execution)], reason="enough", incarnation="hands", worker="hands")
+    assert isinstance(reading.rest()[-1], RequestCanceled)
+    assert handle.status() == "canceled"
+
+
+def test_a_request_that_has_ended_cannot_be_canceled(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    hands.finish(hands.claim()[0], 0, 7)
+    assert not handle.cancel()
+    assert handle.result() == 7
+
+
+# --- starting anew -------------------------------------------------------------------------------
+
+
+def test_equal_outputs_of_a_restart_are_skipped(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    reading, late = Reading(handle), Reading(handle, start=2)
+    (claim,) = hands.claim()
+    for offset in range(4):
+        hands.put(claim, offset, offset)
+    assert (reading.take(4), late.take(2)) == ([0, 1, 2, 3], [2, 3])
+    again = hands.restart(claim)
+    hands.put(again, 0, 0, 1, 2)
+    hands.put(again, 3, 3, 4, 5)
+    assert (reading.take(2), late.take(2)) == ([4, 5], [4, 5])
+    hands.finish(again, 6)
+    assert ended(reading.rest()) == ended(late.rest()) == []
+    assert handle.outputs() == [0, 1, 2, 3, 4, 5]
+
+
+def test_different_outputs_of_a_restart_are_told(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    strict, lax = Reading(handle), Reading(handle, restarts=True)
+    (claim,) = hands.claim()
+    for offset, word in enumerate("abc"):
+        hands.put(claim, offset, word)
+    assert strict.take(3) == lax.take(3) == ["a", "b", "c"]
+    again = hands.restart(claim)
+    hands.put(again, 0, "a", "B")
+    (error,) = strict.rest()
+    assert isinstance(error, OutputsRestarted)
+    assert error.offset == 3
+    assert lax.take(2) == ["a", "B"]
+    hands.finish(again, 2)
+    assert ended(lax.rest()) == []
+
+
+def test_a_restart_that_puts_out_less_is_told(client: Client, hands: Hands) -> None:
+    """What a reader has must be the whole answer, not more than it."""
+    handle = client.submit(PATH, 1)
+    strict, lax = Reading(handle), Reading(handle, restarts=True)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a", "b")
+    assert strict.take(2) == lax.take(2) == ["a", "b"]
+    again = hands.restart(claim)
+    hands.put(again, 0, "a")
+    hands.finish(again, 1)
+    assert isinstance(strict.rest()[-1], OutputsRestarted)
+    assert ended(lax.rest()) == ["a"]
+    assert handle.outputs() == ["a"]
+
+
+def test_a_failed_request_that_is_requeued_goes_on(client: Client, hands: Hands, connections: Any) -> None:
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    hands.fail(claim, FailureKind.UNKNOWN, "a bug, since mended")
+    assert list_until_error(handle) == ["a"]
+    connections[1].zrem(key("failed", "default"), handle.id)
+    connections[1].hset(key("job", handle.id), "status", "queued")
+    connections[1].rpush(key("queue", "default"), handle.id)
+    assert not handle.done()
+    (again,) = hands.claim()
+    assert (again.epoch, again.offset) == (0, 1)
+    hands.put(again, 1, "b")
+    hands.finish(again, 2, "ab")
+    assert list(handle.stream()) == ["a", "b"]
+    assert handle.result() == "ab"
+
+
+def list_until_error(handle: Handle) -> list[Any]:
+    outputs = []
+    with pytest.raises(RequestFailed):
+        for output in handle.stream():
+            outputs.append(output)  # noqa: PERF402
+    return outputs
+
+
+def log(epoch: int, *outputs: Any, size: int = 1) -> list[tuple[int, int, list[Any]]]:
+    return [(epoch, at, list(outputs[at : at + size])) for at in range(0, len(outputs), size)]
+
+
+def test_a_page_from_the_middle_of_a_newer_log_is_read_again_from_its_start() -> None:
+    reader = OutputReader("a")
+    assert reader.feed(log(0, 1, 2, 3)) == [1, 2, 3]
+    newer = log(1, 1, 2, 3, 4, 5)
+    assert reader.feed(newer[reader.entry :]) == []
+    assert reader.entry == 0
+    assert reader.feed(newer) == [4, 5]
+    assert reader.complete()
+
+
+def test_a_log_with_a_hole_is_no_answer() -> None:
+    with pytest.raises(PerdureError, match="lacks outputs 1 to 4"):
+        OutputReader("a").feed([(0, 0, [1]), (0, 5, [2])])
+
+
+def test_values_are_compared_as_values() -> None:
+    for one, other in ((1, True), (0, False), (1, 1.0), ("a", b"a"), ([1], [[1]])):
+        reader = OutputReader("a")
+        assert reader.feed(log(0, one)) == [one]
+        with pytest.raises(OutputsRestarted):
+            reader.feed(log(1, other)) or reader.feed(log(1, other))
+    reader = OutputReader("a")
+    reader.feed(log(0, math.nan))
+    reader.notice(1)
+    assert reader.feed(log(1, math.nan)) == []
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def test_waiting_too_long_says_what_the_request_does(client: Client, hands: Hands) -> None:
+    handle = client.submit(PATH, 1)
+    with pytest.raises(TimeoutError, match=f"{handle.id} has not ended within 0 s: it is waiting in the queue default"):
+        handle.result(timeout=0)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    stream = handle.stream(timeout=0.01)
+    assert next(stream) == "a"
+    with pytest.raises(TimeoutError, match=r"running on hands.*stream\(start=1\)"):
+        next(stream)
+    with pytest.raises(TimeoutError, match=f"perdure show {handle.id}"):
+        handle.exception(timeout=0.01)
+    for wrong in (-1, math.nan, "1", True):
+        with pytest.raises(InvalidRequest, match="timeout"):
+            handle.result(timeout=wrong)  # type: ignore[arg-type]
+    hands.finish(claim, 1, "b")
+    assert handle.result(timeout=math.inf) == "b"
+    assert list(handle.stream(timeout=math.inf)) == ["a"]
+
+
+def test_a_hint_that_is_lost_costs_time_and_nothing_else(client: Client, hands: Hands, connections: Any) -> None:
+    """Nobody hears of this end: the job hash names a channel to which nobody listens."""
+    handle = client.submit(PATH, 1)
+    reading = Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    assert reading.take(1) == ["a"]
+    connections[1].hset(key("job", handle.id), "client", "nobody")
+    hands.put(claim, 1, "b")
+    hands.finish(claim, 2)
+    assert ended(reading.rest()) == ["b"]
+
+
+def test_a_request_without_a_producer_can_be_waited_for(client: Client, hands: Hands, connections: Any) -> None:
+    handle = client.submit(PATH, 1)
+    connections[1].hset(key("job", handle.id), "client", "")
+    reading = Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    hands.finish(claim, 1)
+    assert ended(reading.rest()) == ["a"]
+
+
+# --- many waiters, one listener ------------------------------------------------------------------
+
+
+def subscribers(connection: redis.Redis) -> list[dict[str, str]]:
+    clients: Any = connection.client_list()
+    return [item for item in clients if item["name"] == "perdure-client" and item["sub"] != "0"]
+
+
+def test_all_waiters_share_one_listener(connection: redis.Redis, redis_url: str) -> None:
+    hands = Hands(connection)
+    with Client(redis_url, settings=Settings()) as client:
+        handles = client.submit_many([(PATH, index) for index in range(50)])
+        assert subscribers(connection) == []  # nobody waits yet
+        results: dict[str, Any] = {}
+        threads = [
+            threading.Thread(target=lambda one=handle: results.update({one.id: one.result(timeout=LONG)}))
+            for handle in handles
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(client._session.replies._watches) == 50)
+        until(lambda: len(subscribers(connection)) == 1)
+        claims = hands.claim(number=128)
+        for number, claim in enumerate(claims):
+            hands.finish(claim, 0, number)
+        for thread in threads:
+            thread.join(LONG)
+        assert results == {claim.id: number for number, claim in enumerate(claims)}
+        assert len(results) == 50
+        assert len(subscribers(connection)) == 1
+        mine: Any = connection.client_list()
+        assert len([item for item in mine if item["name"] == "perdure-client"]) <= LANES + 2
+    until(lambda: not subscribers(connection))
+
+
+def test_a_channel_is_left_when_nobody_waits_there(connection: redis.Redis, redis_url: str) -> None:
+    hands = Hands(connection)
+    with Client(redis_url, settings=Settings()) as one, Client(redis_url, settings=Settings()) as other:
+        first, second = one.submit(PATH, 1), other.submit(PATH, 2)
+        readings = [Reading(one.get(handle.id)) for handle in (first, second)]
+        until(lambda: [item["sub"] for item in subscribers(connection)] == ["2"])
+        claims = [*hands.claim(), *hands.claim()]
+        hands.finish(claims[1], 0)
+        assert ended(readings[1].rest()) == []
+        until(lambda: [item["sub"] for item in subscribers(connection)] == ["1"])
+        hands.finish(claims[0], 0)
+        assert ended(readings[0].rest()) == []
+
+
+def test_a_listener_that_is_cut_off_comes_back(connection: redis.Redis, redis_url: str) -> None:
+    hands = Hands(connection)
+    with Client(redis_url, settings=Settings()) as client:
+        handle = client.submit(PATH, 1)
+        reading = Reading(handle)
+        (claim,) = hands.claim()
+        for offset in range(3):
+            until(lambda: subscribers(connection))
+            cut = subscribers(connection)[0]["addr"]
+            connection.client_kill(cut)
+            until(lambda cut=cut: [item["addr"] for item in subscribers(connection)] not in ([], [cut]))
+            hands.put(claim, offset, offset)
+            assert reading.take(1) == [offset]
+        hands.finish(claim, 3)
+        assert ended(reading.rest()) == []
+
+
+# --- Redis goes away -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_server(server_binary: Path) -> Iterator[Server]:
+    """A server to be killed; it loses nothing that it has confirmed."""
+    with Server(binary=server_binary, die_with_parent=True) as server:
+        with connect(server.url) as connection:
+            connection.config_set("appendfsync", "always")
+        yield server
+
+
+def test_streams_and_results_outlast_a_redis_that_crashes(own_server: Server) -> None:
+    with Client(own_server.url, settings=Settings()) as client, connect(own_server.url) as connection:
+        hands = Hands(connection)
+        handle = client.submit(PATH, 1)
+        reading = Reading(handle)
+        results: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=lambda: results.put(handle.result(timeout=LONG)), daemon=True).start()
+        (claim,) = hands.claim()
+        hands.put(claim, 0, "a")
+        assert reading.take(1) == ["a"]
+        own_server.kill()
+        submitted: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=lambda: submitted.put(client.submit(PATH, 2)), daemon=True).start()
+        until(lambda: client._session.replies._deaf)
+        own_server.restart()
+        hands = Hands(connection)
+        hands.seq = 1
+        hands.put(claim, 1, "b")
+        assert reading.take(1) == ["b"]
+        hands.finish(claim, 2, "ab")
+        assert ended(reading.rest()) == []
+        assert results.get(timeout=LONG) == "ab"
+        assert submitted.get(timeout=LONG).status() == "queued"
+
+
+def test_a_redis_that_stays_away_ends_the_waiting_at_its_timeout(own_server: Server) -> None:
+    with Client(own_server.url, settings=Settings(), patience=0.1) as client:
+        handle = client.submit(PATH, 1)
+        stream = handle.stream(timeout=0.2)
+        own_server.kill()
+        with pytest.raises(RedisUnavailable, match="Cannot reach Redis"):
+            next(stream)
+        with pytest.raises(RedisUnavailable, match="Cannot reach Redis"):
+            handle.result(timeout=0.2)
+        with pytest.raises(RedisUnavailable, match="Cannot reach Redis"):
+            handle.status()
+
+
+def test_ctrl_c_ends_the_waiting(connection: redis.Redis, redis_url: str) -> None:
+    code = (
+        "import sys, perdure.producer as p\n"
+        "client = p.Client(sys.argv[1])\n"
+        "handle = client.submit('app.tasks.count', 1)\n"
+        "try: handle.result(timeout=float('inf'))\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+        "client.close()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, redis_url], stdout=subprocess.PIPE, text=True)
+    until(lambda: subscribers(connection))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=LONG)[0] == "interrupted\n"
+    assert process.returncode == 0
+
+
+# --- listing -------------------------------------------------------------------------------------
+
+
+def test_a_listing_turns_its_pages(client: Client, hands: Hands) -> None:
+    client.submit_many([(PATH, index) for index in range(7)])
+    failed, finished = hands.claim(), hands.claim()
+    hands.fail(failed[0], FailureKind.UNKNOWN, "broken")
+    hands.finish(finished[0], 0)
+    (running,) = hands.claim()
+    canceled = client.list(status="queued").items[-1].id
+    client.get(canceled).cancel()
+    everything, cursor = [], None
+    while True:
+        page = client.list(limit=2, cursor=cursor)
+        everything += page.items
+        cursor = page.cursor
+        if cursor is None:
+            break
+    assert len({record.id for record in everything}) == len(everything) == 7
+    words = [str(record.status) for record in everything]
+    assert words == ["started", "queued", "queued", "queued", "failed", "canceled", "finished"]
+    assert everything[0].id == running.id
+    assert [record.id for record in client.list(status="canceled", queue="default").items] == [canceled]
+    assert client.list(status="started", queue="other").items == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"status": "bogus"}, "status is one of"),
+        ({"queue": "a b"}, "queue name"),
+        ({"limit": 0}, "limit"),
+        ({"limit": 10**6}, "limit"),
+        ({"cursor": "junk"}, "cursor"),
+        ({"cursor": "é"}, "cursor"),
+    ],
+)
+def test_a_listing_of_what_cannot_be_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text):
+        Client(connection=fakeredis.FakeRedis(), settings=Settings()).list(**options)
