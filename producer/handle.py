@@ -207,7 +207,7 @@ class Handle:
                         ended = yield from self._close(reader, limit, deadline)
                         if ended:
                             return
-                        deadline = time.monotonic() + limit
+                        deadline, watch.look = time.monotonic() + limit, True
                         continue
                 if not _sleep(watch, STREAM_SILENCE, deadline):
                     raise TimeoutError(

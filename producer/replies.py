@@ -111,13 +111,16 @@ class Replies:
         with self._changed:
             self._watches.setdefault(identifier, set()).add(watch)
             self._wanted[channel] += 1
-            heard = channel in self._heard
-            if self._thread is None and not self._closed:
+            heard, running = channel in self._heard, self._thread is not None
+            if not running and not self._closed:
                 self._deaf = False
                 self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
                 self._thread.start()
-        if not heard:
+            # The first to want a channel tells the listener; one that is just starting sees it by itself.
+            tell = running and not heard and self._wanted[channel] == 1
+        if tell:
             self._wake_listener()
+        if not heard:
             with self._changed:
                 self._changed.wait_for(lambda: channel in self._heard or self._deaf or self._closed, CONFIRM)
         return watch

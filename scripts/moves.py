@@ -16,11 +16,9 @@ from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .console import json_option, open_client, print_json, read_settings, url_option
 
-_IDS = {"metavar": "ID...", "nargs": -1}
-
 
 @click.command(epilog='\b\nExamples:\n  perdure cancel ID\n  perdure cancel ID1 ID2 --reason "wrong model"')
-@click.argument("identifiers", required=True, **_IDS)
+@click.argument("identifiers", required=True, metavar="ID...", nargs=-1)
 @click.option("--reason", default="", metavar="TEXT", help="For the history.")
 @json_option
 @url_option
@@ -48,7 +46,7 @@ def cancel(identifiers: tuple[str, ...], reason: str, as_json: bool, url: str | 
 
 
 @click.command(epilog="\b\nExamples:\n  perdure requeue ID\n  perdure requeue --all --queue gpu")
-@click.argument("identifiers", **_IDS)
+@click.argument("identifiers", metavar="ID...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All failed requests and jobs, instead of ids.")
 @click.option("--queue", metavar="NAME", help="With --all: only those of this queue.")
 @json_option
@@ -121,10 +119,11 @@ def _requeue_one(connection: redis.Redis, queue: str, identifier: str) -> bool:
 def _failed(connection: redis.Redis, queue: str) -> Iterator[str]:
     """All ids that are in the registry now, in pages; what fails again meanwhile is left alone."""
     name = key("failed", queue)
-    number: int = connection.zcard(name)  # type: ignore[assignment]
+    number: Any = connection.zcard(name)
     identifiers: list[bytes] = []
     for begin in range(0, number, 1000):
-        identifiers += connection.zrange(name, begin, begin + 999)  # type: ignore[arg-type]
+        page: Any = connection.zrange(name, begin, begin + 999)
+        identifiers += page
     for identifier in identifiers[:number]:
         yield identifier.decode(errors="replace")
 

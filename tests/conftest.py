@@ -16,6 +16,8 @@ import redis
 from perdure.protocol.connection import connect
 from perdure.scripts.server import Server, find_binary
 
+from .worker_kit import Lab, laboratory
+
 _NEEDS_A_SERVER = {"server", "server_binary", "redis_url", "connection"}
 
 
@@ -78,3 +80,10 @@ def no_leaks(connection: redis.Redis) -> Iterator[set[bytes]]:
     keys = [key for key in connection.scan_iter(match=b"*:perdure:*", count=1000) if key not in allowed]
     immortal = sorted(key for key in keys if connection.ttl(key) == -1)
     assert not immortal, f"keys without an expiry are left: {immortal}"
+
+
+@pytest.fixture
+def lab(redis_url: str, tmp_path: Path) -> Iterator[Lab]:
+    """Worker and reaper processes on an empty server; all are gone afterwards."""
+    with laboratory(redis_url, tmp_path) as started:
+        yield started

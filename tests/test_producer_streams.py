@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,8 @@ def test_a_failed_request_that_is_requeued_goes_on(client: Client, hands: Hands,
     (claim,) = hands.claim()
     hands.put(claim, 0, "a")
     hands.fail(claim, FailureKind.UNKNOWN, "a bug, since mended")
-    assert list_until_error(handle) == ["a"]
+    output, error = Reading(handle).rest()
+    assert (output, type(error)) == ("a", RequestFailed)
     connections[1].zrem(key("failed", "default"), handle.id)
     connections[1].hset(key("job", handle.id), "status", "queued")
     connections[1].rpush(key("queue", "default"), handle.id)
@@ -341,14 +343,6 @@ def test_a_failed_request_that_is_requeued_goes_on(client: Client, hands: Hands,
     hands.finish(again, 2, "ab")
     assert list(handle.stream()) == ["a", "b"]
     assert handle.result() == "ab"
-
-
-def list_until_error(handle: Handle) -> list[Any]:
-    outputs = []
-    with pytest.raises(RequestFailed):
-        for output in handle.stream():
-            outputs.append(output)  # noqa: PERF402
-    return outputs
 
 
 def log(epoch: int, *outputs: Any, size: int = 1) -> list[tuple[int, int, list[Any]]]:
@@ -436,6 +430,11 @@ def subscribers(connection: redis.Redis) -> list[dict[str, str]]:
     return [item for item in clients if item["name"] == "perdure-client" and item["sub"] != "0"]
 
 
+def subscribed_anew(connection: redis.Redis, address: str) -> bool:
+    """Whether there is a subscriber, and not the one with this address."""
+    return [item["addr"] for item in subscribers(connection)] not in ([], [address])
+
+
 def test_all_waiters_share_one_listener(connection: redis.Redis, redis_url: str) -> None:
     hands = Hands(connection)
     with Client(redis_url, settings=Settings()) as client:
@@ -487,7 +486,7 @@ def test_a_listener_that_is_cut_off_comes_back(connection: redis.Redis, redis_ur
             until(lambda: subscribers(connection))
             cut = subscribers(connection)[0]["addr"]
             connection.client_kill(cut)
-            until(lambda cut=cut: [item["addr"] for item in subscribers(connection)] not in ([], [cut]))
+            until(partial(subscribed_anew, connection, cut))
             hands.put(claim, offset, offset)
             assert reading.take(1) == [offset]
         hands.finish(claim, 3)

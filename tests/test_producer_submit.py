@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -40,7 +40,7 @@ PATH = "app.tasks.count"
 
 
 @task
-def count(request: Request) -> Iterator[Step]:
+def count(request: Request) -> Generator[Step, None, None]:
     """A task at the top level of a module."""
     yield Step(output=1)
 

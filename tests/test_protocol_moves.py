@@ -365,6 +365,10 @@ def test_a_lease_keeps_a_checkpoint_young(pool: Pool, hand: Hand):
         point = pool.store.checkpoint(identifier)
         assert point is not None
         assert point.age < 60
+    pool.age_checkpoint("a", 4000)
+    hand.renew(first)
+    hand.release(first)
+    assert pool.store.expire(["gpu"]) == 0, "renewed a moment ago, it is young although nobody holds it now"
 
 
 def test_resuming_can_be_turned_off(pool: Pool, hand: Hand):
@@ -395,12 +399,15 @@ def test_old_entries_leave_the_registries(pool: Pool, hand: Hand):
 def test_a_waiting_request_is_canceled_at_once(pool: Pool, hand: Hand):
     """Queued or scheduled: it never runs, and its id is dropped by the claim that pops it."""
     pool.submit("retry", "queued", "next")
-    hand.fail(hand.take("retry"))
+    claim = hand.take("retry")
+    hand.step(claim, ["x"])
+    hand.fail(claim)
     assert pool.cancel("queued") == "canceled"
     assert pool.cancel("retry") == "canceled"
     assert pool.store.promote(["gpu"]) == 0
     pool.make_due("retry")
     assert [claim.id for claim in hand.claim().claims] == ["next"]
+    assert pool.store.checkpoint("retry") is None
     for identifier in ("queued", "retry"):
         assert pool.status(identifier) is State.CANCELED
         assert 1990 <= pool.connection.ttl(key("job", identifier)) <= 2000
@@ -431,6 +438,21 @@ def test_a_finish_wins_over_a_cancel_that_nobody_has_acted_upon(pool: Pool, hand
     assert hand.finish(claim, "answer") == "ok"
     assert (pool.status("a"), pool.store.result("a")) == (State.FINISHED, "answer")
     assert pool.cancel("a") == "ended"
+    record = pool.store.fetch("a")
+    assert record is not None
+    assert not record.canceling
+
+
+def test_a_finish_wins_over_rqs_cancel_and_clean_up(pool: Pool, hand: Hand):
+    """Whatever registry somebody put a running request into: after the end it stands in one, that of the finished."""
+    pool.submit("a")
+    claim = hand.take("a")
+    fetch(pool, "a").cancel()
+    pool.connection.zadd(key("failed", "gpu"), {"a": 9_999_999_999})
+    assert hand.finish(claim, "answer") == "ok"
+    names = [name for name in ("finished", "failed", "canceled") if pool.connection.zcard(key(name, "gpu"))]
+    assert names == ["finished"]
+    assert pool.status("a") is State.FINISHED
 
 
 @pytest.mark.parametrize("end", ["fail", "release", "reap"])

@@ -237,6 +237,14 @@ def test_the_first_loss_is_redelivered_at_once_and_from_the_front(pool: Pool, ha
     assert hand.take("a").attempt == 1
 
 
+def test_a_lost_batch_comes_back_in_its_order(pool: Pool, hand: Hand):
+    """In front of those who came later, first served first, as after a release."""
+    pool.submit("a", "b", "c", "waiting")
+    hand.claim(3)
+    pool.reap(hand.incarnation)
+    assert pool.waiting() == ["a", "b", "c", "waiting"]
+
+
 def test_the_second_loss_without_progress_waits(pool: Pool, hand: Hand):
     """Perhaps it is the request after all: still uncharged, but no longer at once."""
     pool.submit("a")

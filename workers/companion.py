@@ -122,7 +122,7 @@ class Companion:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """This process' environment with exactly these settings; the server comes through the pipe."""
+    """The environment of this process with exactly these settings; the server comes through the pipe."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name != "RQ_REDIS_URL"}
     return rest | settings.replace(redis_url="").environment()
 

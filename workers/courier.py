@@ -15,7 +15,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class Courier:
 
     _settings: Settings = field(init=False)
     _condition: threading.Condition = field(default_factory=threading.Condition)
+    _step_timeouts: dict[str, float | None] = field(default_factory=dict)
     _stopping: float | None = None
     _cold: bool = False
     _urgent: bool = False
@@ -124,6 +125,11 @@ class Courier:
             self._condition.notify_all()
 
     @property
+    def started(self) -> bool:
+        """True once it may hold something."""
+        return self._thread is not None
+
+    @property
     def stopping(self) -> bool:
         """True once :meth:`stop` was called."""
         return self._stopping is not None
@@ -138,21 +144,29 @@ class Courier:
         """A task is ready: how many of its requests fit, and how long one of its steps may take (seconds)."""
         with self._condition:
             self.slots[path] = slots
-            if step_timeout is not None:
-                self.store.settings = self._settings.replace(step_timeout=step_timeout)
+            self._step_timeouts[path] = step_timeout
+            self._adopt(path)
             self._fill = self._urgent = True
             self._condition.notify_all()
 
-    def offer(self, steps: Iterable[Step]) -> list[str]:
+    def _adopt(self, path: str) -> None:
+        """Leases are those of this task from now on; those that were given with another length are renewed at once."""
+        settings = self._settings.replace(step_timeout=self._step_timeouts.get(path))
+        if path == self.task and settings.lease != self.store.settings.lease:
+            self.store.settings = settings
+            self._last_renewal = 0.0
+
+    def offer(self, steps: Iterable[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
-        Those are requests whose output, state or result cannot be stored.
+        Those are requests whose output, state or result cannot be stored. ``executions``: for which execution
+        each request was admitted; a step of an older one is not this execution's.
         """
         broken = []
         with self._condition:
             self._steps += 1
             for step in steps:
-                holding = self.held.get(step.request_id)
+                holding = self._current(step.request_id, executions.get(step.request_id, ""))
                 if holding is None or holding.leaving:
                     continue
                 try:
@@ -167,30 +181,34 @@ class Courier:
                 self._condition.notify_all()
         return broken
 
-    def fail(self, identifier: str, error: BaseException) -> None:
+    def fail(self, identifier: str, execution: str, error: BaseException) -> None:
         """End a request's execution with a failure."""
         with self._condition:
-            holding = self.held.get(identifier)
+            holding = self._current(identifier, execution)
             if holding is not None and not holding.leaving:
                 holding.fail(error)
                 self._urgent = True
                 self._condition.notify_all()
 
-    def hand_back(self, identifiers: Sequence[str], *, reason: str, delay: float, fingerprint: str = "") -> None:
-        """Release requests that this worker cannot run; ``delay`` in seconds before another may."""
+    def hand_back(self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "") -> None:
+        """Release a request that this worker cannot run; ``delay`` in seconds before another may."""
         with self._condition:
-            for identifier in identifiers:
-                if holding := self.held.get(identifier):
-                    self._releases.append((holding, reason, delay, fingerprint))
+            if holding := self._current(claim.id, claim.execution):
+                self._releases.append((holding, reason, delay, fingerprint))
             self._urgent = True
             self._condition.notify_all()
 
-    def accept(self, identifier: str, fingerprint: str) -> None:
+    def accept(self, claim: Claim, fingerprint: str) -> None:
         """The engine has taken a request in; its checkpoints will carry this fingerprint."""
         with self._condition:
-            if holding := self.held.get(identifier):
+            if holding := self._current(claim.id, claim.execution):
                 holding.fingerprint = fingerprint
             self._steps += 1
+
+    def _current(self, identifier: str, execution: str) -> Holding | None:
+        """The holding of exactly this execution (lock held): a request that was lost may be held again."""
+        holding = self.held.get(identifier)
+        return holding if holding is not None and holding.claim.execution == execution else None
 
     def ended_plain(self, identifier: str) -> None:
         """RQ's own code has ended a plain job."""
@@ -393,23 +411,26 @@ class Courier:
     def _release(self) -> None:
         with self._condition:
             waiting = list(self._releases)
-        for entry in waiting:
+        # From last to first: each goes to the front of its queue.
+        for entry in reversed(waiting):
             holding, reason, delay, fingerprint = entry
-            if self.held.get(holding.claim.id) is holding:
+            mine = self.held.get(holding.claim.id) is holding
+            if mine:
                 answers = self.store.release(
                     self.incarnation, self.worker, [holding.key], reason=reason, delay=delay, fingerprints=[fingerprint]
                 )
                 self.log.warning("handed back (%s): %s; %s", holding.claim.id, reason, answers[0])
             with self._condition:
                 self._releases.remove(entry)
-                self._let_go(holding.claim.id)
+                if mine:
+                    self._let_go(holding.claim.id)
 
     # --- claiming ----------------------------------------------------------------------------------
 
     def _claim(self) -> None:
         """Fill free slots; an idle worker blocks on its bells first, a busy one looks at every checkpoint."""
         if self._stopping is not None:
-            return
+            return None
         with self._condition:
             busy = bool(self.held)
             if not busy:
@@ -462,19 +483,23 @@ class Courier:
             if claims:
                 self._idle_since = time.monotonic()
                 self._last_renewal = time.monotonic()
+                self._adopt(self.task)
 
     def _admission(self, claim: Claim) -> Admission | str:
         """The request as the task will see it, with what its checkpoint holds; a text if that is damaged."""
         outputs: list[Any] = []
         state: Any = None
-        if claim.offset:
-            outputs = self.store.all_outputs(claim.id)
-            if len(outputs) != claim.offset:
-                return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
-        if claim.seq:
-            state, sound = self.store.state(claim.id)
-            if not sound:
-                return "the checkpoint's state does not match its CRC"
+        try:
+            if claim.offset:
+                outputs = self.store.all_outputs(claim.id)
+                if len(outputs) != claim.offset:
+                    return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
+            if claim.seq:
+                state, sound = self.store.state(claim.id)
+                if not sound:
+                    return "the checkpoint's state does not match its CRC"
+        except (ValueError, TypeError) as error:
+            return f"the checkpoint cannot be read: {error}"
         self.log.info(
             "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
             f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
@@ -495,7 +520,7 @@ class Courier:
             self.stop()
 
     def _rejoin(self) -> None:
-        """This incarnation was declared dead: all it held runs elsewhere. Go on under a new one."""
+        """Declared dead: all that this incarnation held runs elsewhere. Go on under a new one."""
         with self._condition:
             self.log.warning(
                 "Worker %s was declared dead (no heartbeat reached Redis in time); %d request(s) dropped, rejoining",

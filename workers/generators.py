@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from .tasks import AnyTask, BatchTask, Request, Step, Task
+from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
 
 class GeneratorBatch(BatchTask):
@@ -47,7 +47,7 @@ def _advance(identifier: str, generator: Generator[Step, None, Any]) -> Step:
         step: Any = next(generator)
     except StopIteration as stop:
         return Step(request_id=identifier, result=stop.value)
-    except Exception as error:
+    except RAISED as error:
         return Step(request_id=identifier, error=error)
     if not isinstance(step, Step):
         generator.close()

@@ -13,10 +13,10 @@ from ..protocol.errors import InvalidRequest, UnknownTask
 from ..protocol.records import Claim
 from ..protocol.settings import Settings
 from ..recovery.failures import POLICIES, classify
-from .courier import Courier
+from .courier import NO_CHECKPOINT, Courier
 from .generators import as_batch
 from .mailbox import Admission, Drop, Mailbox, Stop
-from .tasks import BatchTask, Request, resolve
+from .tasks import RAISED, BatchTask, Request, Step, resolve
 
 CANNOT_RUN_DELAY = 5.0
 """Seconds before a request may be claimed again that this worker could not run."""
@@ -35,7 +35,8 @@ class Engine:
     path: str
     batch: BatchTask
     fingerprint: str
-    admitted: set[str] = field(default_factory=set)
+    admitted: dict[str, str] = field(default_factory=dict)
+    """Request id -> the execution for which it was admitted: it may come again while an old step still runs."""
 
 
 @dataclass(slots=True)
@@ -88,30 +89,41 @@ class EngineLoop:
     def _admit(self, admission: Admission) -> None:
         claim = admission.claim
         if claim.plain:
-            self.run_plain(claim)
-            self.courier.ended_plain(claim.id)
+            self._run_plain(claim)
             return
+        if self._engine is not None and claim.id in self._engine.admitted:
+            self._drop(claim.id)  # lost and claimed again before its old execution had left the engine
         try:
             engine = self._engine_for(claim.task)
         except UnknownTask as error:
-            self.courier.fail(claim.id, _unknown(error))
+            self.courier.fail(claim.id, claim.execution, _unknown(error))
             return
-        except Exception as error:
+        except RAISED as error:
             self.log.exception("cannot load %s; its requests are handed back", claim.task)
             reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
-            self.courier.hand_back([claim.id], reason=reason, delay=CANNOT_RUN_DELAY)
+            self.courier.hand_back(claim, reason=reason, delay=CANNOT_RUN_DELAY)
             return
         if claim.seq and claim.fingerprint != engine.fingerprint:
             reason = f"another model began it (fingerprint {claim.fingerprint[:12]}, here {engine.fingerprint[:12]})"
-            self.courier.hand_back([claim.id], reason=reason, delay=1.0, fingerprint=claim.fingerprint)
+            # One without any fingerprint is shown by nobody: nobody can be waited for.
+            shown = claim.fingerprint or NO_CHECKPOINT
+            self.courier.hand_back(claim, reason=reason, delay=1.0, fingerprint=shown)
             return
         try:
             engine.batch.admit(_unpacked(admission.request))
-        except Exception as error:
-            self.courier.fail(claim.id, error)
+        except RAISED as error:
+            self.courier.fail(claim.id, claim.execution, error)
             return
-        engine.admitted.add(claim.id)
-        self.courier.accept(claim.id, engine.fingerprint)
+        engine.admitted[claim.id] = claim.execution
+        self.courier.accept(claim, engine.fingerprint)
+
+    def _run_plain(self, claim: Claim) -> None:
+        try:
+            self.run_plain(claim)
+        except InvalidRequest as error:
+            self.courier.fail(claim.id, claim.execution, error)
+        else:
+            self.courier.ended_plain(claim.id)
 
     def _engine_for(self, path: str) -> Engine:
         engine = self._engines.get(path) or self._load(path)
@@ -135,25 +147,26 @@ class EngineLoop:
 
     def _step(self, engine: Engine) -> None:
         try:
-            steps = list(engine.batch.step())
-        except Exception as error:
+            steps = [_checked(step) for step in engine.batch.step()]
+        except RAISED as error:
             # Nobody can tell whose fault it was: all that took part fail, by the policy for the error.
             self._fail_all(engine, error)
             return
+        executions = dict(engine.admitted)
         for step in steps:
             if step.ends:
-                engine.admitted.discard(step.request_id)
-        for identifier in self.courier.offer(steps):
+                engine.admitted.pop(step.request_id, None)
+        for identifier in self.courier.offer(steps, executions):
             self._drop(identifier)
         durable = [step.request_id for step in steps if step.durable and not step.ends]
         if durable:
             self.courier.wait_stored(durable)
 
-    def _fail_all(self, engine: Engine, error: Exception) -> None:
-        self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=True)
-        for identifier in list(engine.admitted):
+    def _fail_all(self, engine: Engine, error: BaseException) -> None:
+        self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=error)
+        for identifier, execution in list(engine.admitted.items()):
             self._drop(identifier)
-            self.courier.fail(identifier, error)
+            self.courier.fail(identifier, execution, error)
         if POLICIES[classify(error)].worker == "exit":
             self.exit_code = 1
             self.courier.stop()
@@ -162,10 +175,10 @@ class EngineLoop:
         engine = self._engine
         if engine is None or identifier not in engine.admitted:
             return
-        engine.admitted.discard(identifier)
+        del engine.admitted[identifier]
         try:
             engine.batch.drop(identifier)
-        except Exception:
+        except RAISED:
             self.log.exception("%s raised while it dropped %s", engine.path, identifier)
 
 
@@ -188,6 +201,12 @@ def _unpacked(request: Request) -> Request:
         state=request.state,
         queue=request.queue,
     )
+
+
+def _checked(step: object) -> Step:
+    if not isinstance(step, Step):
+        raise TypeError(f"step() gives Steps, but this one gave a {type(step).__name__}")
+    return step
 
 
 def _unknown(error: UnknownTask) -> Exception:

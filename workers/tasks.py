@@ -34,6 +34,9 @@ class _Nothing:
 
 NOTHING: Final = _Nothing()
 
+RAISED: Final = (Exception, SystemExit)
+"""What a task may raise. ``sys.exit()`` in it ends its request, not the worker and everybody else's requests."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

@@ -20,11 +20,13 @@ from typing import Any
 
 import redis
 import rq
+from rq import worker_registration
+from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
 from rq.worker import DequeueStrategy, SimpleWorker
 
-from ..protocol.errors import PerdureError, ProtocolMismatch
+from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, key
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
@@ -92,7 +94,7 @@ class Worker(SimpleWorker):
             worker=self.name,
             queues=self._next_queues,
             mailbox=mailbox,
-            rejoined=self._companion.watch,
+            rejoined=self._rejoined,
             tended=self._companion.tend,
             limits=Limits(burst, max_jobs, max_idle_time),
             resume=settings.resume,
@@ -167,9 +169,29 @@ class Worker(SimpleWorker):
             self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
             self._shutdown_requested_date = rq.utils.now()
             courier.stop()
+            if not courier.started:
+                # It still loads what stands in PERDURE_TASKS, which may take minutes, and holds nothing.
+                self._depart(courier)
+                logging.shutdown()
+                os._exit(0)
         elif now - self._signals[0] >= COLD_AFTER:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.stop(cold=True)
+
+    def _rejoined(self, incarnation: str) -> None:
+        """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""
+        assert self._companion is not None
+        assert self._courier is not None
+        self._companion.watch(incarnation)
+        try:
+            # Not over RQ's own connection: its timeout is minutes.
+            with self._courier.store.connection.pipeline() as pipeline:
+                pipeline.hset(self.key, mapping=self.serialize())
+                worker_registration.register(self, pipeline)
+                pipeline.expire(self.key, 60)
+                pipeline.execute()
+        except redis.RedisError as error:
+            self.log.warning("Worker %s: cannot register again (%s); it works all the same", self.name, error)
 
     # --- queues and plain jobs -----------------------------------------------------------------------
 
@@ -186,9 +208,8 @@ class Worker(SimpleWorker):
         )
         try:
             job = self.job_class.fetch(claim.id, connection=self.connection, serializer=self.serializer)
-        except Exception:
-            self.log.exception("Worker %s: cannot read job %s; it is left to the reaper", self.name, claim.id)
-            return
+        except (ValueError, KeyError, TypeError, AttributeError, NoSuchJobError) as error:
+            raise InvalidRequest(f"cannot read job {claim.id}: {type(error).__name__}: {error}") from error
         execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
         self.executions[execution.id] = execution
         self.perform_job(job, queue, execution)

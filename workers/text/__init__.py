@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from ...protocol.errors import InvalidRequest
@@ -56,6 +57,11 @@ class Generate(BatchTask):
 
         Raises :class:`~perdure.protocol.errors.SettingsError`, saying what to do.
         """
+        # OpenMP's threads wait for each other by spinning. Where two workers share the cores they spin in each other's
+        # way: passes of seconds were seen, against a fifth of one. Read when torch is loaded, so set before it is.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
         import torch
 
         from .bundle import read

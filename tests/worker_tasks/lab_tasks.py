@@ -1,0 +1,238 @@
+"""Tasks and plain jobs that worker processes of the tests run. Nothing here knows the tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from perdure.workers import BatchTask, InvalidRequest, Request, Step, task
+
+
+def _mark(folder: str, name: str) -> None:
+    """Leave a trace that a test can wait for."""
+    Path(folder, name).touch()
+
+
+def _count(request: Request) -> Iterator[Step]:
+    for index in range(request.state or 0, request.payload["n"]):
+        time.sleep(request.payload.get("sleep", 0))
+        yield Step(output=index, state=index + 1)
+    return {"counted": request.payload["n"]}  # type: ignore[return-value]
+
+
+@task
+def count(request: Request) -> Iterator[Step]:
+    """Count to ``n``, ``sleep`` seconds each."""
+    return (yield from _count(request))
+
+
+@task(slots=4)
+def many(request: Request) -> Iterator[Step]:
+    """The same, four at once."""
+    return (yield from _count(request))
+
+
+@task(step_timeout=0.4)
+def hang(request: Request) -> Iterator[Step]:
+    """Put out three, hang once (the GIL is free) for as long as ``seconds`` says, go on when started again."""
+    for index in range(request.state or 0, 6):
+        if index == 3 and not Path(request.payload["folder"], "hung").exists():
+            _mark(request.payload["folder"], "hung")
+            time.sleep(request.payload["seconds"])
+        yield Step(output=index, state=index + 1)
+
+
+@task(slots=2, step_timeout=0.4)
+def hang_among_others(request: Request) -> Iterator[Step]:
+    """Hangs once as ``hang`` does, and takes every further run slowly."""
+    for index in range(request.state or 0, 20):
+        if index == 3 and not Path(request.payload["folder"], "hung").exists():
+            _mark(request.payload["folder"], "hung")
+            time.sleep(request.payload["seconds"])
+        time.sleep(0.02)
+        yield Step(output=index, state=index + 1)
+
+
+@task(step_timeout=0.4)
+def native(request: Request) -> Iterator[Step]:
+    """Three outputs, then a step in native code that no Python signal handler interrupts; the GIL is free."""
+    for index in range(request.state or 0, 6):
+        if index == 3 and not Path(request.payload["folder"], "native").exists():
+            _mark(request.payload["folder"], "native")
+            ctypes.CDLL(None).sleep(ctypes.c_uint(30))
+        yield Step(output=index, state=index + 1)
+
+
+@task
+def native_by_default(request: Request) -> Iterator[Step]:
+    """As ``native``, with the default step timeout."""
+    for index in range(request.state or 0, 6):
+        if index == 3 and not Path(request.payload["folder"], "native").exists():
+            _mark(request.payload["folder"], "native")
+            # usleep returns early at a signal; what is left is slept again, as a kernel would run on.
+            end = time.monotonic() + 600
+            libc = ctypes.CDLL(None)
+            while time.monotonic() < end:
+                libc.usleep(ctypes.c_uint(900_000))
+        yield Step(output=index, state=index + 1)
+
+
+@task
+def patient(request: Request) -> Iterator[Step]:
+    """A step that takes longer than the pool's default allows, for a task that says so."""
+    yield Step(output=0)
+    time.sleep(request.payload["seconds"])
+    yield Step(output=1)
+
+
+@task
+def boom(request: Request) -> Iterator[Step]:
+    """Fails after one output."""
+    yield Step(output="before")
+    raise RuntimeError("boom")
+
+
+@task
+def leave(request: Request) -> Iterator[Step]:
+    """Calls sys.exit, as a library that was written as a program does."""
+    yield Step(output="before")
+    sys.exit(3)
+
+
+@task
+def refuse(request: Request) -> Iterator[Step]:
+    """Says that the request is wrong."""
+    raise InvalidRequest("n must be at least 1", "n")
+    yield Step()
+
+
+@task
+def durable(request: Request) -> Iterator[Step]:
+    """What stands in Redis right after a durable step."""
+    import redis
+
+    connection = redis.Redis.from_url(request.payload["url"])
+    seen = []
+    for index in range(3):
+        yield Step(output=index, durable=True)
+        seen.append(int(connection.hget(f"rq:perdure:checkpoint:{request.id}", "offset") or 0))
+    connection.close()
+    return seen  # type: ignore[return-value]
+
+
+class Batch(BatchTask):
+    """Counts for each admitted request; what goes wrong is written in the payload."""
+
+    slots = 3
+
+    def __init__(self) -> None:
+        self.running: dict[str, list[Any]] = {}
+
+    def admit(self, request: Request) -> None:
+        if request.payload.get("admit"):
+            raise RuntimeError("not this one")
+        self.running[request.id] = [len(request.outputs), request.payload]
+
+    def step(self) -> Iterable[Step]:
+        time.sleep(0.01)
+        for identifier, entry in list(self.running.items()):
+            index, payload = entry
+            entry[0] += 1
+            kind = payload.get("kind") if index == payload.get("at", 3) else None
+            if index == payload["n"]:
+                del self.running[identifier]
+                yield Step(request_id=identifier, result={"mates": payload.get("mates")})
+            elif kind == "error":
+                del self.running[identifier]
+                yield Step(request_id=identifier, error=ValueError("its own fault"))
+            elif kind == "unpackable":
+                yield Step(request_id=identifier, output=object())
+            elif kind == "oversize":
+                yield Step(request_id=identifier, output=b"x" * 5000)
+            elif kind == "raise":
+                raise RuntimeError("the whole step")
+            elif kind == "no step":
+                yield "no step"  # type: ignore[misc]
+            else:
+                # Which others ran in this very step.
+                yield Step(request_id=identifier, output=[index, len(self.running)])
+
+    def drop(self, request_id: str) -> None:
+        self.running.pop(request_id, None)
+
+
+class Model(BatchTask):
+    """One slot; its fingerprint, its loading time and whether it loads come from the environment."""
+
+    slots = 1
+
+    def load(self) -> None:
+        if os.environ.get("LAB_LOAD") == "fail":
+            raise OSError("no weights here")
+        if folder := os.environ.get("LAB_FOLDER"):
+            _mark(folder, "loading")
+        time.sleep(float(os.environ.get("LAB_LOAD", "0")))
+
+    def fingerprint(self) -> str:
+        return os.environ.get("LAB_FINGERPRINT", "")
+
+    def __init__(self) -> None:
+        self.running: dict[str, list[Any]] = {}
+
+    def admit(self, request: Request) -> None:
+        self.running[request.id] = [len(request.outputs), request.payload]
+
+    def step(self) -> Iterable[Step]:
+        steps = []
+        for identifier, entry in list(self.running.items()):
+            index, payload = entry
+            time.sleep(payload.get("sleep", 0))
+            if index == payload["n"]:
+                del self.running[identifier]
+                steps.append(Step(request_id=identifier, result=self.fingerprint()))
+            else:
+                entry[0] += 1
+                steps.append(Step(request_id=identifier, output=index))
+        return steps
+
+    def drop(self, request_id: str) -> None:
+        self.running.pop(request_id, None)
+
+
+model = Model()
+
+
+def no_task(request: Any) -> None:
+    """A callable that is no task; leaves a trace if somebody runs it all the same."""
+    _mark(request.payload["folder"], "ran")
+
+
+class Hostile:
+    """Unpickling it runs code."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_mark, (self.folder, "hacked"))
+
+
+def double(number: int) -> int:
+    """A plain job."""
+    return 2 * number
+
+
+def fail(number: int) -> None:
+    """A plain job that fails."""
+    raise KeyError(number)
+
+
+def nap(seconds: float) -> str:
+    """A plain job that takes a while."""
+    time.sleep(seconds)
+    return "rested"
