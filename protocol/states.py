@@ -41,14 +41,14 @@ ENDED: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELED, State.ST
 
 # state -> {next state: the scripts that make the move}
 TRANSITIONS: Final[dict[State, dict[State, tuple[str, ...]]]] = {
-    State.CREATED: {State.QUEUED: ("enqueue",), State.SCHEDULED: ("enqueue",)},
-    State.QUEUED: {State.STARTED: ("claim",), State.CANCELED: ("cancel",), State.FAILED: ("claim",)},
+    State.CREATED: {State.QUEUED: ("enqueue",)},
+    State.QUEUED: {State.STARTED: ("claim",), State.CANCELED: ("cancel",)},
     State.SCHEDULED: {State.QUEUED: ("promote", "claim"), State.CANCELED: ("cancel",)},
     State.STARTED: {
         State.FINISHED: ("finish",),
-        State.FAILED: ("fail", "reap"),
-        State.CANCELED: ("cancel",),
-        State.STOPPED: ("cancel",),
+        State.FAILED: ("fail", "reap", "release"),
+        State.CANCELED: ("cancel", "fail", "reap", "release"),
+        State.STOPPED: ("cancel", "fail", "reap", "release"),
         State.QUEUED: ("release", "fail", "reap"),
         State.SCHEDULED: ("fail", "release", "reap"),
     },
