@@ -31,40 +31,74 @@ _KUBERNETES = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT(_\d+_(TCP|
 class Settings:
     """Everything that can be set. Each field's line says what it rules."""
 
-    redis_url: str = field(default="", metadata={"help": "where Redis is; else RQ_REDIS_URL, else a running embedded server"})
-    tasks: tuple[str, ...] = field(default=(), metadata={"help": "dotted paths, comma-separated, that a worker loads before its first claim"})
+    redis_url: str = field(
+        default="", metadata={"help": "where Redis is; else RQ_REDIS_URL, else a running embedded server"}
+    )
+    tasks: tuple[str, ...] = field(
+        default=(), metadata={"help": "dotted paths, comma-separated, that a worker loads before its first claim"}
+    )
     heartbeat: float = field(default=1.0, metadata={"help": "seconds between heartbeats"})
-    heartbeat_timeout: float = field(default=5.0, metadata={"help": "seconds without a heartbeat after which a worker counts as dead"})
-    step_timeout: float = field(default=20.0, metadata={"help": "seconds one step may take; a lease lasts 1.5 times as long"})
+    heartbeat_timeout: float = field(
+        default=5.0, metadata={"help": "seconds without a heartbeat after which a worker counts as dead"}
+    )
+    step_timeout: float = field(
+        default=20.0, metadata={"help": "seconds one step may take; a lease lasts 1.5 times as long"}
+    )
     load_timeout: float = field(default=600.0, metadata={"help": "seconds that loading a task's model may take"})
-    checkpoint_interval: float = field(default=0.1, metadata={"help": "seconds between checkpoints of a running request"})
-    checkpoint_ttl: float = field(default=3600.0, metadata={"help": "seconds after its last write when a checkpoint is stale"})
+    checkpoint_interval: float = field(
+        default=0.1, metadata={"help": "seconds between checkpoints of a running request"}
+    )
+    checkpoint_ttl: float = field(
+        default=3600.0, metadata={"help": "seconds after its last write when a checkpoint is stale"}
+    )
     max_retries: int = field(default=3, metadata={"help": "retries after the first attempt"})
-    retry_base: float = field(default=1.0, metadata={"help": "seconds before the first retry; doubles for each further one"})
+    retry_base: float = field(
+        default=1.0, metadata={"help": "seconds before the first retry; doubles for each further one"}
+    )
     retry_cap: float = field(default=30.0, metadata={"help": "longest delay before a retry, in seconds"})
-    max_crashes: int = field(default=3, metadata={"help": "crashes of a request alone on its worker before it is a dead letter"})
+    max_crashes: int = field(
+        default=3, metadata={"help": "crashes of a request alone on its worker before it is a dead letter"}
+    )
     max_crashes_total: int = field(default=10, metadata={"help": "crashes in all before a request is a dead letter"})
-    max_executions: int = field(default=40, metadata={"help": "executions without progress before a request is a dead letter"})
+    max_executions: int = field(
+        default=40, metadata={"help": "executions without progress before a request is a dead letter"}
+    )
     reap_interval: float = field(default=0.5, metadata={"help": "seconds between two sweeps of the reaper"})
-    drain_timeout: float = field(default=10.0, metadata={"help": "seconds a stopping worker waits for the running step"})
+    drain_timeout: float = field(
+        default=10.0, metadata={"help": "seconds a stopping worker waits for the running step"}
+    )
     response_timeout: float = field(default=60.0, metadata={"help": "seconds that result() waits by default"})
-    result_ttl: float = field(default=86400.0, metadata={"help": "seconds that a finished request and its outputs are kept"})
+    result_ttl: float = field(
+        default=86400.0, metadata={"help": "seconds that a finished request and its outputs are kept"}
+    )
     failure_ttl: float = field(default=604800.0, metadata={"help": "seconds that a failed request is kept"})
     queue_limit: int = field(default=0, metadata={"help": "most requests waiting in a queue; 0 is no limit"})
     capacity: int = field(default=0, metadata={"help": "workers expected; 0 takes the recent maximum"})
     max_payload: int = field(default=8 * 1024 * 1024, metadata={"help": "most bytes of a payload or an output, packed"})
     max_state: int = field(default=64 * 1024 * 1024, metadata={"help": "most bytes of a state, packed"})
-    model: str = field(default="smollm2", metadata={"help": "smollm2, tiny, or a path to a GGUF file or a model folder"})
-    model_path: str = field(default="", metadata={"help": "folder in which package weights lie (default: .models beside the current folder)"})
+    model: str = field(
+        default="smollm2", metadata={"help": "smollm2, tiny, or a path to a GGUF file or a model folder"}
+    )
+    model_path: str = field(
+        default="",
+        metadata={"help": "folder in which package weights lie (default: .models beside the current folder)"},
+    )
     torch_index: str = field(default="", metadata={"help": "package index for torch; read by scripts/setup only"})
-    python: str = field(default="", metadata={"help": "interpreter for the virtual environment; read by scripts/setup only"})
+    python: str = field(
+        default="", metadata={"help": "interpreter for the virtual environment; read by scripts/setup only"}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     slots: int = field(default=8, metadata={"help": "requests that one worker runs at once in text generation"})
     threads: int = field(default=0, metadata={"help": "threads of torch; 0 leaves torch's own choice"})
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
-    resume: bool = field(default=True, metadata={"help": "0 starts every request from zero; what resuming is worth is measured against it"})
-    untested_rq: bool = field(default=False, metadata={"help": "1 runs with an RQ release that this one was not tested with"})
+    resume: bool = field(
+        default=True,
+        metadata={"help": "0 starts every request from zero; what resuming is worth is measured against it"},
+    )
+    untested_rq: bool = field(
+        default=False, metadata={"help": "1 runs with an RQ release that this one was not tested with"}
+    )
 
     _POSITIVE: ClassVar[tuple[str, ...]] = (
         "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval", "checkpoint_ttl",
@@ -162,7 +196,9 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if kind is float:
             return float(text)
     except ValueError:
-        raise SettingsError(f"{name} must be {'a whole number' if kind is int else 'yes or no' if kind is bool else 'a number of seconds'}, not {text!r}") from None
+        raise SettingsError(
+            f"{name} must be {'a whole number' if kind is int else 'yes or no' if kind is bool else 'a number of seconds'}, not {text!r}"
+        ) from None
     if kind is str:
         return text
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -177,7 +213,9 @@ def redact(url: str) -> str:
     query = re.sub(r"(?i)(password=)[^&]*", r"\1***", parts.query)
     netloc = parts.netloc
     try:
-        unescaped = parts.scheme != "unix" and ("@" in parts.path + query or bool(parts.fragment) or (parts.port or 0) < 0)
+        unescaped = parts.scheme != "unix" and (
+            "@" in parts.path + query or bool(parts.fragment) or (parts.port or 0) < 0
+        )
     except ValueError:
         unescaped = True
     if unescaped:

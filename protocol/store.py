@@ -267,10 +267,14 @@ class Store:
             fields = {name.decode(): value.decode(errors="replace") for name, value in record.items()}
             result.append(
                 {
-                    "incarnation": incarnation.decode(), "worker": fields.get("worker", ""),
-                    "queues": fields.get("queues", "").split(","), "pid": int(fields.get("pid") or 0),
-                    "host": fields.get("host", ""), "device": fields.get("device", ""),
-                    "ready": fields.get("ready") == "1", "dead_in": deadline / 1000 - now,
+                    "incarnation": incarnation.decode(),
+                    "worker": fields.get("worker", ""),
+                    "queues": fields.get("queues", "").split(","),
+                    "pid": int(fields.get("pid") or 0),
+                    "host": fields.get("host", ""),
+                    "device": fields.get("device", ""),
+                    "ready": fields.get("ready") == "1",
+                    "dead_in": deadline / 1000 - now,
                     "held": sorted(item.decode() for item in held),
                 }  # fmt: skip
             )

@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 import redis
 
-from ..protocol.errors import RedisUnavailable, SettingsError, UsageError
+from ..protocol.errors import PerdureError, RedisUnavailable, SettingsError, UsageError
 from ..protocol.records import Failure, FailureKind
 
 MAX_REASON: Final = 500
@@ -103,15 +103,16 @@ def classify(error: BaseException) -> FailureKind:
 def describe(error: BaseException) -> str:
     """One line for people: type and first line of the message, at most :data:`MAX_REASON` characters."""
     kind = type(error)
-    name = (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
+    # Our own errors are sentences for people already.
+    ours = isinstance(error, PerdureError)
+    plain_name = kind.__module__ in ("builtins", "__main__")
+    name = "" if ours else kind.__qualname__ if plain_name else f"{kind.__module__}.{kind.__qualname__}"
     try:
         text = str(error)
     except Exception:  # a user's __str__ may raise anything
         text = "(its message cannot be shown)"
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    whole = f"{name}: {line}" if line else name
+    whole = f"{name}: {line}" if name and line else line or name or kind.__qualname__
     # No terminal escapes from a user's text, and nothing that UTF-8 cannot hold.
     plain = "".join(character if character.isprintable() else " " for character in whole)
     return plain if len(plain) <= MAX_REASON else plain[: MAX_REASON - 1] + "…"

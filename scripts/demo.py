@@ -20,9 +20,7 @@ CHECK_EVERY = 0.1
 """Seconds between two drawings of the screen at most."""
 
 
-@click.command(
-    epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json"
-)
+@click.command(epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json")
 @click.option("--model", help="smollm2 (default), tiny, or a path to a GGUF file or a model folder.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to FILE.")
 @click.option("--keep", is_flag=True, help="Keep the folder with the logs.")

@@ -96,8 +96,12 @@ class Screen:
 def _answers(record: Record, width: int) -> Table:
     table = Table.grid(padding=(0, 1))
     for number, answer in enumerate(record.answers, 1):
-        mark = Text("✓", "green") if answer.result is not None else Text("✗", "red") if answer.error else Text("…", "dim")
-        table.add_row(f"{number:2}", mark, f"{len(answer.outputs):3}", Text(_tail(answer, max(20, width - 12)), no_wrap=True))
+        mark = (
+            Text("✓", "green") if answer.result is not None else Text("✗", "red") if answer.error else Text("…", "dim")
+        )
+        table.add_row(
+            f"{number:2}", mark, f"{len(answer.outputs):3}", Text(_tail(answer, max(20, width - 12)), no_wrap=True)
+        )
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import threading
+import socket
 from pathlib import Path
 
 import click
@@ -28,9 +28,7 @@ def run(settings: Settings, queues: list[str], workers: int, folder: str | None 
     for queue in queues:
         check_queue(queue)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    told = _stop_signals()
     with contextlib.ExitStack() as stack:
         url = settings.redis_url or _own_server(stack, folder)
         connection = connect(url)
@@ -40,11 +38,25 @@ def run(settings: Settings, queues: list[str], workers: int, folder: str | None 
         log.info("%d worker(s) on %s, queues: %s", workers, redact(url), ", ".join(queues))
         pool.start()
         try:
-            stop.wait()
+            told.recv(1)
             log.info("stopping: workers store their checkpoints and hand their requests back")
         finally:
             clean = pool.stop()
     return 0 if clean else 4
+
+
+def _stop_signals() -> socket.socket:
+    """A socket that gets a byte on SIGTERM and SIGINT.
+
+    Not an Event set by a handler: that runs in the middle of ``wait()`` and can need the lock its own thread
+    holds. Not a blocked mask and ``sigwait``: the children would inherit the mask.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return ours
 
 
 def _own_server(stack: contextlib.ExitStack, folder: str | None) -> str:

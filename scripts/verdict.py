@@ -94,7 +94,9 @@ def _row(record: Record, answer: Answer, golden: dict[str, Any] | None) -> Row:
     expected = list(result.get("token_ids", []))
     stored = [output["token"] for output in record.logs.get(name, [])]
     # Seen twice by the client, standing twice in the log, or ended twice.
-    duplicated = max(0, len(tokens) - len(expected), len(stored) - len(expected)) + max(0, record.entries.get(name, 0) - 1)
+    duplicated = max(0, len(tokens) - len(expected), len(stored) - len(expected)) + max(
+        0, record.entries.get(name, 0) - 1
+    )
     equal = golden is not None and result == golden and tokens == expected == stored and text == result.get("text")
     sampled, pids, window = _sampled(record, name)
     interruptions = len(_interruptions(record, name))
@@ -185,7 +187,9 @@ def _problems(verdict: Verdict) -> list[str]:
         problems.append(f"the kills were {kinds or 'none'}, not one worker and one tree: the answers ended too early")
     for kill in verdict.kills:
         if kill["interrupted"] < INTERRUPTED:
-            problems.append(f"the kill of {kill['kind']} interrupted {kill['interrupted']} requests with written outputs")
+            problems.append(
+                f"the kill of {kill['kind']} interrupted {kill['interrupted']} requests with written outputs"
+            )
         if kill["recovery_ms"] is None:
             problems.append(f"after the kill of {kill['kind']} no interrupted request went on elsewhere")
     return problems

@@ -207,7 +207,10 @@ class Lab:
         name = f"reaper-{len(self.processes)}"
         self.connection.delete(key("pulse"))
         process = self._start(
-            name, [sys.executable, "-m", "perdure.recovery"], {"reap_interval": 0.1, **settings}, {"RQ_REDIS_URL": self.url}
+            name,
+            [sys.executable, "-m", "perdure.recovery"],
+            {"reap_interval": 0.1, **settings},
+            {"RQ_REDIS_URL": self.url},
         )
         eventually(lambda: self.connection.exists(key("pulse")) or not process.running)
         return process

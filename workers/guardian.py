@@ -22,6 +22,7 @@ from typing import Any
 
 import redis
 
+from ..protocol.keys import key
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -56,6 +57,7 @@ class Guardian:
     _clean: bool = False
     _quiet: bool = False
     _news: bool = False
+    _swept: Any = None
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
@@ -107,8 +109,9 @@ class Guardian:
                 ready=self.ready,
                 fingerprints=self.fingerprints,
             )
-            if pulse.status == "ok" and pulse.sweep_due:
+            if pulse.status == "ok" and (pulse.sweep_due or self._sweeps_alone()):
                 reaper.sweep()
+                self._swept = self._last_sweep()
         except redis.RedisError:
             self.store.connection.connection_pool.disconnect()
             return False
@@ -118,6 +121,16 @@ class Guardian:
         # Declared dead: the worker learns it by its next claim and has another incarnation guarded.
         self._quiet = pulse.status != "ok"
         return True
+
+    def _sweeps_alone(self) -> bool:
+        """Whether nobody has swept since this guardian did: then it goes on with every beat.
+
+        To wait until a sweep is due again would not do: that is when the pulse is so old that a sweep judges nobody.
+        """
+        return self._swept is not None and self._swept == self._last_sweep()
+
+    def _last_sweep(self) -> Any:
+        return self.store.connection.hget(key("pulse"), "at")
 
     def _reap(self) -> int:
         """Hand on what the worker held: it is gone, and left no word why."""
@@ -137,9 +150,7 @@ class Guardian:
                 time.sleep(PAUSE)
             else:
                 requests = sum(1 for row in sweep.reaped if row.id)
-                self.log.warning(
-                    "worker %s (pid %d) is gone; %d request(s) handed on", self.worker, self.pid, requests
-                )
+                self.log.warning("worker %s (pid %d) is gone; %d request(s) handed on", self.worker, self.pid, requests)
                 return 0
         self.log.error("worker %s is gone, and Redis does not answer", self.worker)
         return 3

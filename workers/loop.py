@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..protocol.codec import unpack
-from ..protocol.errors import InvalidRequest, UnknownTask
+from ..protocol.errors import InvalidRequest, PerdureError, UnknownTask
 from ..protocol.records import Claim
 from ..protocol.settings import Settings
 from ..recovery.failures import POLICIES, classify
@@ -182,7 +182,7 @@ class EngineLoop:
             self.log.exception("%s raised while it dropped %s", engine.path, identifier)
 
 
-class CannotImport(RuntimeError):
+class CannotImport(PerdureError):
     """The task's module cannot be imported here. Charged and tried again, unlike a task that is not there."""
 
 

@@ -226,9 +226,7 @@ def path_of(candidate: object) -> str:
     else:
         qualname = candidate.__qualname__  # type: ignore[attr-defined]
     if module == "__main__" or "<locals>" in qualname:
-        raise UnknownTask(
-            f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module"
-        )
+        raise UnknownTask(f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module")
     return f"{module}.{qualname}"
 
 

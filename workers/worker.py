@@ -85,7 +85,8 @@ class Worker(SimpleWorker):
         self._dequeue_strategy = dequeue_strategy
         if with_scheduler:
             self.log.warning(
-                "Worker %s: --with-scheduler is not served by this worker yet; run RQ's own scheduler beside it", self.name
+                "Worker %s: --with-scheduler is not served by this worker yet; run RQ's own scheduler beside it",
+                self.name,
             )
         mailbox = Mailbox()
         self._companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
@@ -277,4 +278,3 @@ def check_rq(settings: Settings) -> None:
 def _timeout(settings: Settings) -> float:
     # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
     return max(2.0, min(10.0, settings.lease / 3))
-

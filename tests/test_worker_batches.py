@@ -1,0 +1,177 @@
+"""Several requests in one worker: continuous batching, errors that stay with one request, foreign entries, plain jobs."""
+
+from __future__ import annotations
+
+import time
+
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+from rq.results import Result
+
+from perdure.protocol.keys import key
+
+from .worker_kit import Lab, eventually
+
+
+def test_a_freed_slot_is_filled_while_others_run(lab: Lab) -> None:
+    """Continuous batching: three slots run at once, and who leaves makes room for the next at once."""
+    short = [lab.submit("Batch", {"n": 5}) for _ in range(2)]
+    long = lab.submit("Batch", {"n": 150})
+    late = [lab.submit("Batch", {"n": 5}) for _ in range(4)]
+    lab.worker()
+    for name in (*short, *late):
+        assert lab.ended(name).status == "finished"
+    assert not lab.record(long).ended, "the others did not wait for the long one"
+    assert lab.ended(long).status == "finished"
+    company = [mates for _, mates in lab.outputs(long)]
+    assert max(company) == 3
+    assert lab.nothing_held()
+
+
+def test_one_requests_fault_leaves_its_mates_alone(lab: Lab) -> None:
+    """A failing admit or step, and an output that cannot be stored, end one request; its batch-mates do not notice."""
+    faults = {"admit": {"admit": 1}} | {kind: {"kind": kind} for kind in ("error", "unpackable", "oversize")}
+    good = lab.submit("Batch", {"n": 60})
+    bad = {name: lab.submit("Batch", {"n": 60, **fault}, max_retries=0) for name, fault in faults.items()}
+    lab.worker(max_payload=4000)
+    for name, identifier in bad.items():
+        record = lab.ended(identifier)
+        assert record.status == "failed", name
+        kind = "INVALID_REQUEST" if name in ("unpackable", "oversize") else "UNKNOWN"
+        assert record.error_kind == kind, (name, record)
+        # What it had put out before is there to be read.
+        assert len(lab.outputs(identifier)) == (0 if name == "admit" else 3), name
+    record = lab.ended(good)
+    assert (record.status, record.executions) == ("finished", 1)
+    assert [index for index, _ in lab.outputs(good)] == list(range(60))
+    assert lab.nothing_held()
+
+
+def test_a_step_that_raises_fails_all_in_flight_and_the_worker_goes_on(lab: Lab) -> None:
+    """Nobody can tell whose fault it was: all are charged and tried again by policy, in the same process."""
+    worker = lab.worker()
+    mate = lab.submit("Batch", {"n": 40})
+    eventually(lambda: lab.outputs(mate))
+    bad = [lab.submit("Batch", {"n": 40, "kind": kind}, max_retries=0) for kind in ("raise", "no step")]
+    for name in bad:
+        assert lab.ended(name).error_kind == "UNKNOWN"
+    record = lab.ended(mate)
+    assert record.status == "finished"
+    assert record.attempt >= 1
+    assert [index for index, _ in lab.outputs(mate)] == list(range(40))
+    assert worker.running
+    assert "the whole step" in lab.store.traceback(bad[0])
+
+
+def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:
+    """sys.exit in a task is that request's failure: it takes no worker down."""
+    worker = lab.worker()
+    one = lab.submit("leave", max_retries=0)
+    record = lab.ended(one)
+    assert (record.status, record.error_kind, lab.outputs(one)) == ("failed", "UNKNOWN", ["before"])
+    assert worker.running
+
+
+def test_another_task_waits_until_the_worker_is_empty(lab: Lab) -> None:
+    """A worker runs one task at a time: a foreign entry stops the claim, and nothing overtakes it."""
+    first = [lab.submit("many", {"n": 10, "sleep": 0.02}) for _ in range(2)]
+    foreign = lab.submit("count", {"n": 3})
+    last = [lab.submit("many", {"n": 3}) for _ in range(2)]
+    lab.worker("--burst").end()
+    starts = [lab.record(name).started_at for name in (*first, foreign, *last)]
+    assert starts == sorted(starts)
+    assert lab.record(foreign).started_at >= max(lab.record(name).ended_at for name in first)
+    assert lab.record(last[0]).started_at >= lab.record(foreign).ended_at
+    for name in first:
+        lab.check(name, 10)
+
+
+def test_a_durable_step_is_stored_before_the_task_goes_on(lab: Lab) -> None:
+    """Step(durable=True) resumes the generator only once its output and checkpoint are in Redis."""
+    lab.worker(checkpoint_interval=5.0)
+    one = lab.submit("durable", {"url": lab.url})
+    lab.check(one, 3)
+    assert lab.store.result(one) == [1, 2, 3]
+
+
+def test_plain_jobs_run_between_requests(lab: Lab) -> None:
+    """Plain RQ jobs succeed, fail and time out as on RQ's own worker, and leave no lease behind."""
+    queue = Queue("gpu", connection=lab.connection)
+    before = lab.submit("count", {"n": 3})
+    good = queue.enqueue("lab_tasks.double", 21)
+    bad = queue.enqueue("lab_tasks.fail", 21)
+    slow = queue.enqueue("lab_tasks.nap", 20, job_timeout=1)
+    after = lab.submit("count", {"n": 3})
+    lab.worker("--burst").end()
+    assert (good.get_status(), good.return_value()) == ("finished", 42)
+    for job, error in ((bad, "KeyError: 21"), (slow, "JobTimeoutException")):
+        result = job.latest_result()
+        assert job.get_status(refresh=True) == "failed"
+        assert result is not None
+        assert result.type == Result.Type.FAILED
+        assert error in (result.exc_string or "")
+    assert FailedJobRegistry(queue=queue).get_job_ids() == [bad.id, slow.id]
+    for name in (before, after):
+        lab.check(name, 3)
+    assert lab.nothing_held()
+    assert lab.connection.zcard(key("leases", "gpu")) == 0
+
+
+def test_a_plain_job_on_a_killed_worker_fails_as_with_rq(lab: Lab) -> None:
+    """Without RQ's Retry a job whose worker was lost is failed; with it, it runs again. Both at once, not in minutes."""
+    from rq import Retry
+
+    queue = Queue("gpu", connection=lab.connection)
+    for retry, status in ((None, "failed"), (Retry(max=1), "queued")):
+        job = queue.enqueue("lab_tasks.nap", 60, retry=retry)
+        worker = lab.worker()
+        eventually(lambda job=job: job.get_status() == "started")  # type: ignore[misc]
+        worker.kill()
+        eventually(lambda job=job, status=status: job.get_status() == status)  # type: ignore[misc]
+    assert lab.nothing_held()
+
+
+def test_a_plain_job_that_cannot_be_read_is_failed(lab: Lab) -> None:
+    """A damaged job hash ends in the failed registry; the worker neither dies nor claims it for ever."""
+    queue = Queue("gpu", connection=lab.connection)
+    job = queue.enqueue("lab_tasks.double", 1)
+    lab.connection.hset(key("job", job.id), "created_at", "yesterday")
+    after = lab.submit("count", {"n": 2})
+    worker = lab.worker()
+    lab.check(after, 2)
+    assert lab.connection.hget(key("job", job.id), "status") == b"failed"
+    assert lab.connection.zscore(key("failed", "gpu"), job.id) is not None
+    assert worker.log.count("cannot read job") <= 2
+    assert lab.nothing_held()
+
+
+def test_max_jobs_counts_requests(lab: Lab) -> None:
+    """--max-jobs ends a worker after so many requests, also when a batch could take more."""
+    names = [lab.submit("many", {"n": 2}) for _ in range(5)]
+    assert lab.worker("--max-jobs", "3", wait=False).end() == 0
+    assert [lab.record(name).status for name in names] == ["finished"] * 3 + ["queued"] * 2
+
+
+def test_the_order_of_a_queue_is_kept(lab: Lab) -> None:
+    """One slot: requests start in the order in which they were submitted, queues in the order of the command."""
+    low = [lab.submit("count", {"n": 1}, queue="low") for _ in range(3)]
+    high = [lab.submit("count", {"n": 1}, queue="high") for _ in range(3)]
+    lab.worker("--burst", queues=("high", "low")).end()
+    times = [lab.record(name).started_at for name in (*high, *low)]
+    assert times == sorted(times)
+    assert all(lab.record(name).status == "finished" for name in (*high, *low))
+
+
+def test_a_request_is_an_rq_job(lab: Lab) -> None:
+    """RQ's own eyes see it: status while it runs, the worker as busy, the return value afterwards."""
+    worker = lab.worker()
+    one = lab.submit("count", {"n": 30, "sleep": 0.02})
+    lab.moved(one)
+    job = Job.fetch(one, connection=lab.connection)
+    assert job.get_status() == "started"
+    assert lab.connection.hget(key("worker", worker.name), "state") == b"busy"
+    lab.check(one, 30)
+    assert job.return_value() == {"counted": 30}
+    eventually(lambda: lab.connection.hget(key("worker", worker.name), "state") == b"idle")
+    assert time.time() - job.latest_result().created_at.timestamp() < 60  # type: ignore[union-attr]
