@@ -110,7 +110,7 @@ class Store:
             "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl), "resume": int(resume),
             "max_bytes": max_bytes,
         }  # fmt: skip
-        groups = {
+        groups: dict[str, list[dict[str, str | int]]] = {
             "queue": [{"queue": queue} for queue in queues],
             "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
             "known": [{"id": identifier} for identifier in known],
@@ -341,7 +341,8 @@ class Store:
 
     def state(self, identifier: str) -> tuple[Any, bool]:
         """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none."""
-        raw, crc = self.connection.hmget(key("checkpoint", identifier), "state", "crc")  # type: ignore[misc]
+        reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc")
+        raw, crc = reply
         if raw is None:
             return None, True
         if zlib.crc32(raw) != int(crc or -1):
@@ -353,7 +354,7 @@ class Store:
         name = key("checkpoint", identifier)
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.hmget(name, "seq", "offset", "at", "fingerprint")
-            pipe.hstrlen(name, "state")  # type: ignore[no-untyped-call]
+            pipe.hstrlen(name, "state")
             pipe.time()
             (seq, offset, at, fingerprint), size, now = pipe.execute()
         if at is None:

@@ -10,15 +10,18 @@ import json
 import sys
 
 from ..protocol.settings import Settings
-from ..workers.text.golden import answers
+from ..workers.tasks import Request
+from ..workers.text import Generate
+from ..workers.text.golden import run_alone
 
 
 def main() -> int:
-    """Read one payload a line, write one result a line."""
-    payloads = [json.loads(line) for line in sys.stdin if line.strip()]
-    numbered = [(f"golden-{number}", payload) for number, payload in enumerate(payloads)]
-    for result in answers(numbered, Settings.from_environment()):
-        print(json.dumps(result), flush=True)
+    """Read one payload a line, write one ``{"outputs", "result"}`` a line."""
+    task = Generate(Settings.from_environment())
+    task.load()
+    for number, line in enumerate(sys.stdin):
+        outputs, result = run_alone(task, Request(id=f"golden-{number}", payload=json.loads(line)))
+        print(json.dumps({"outputs": outputs, "result": result}), flush=True)
     return 0
 
 

@@ -89,21 +89,20 @@ def judge(record: Record) -> Verdict:
 def _row(record: Record, answer: Answer, golden: dict[str, Any] | None) -> Row:
     name = answer.handle.id
     result = answer.result or {}
-    tokens = [output["token"] for output in answer.outputs]
+    stored = record.logs.get(name, [])
+    expected = golden["outputs"] if golden is not None else []
     text = "".join(output["text"] for output in answer.outputs)
-    expected = list(result.get("token_ids", []))
-    stored = [output["token"] for output in record.logs.get(name, [])]
     # Seen twice by the client, standing twice in the log, or ended twice.
-    duplicated = max(0, len(tokens) - len(expected), len(stored) - len(expected)) + max(
-        0, record.entries.get(name, 0) - 1
-    )
-    equal = golden is not None and result == golden and tokens == expected == stored and text == result.get("text")
+    extra = max(0, len(answer.outputs) - len(expected), len(stored) - len(expected))
+    duplicated = extra + max(0, record.entries.get(name, 0) - 1)
+    equal = golden is not None and result == golden["result"] and text == result.get("text")
+    equal = equal and answer.outputs == expected == stored
     sampled, pids, window = _sampled(record, name)
     interruptions = len(_interruptions(record, name))
     return Row(
         id=name,
         workers=[record.workers.get(pid, str(pid)) for pid in pids],
-        tokens=len(expected),
+        tokens=len(result.get("token_ids", [])),
         recomputed=sum(sampled.values()) - len(sampled),
         allowed=interruptions * (window + SLACK),
         interruptions=interruptions,

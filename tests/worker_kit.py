@@ -167,7 +167,8 @@ class Lab:
         record = self.ended(identifier)
         assert record.status == "finished", (record, self.events(identifier))
         assert self.outputs(identifier) == list(range(number))
-        assert self.connection.xlen(key("results", identifier)) == 1
+        ends: Any = self.connection.xrange(key("results", identifier))
+        assert [fields[b"type"] for _, fields in ends].count(b"1") == 1
         return record
 
     def waiting(self, queue: str = "gpu") -> list[str]:
@@ -186,13 +187,13 @@ class Lab:
         self, *arguments: str, queues: Sequence[str] = ("gpu",), url: str = "", wait: bool = True,
         environment: dict[str, str] | None = None, ours: bool = True, **settings: Any,
     ) -> Process:  # fmt: skip
-        """A plain ``rq worker`` process; ``wait`` until it claims."""
+        """A plain ``rq worker`` process; ``wait`` until it claims (unless it ends by itself, or is RQ's own)."""
         name = f"worker-{len(self.processes)}"
         rq = str(Path(sys.executable).with_name("rq"))
         kind = ["-w", "perdure.workers.Worker"] if ours else []
         command = [rq, "worker", *kind, "--url", url or self.url, "--name", name, *arguments, *queues]
         process = self._start(name, command, settings, environment)
-        if wait:
+        if wait and ours and "--burst" not in arguments:
             eventually(lambda: self.ready(name) or not process.running)
             assert process.running, process.log
             self.seen.update(process.children())

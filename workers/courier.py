@@ -173,10 +173,10 @@ class Courier:
                     holding.add(step, self._settings)
                 except PerdureError as error:
                     holding.fail(error)
+                    self._urgent = True
                     if not step.ends:
                         broken.append(step.request_id)
-                if holding.leaving:
-                    self._urgent = True
+                self._urgent = self._urgent or step.ends
             if self._urgent:
                 self._condition.notify_all()
         return broken
@@ -225,7 +225,7 @@ class Courier:
 
             def stored() -> bool:
                 rest = [self.held[name] for name in identifiers if name in self.held]
-                return self.stopping or not any(item.pending or item.state is not None or item.flight for item in rest)
+                return self.stopping or not any(item.unsent for item in rest)
 
             self._last_flush = 0.0
             self._condition.wait_for(stored)
@@ -244,7 +244,7 @@ class Courier:
     def _overdue(self) -> bool:
         if time.monotonic() - self._last_contact > self.store.settings.lease:
             return bool(self.held)
-        return sum(holding.bytes for holding in self.held.values()) > MAX_BUFFER
+        return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
 
     # --- the thread --------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ class Courier:
             part = failures[start : start + MAX_REQUESTS]
             self._settle(part, self.store.fail(self.incarnation, self.worker, part))
 
-    def _settle(self, rows: Sequence[Finish] | Sequence[Failure], answers: list[str]) -> None:
+    def _settle(self, rows: Sequence[Finish | Failure], answers: list[str]) -> None:
         with self._condition:
             for row, answer in zip(rows, answers, strict=True):
                 holding = self.held.get(row.id)
@@ -445,7 +445,7 @@ class Courier:
             queues, fill = self.queues(), self._fill
         if not busy and not fill and not self.limits.burst:
             self.store.connection.blpop([key("bell", queue) for queue in queues], timeout=1)
-            if self._stopping is not None:
+            if self.stopping:
                 return None
         slots = self.slots
         if self.limits.max_jobs is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import Any, cast
 
 from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
@@ -20,12 +20,12 @@ class GeneratorBatch(BatchTask):
         self._running: dict[str, Generator[Step, None, Any]] = {}
 
     def admit(self, request: Request) -> None:
-        generator: Any = self.task(request)
+        generator: object = self.task(request)  # annotated, but nobody has checked the user's promise
         if not inspect.isgenerator(generator):
             raise TypeError(
                 f"{self.task!r} returned a {type(generator).__name__}, not a generator: a task yields at least one Step"
             )
-        self._running[request.id] = generator
+        self._running[request.id] = cast("Generator[Step, None, Any]", generator)
 
     def step(self) -> Iterable[Step]:
         steps = []

@@ -22,7 +22,7 @@ class Holding:
     """One held request.
 
     ``offset`` counts the outputs that are in Redis for certain, ``pending`` holds those that are
-    not; ``bytes`` is how much of them waits.
+    not; ``size`` is how many bytes of them waits.
     """
 
     claim: Claim
@@ -30,7 +30,7 @@ class Holding:
     seq: int
     fingerprint: str = ""
     pending: list[Any] = field(default_factory=list)
-    bytes: int = 0
+    size: int = 0
     state: bytes | None = None
     moved: bool = False
     flight: Progress | None = None
@@ -55,6 +55,11 @@ class Holding:
         return self.ended is not None or self.result is not NOTHING or self.canceling
 
     @property
+    def unsent(self) -> bool:
+        """True while something that it has put out is not confirmed."""
+        return bool(self.pending) or self.state is not None or self.flight is not None
+
+    @property
     def finishing(self) -> bool:
         """True when only the finish is left to send."""
         return self.result is not NOTHING and self.flight is None
@@ -62,7 +67,7 @@ class Holding:
     def add(self, step: Step, settings: Settings) -> None:
         """Take one step in. Raises ``UsageError`` for an output, state or result that cannot be stored."""
         if step.output is not NOTHING:
-            self.bytes += len(pack(step.output, limit=settings.max_payload, what="output"))
+            self.size += len(pack(step.output, limit=settings.max_payload, what="output"))
             self.pending.append(step.output)
         if step.state is not NOTHING:
             self.state = pack(step.state, limit=settings.max_state, what="state")
@@ -92,7 +97,7 @@ class Holding:
                 state=self.state,
                 fingerprint=self.fingerprint,
             )
-            self.pending, self.bytes, self.state = [], 0, None
+            self.pending, self.size, self.state = [], 0, None
         return self.flight
 
     def confirm(self) -> None:

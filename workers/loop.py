@@ -63,7 +63,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until the courier says stop; every request is then dropped from the engine, between two steps."""
-        while not self._stopped:
+        while True:
             self._read_mail()
             if self._stopped:
                 break

@@ -24,6 +24,7 @@ from rq import worker_registration
 from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
+from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker
 
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
@@ -55,7 +56,7 @@ class Worker(SimpleWorker):
 
     # --- RQ's entry ----------------------------------------------------------------------------------
 
-    def work(  # type: ignore[override]
+    def work(
         self,
         burst: bool = False,
         logging_level: str | None = None,
@@ -139,7 +140,7 @@ class Worker(SimpleWorker):
         store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
-            self.teardown()
+            self.teardown()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             self.log.warning("Worker %s: cannot sign off in Redis (%s); the reaper will", self.name, error)
         self._companion.dismiss()
@@ -267,10 +268,10 @@ class SignalWatcher:
 
 def check_rq(settings: Settings) -> None:
     """Raise :class:`ProtocolMismatch` on an RQ that was not tested, unless a setting allows it."""
-    version = ".".join(rq.VERSION.split(".")[:2])
+    version = ".".join(VERSION.split(".")[:2])
     if version not in TESTED_RQ and not settings.untested_rq:
         raise ProtocolMismatch(
-            f"RQ {rq.VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
+            f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
             "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run all the same"
         )
 

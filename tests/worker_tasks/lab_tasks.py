@@ -58,19 +58,9 @@ def hang_among_others(request: Request) -> Iterator[Step]:
         yield Step(output=index, state=index + 1)
 
 
-@task(step_timeout=0.4)
-def native(request: Request) -> Iterator[Step]:
-    """Three outputs, then a step in native code that no Python signal handler interrupts; the GIL is free."""
-    for index in range(request.state or 0, 6):
-        if index == 3 and not Path(request.payload["folder"], "native").exists():
-            _mark(request.payload["folder"], "native")
-            ctypes.CDLL(None).sleep(ctypes.c_uint(30))
-        yield Step(output=index, state=index + 1)
-
-
 @task
-def native_by_default(request: Request) -> Iterator[Step]:
-    """As ``native``, with the default step timeout."""
+def native(request: Request) -> Iterator[Step]:
+    """Three outputs, then a step in native code that no Python handler interrupts; the GIL is free."""
     for index in range(request.state or 0, 6):
         if index == 3 and not Path(request.payload["folder"], "native").exists():
             _mark(request.payload["folder"], "native")
@@ -83,6 +73,12 @@ def native_by_default(request: Request) -> Iterator[Step]:
 
 
 @task
+def stall(request: Request) -> Iterator[Step]:
+    """``hang`` with the pool's own step timeout."""
+    yield from hang(request)
+
+
+@task(step_timeout=60)
 def patient(request: Request) -> Iterator[Step]:
     """A step that takes longer than the pool's default allows, for a task that says so."""
     yield Step(output=0)
@@ -210,16 +206,6 @@ model = Model()
 def no_task(request: Any) -> None:
     """A callable that is no task; leaves a trace if somebody runs it all the same."""
     _mark(request.payload["folder"], "ran")
-
-
-class Hostile:
-    """Unpickling it runs code."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_mark, (self.folder, "hacked"))
 
 
 def double(number: int) -> int:

@@ -1,0 +1,60 @@
+"""Leases: who does not move is judged; who says that a step or a load takes long is not."""
+
+from __future__ import annotations
+
+from perdure.protocol.keys import key
+
+from .worker_kit import Lab, eventually
+
+
+def test_a_hanging_step_is_found(lab: Lab) -> None:
+    """No progress for a lease under a healthy heartbeat: HANG, a crash is counted, another worker goes on."""
+    lab.reaper()
+    stuck = lab.worker()
+    one = lab.submit("hang", {"folder": str(lab.folder), "seconds": 600})
+    eventually((lab.folder / "hung").exists)
+    lab.worker(wait=False)
+    record = lab.check(one, 6)
+    assert lab.events(one) == [("retry", "HANG")]
+    assert (record.attempt, record.executions) == (0, 2)
+    assert lab.connection.hget(key("job", one), "crashes_total") == b"1"
+    assert stuck.running, "its heart beats; what becomes of such a worker is another law"
+
+
+def test_a_worker_gets_back_what_hung_in_it(lab: Lab) -> None:
+    """The only worker claims the request again while its old step still hangs: outputs stay gapless and single."""
+    lab.reaper()
+    lab.worker()
+    one = lab.submit("hang_among_others", {"folder": str(lab.folder), "n": 20, "seconds": 2.0})
+    record = lab.check(one, 20)
+    assert record.attempt == 0
+    assert ("retry", "HANG") in lab.events(one)
+    assert lab.nothing_held()
+
+
+def test_a_long_load_is_not_judged(lab: Lab) -> None:
+    """Loading for several leases, but less than the load timeout, is progress."""
+    lab.reaper()
+    lab.worker(step_timeout=0.3, environment={"LAB_LOAD": "2"})
+    one = lab.submit("model", {"n": 3})
+    record = lab.check(one, 3)
+    assert (record.executions, lab.events(one)) == (1, [])
+
+
+def test_a_tasks_own_step_timeout_holds_from_its_first_step(lab: Lab) -> None:
+    """A task that asks for longer steps than the pool allows gets them: at once, and after other tasks ran."""
+    lab.reaper()
+    lab.worker(step_timeout=0.3)
+    names = {lab.submit(task, {"n": 3, "seconds": 1.2}): 3 if task == "count" else 2 for task in ("patient", "count", "patient")}
+    for name, number in names.items():
+        record = lab.check(name, number)
+        assert (record.executions, lab.events(name)) == (1, [])
+
+
+def test_a_tasks_own_step_timeout_ends_with_it(lab: Lab) -> None:
+    """After a task with long steps, one with short ones is judged by its own again."""
+    lab.reaper()
+    lab.worker()
+    lab.check(lab.submit("patient", {"seconds": 0}), 2)
+    one = lab.submit("hang", {"folder": str(lab.folder), "seconds": 600})
+    eventually(lambda: lab.events(one) == [("retry", "HANG")])

@@ -1,0 +1,199 @@
+"""Redis stops, dies, or swallows replies; workers are frozen: no output twice, none missing, nothing charged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rq import Worker as StockWorker
+
+from perdure.protocol.keys import key
+from perdure.protocol.scripts import load
+from perdure.scripts.server import Server
+
+from .worker_kit import Lab, eventually, laboratory, later, send
+
+
+class Proxy:
+    """Between a worker and Redis: loses the first ``drops`` replies to one script, after it was applied."""
+
+    def __init__(self, port: int, script: str, drops: int) -> None:
+        self.sha = hashlib.sha1(load(script).source.encode()).hexdigest().encode()
+        self.drops = drops
+        self.lost = 0
+        self._port = port
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for item in [self._listener, *self._sockets]:
+            try:
+                item.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it was never connected, or is closed already
+            item.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            far = socket.create_connection(("127.0.0.1", self._port))
+            self._sockets += [near, far]
+            hit = threading.Event()
+            for source, target, back in ((near, far, False), (far, near, True)):
+                threading.Thread(target=self._pump, args=(source, target, hit, back), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, hit: threading.Event, back: bool) -> None:
+        rest = b""
+        try:
+            while data := source.recv(65536):
+                if not back:
+                    if self.sha in rest + data:
+                        hit.set()
+                    rest = data[-60:] if self.sha not in rest + data else b""
+                elif hit.is_set():
+                    hit.clear()
+                    # NOSCRIPT: it was not applied, and is sent again with its source.
+                    if not data.startswith(b"-NOSCRIPT") and self._take():
+                        break
+                target.sendall(data)
+        except OSError:
+            pass  # the other direction has ended
+        for item in (source, target):
+            try:
+                item.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # ended by its peer
+
+    def _take(self) -> bool:
+        with self._lock:
+            if self.lost >= self.drops:
+                return False
+            self.lost += 1
+            return True
+
+
+@pytest.fixture
+def own(server_binary: Path, tmp_path: Path) -> Iterator[tuple[Server, Lab]]:
+    """A server that may be harmed, and a lab on it with every setting at its default."""
+    with Server(tmp_path / "redis", binary=server_binary) as server, laboratory(server.url, tmp_path) as lab:
+        lab.settings = {}
+        yield server, lab
+
+
+@pytest.mark.parametrize("harm", ["stop", "kill"])
+def test_an_outage_costs_nothing(own: tuple[Server, Lab], harm: str) -> None:
+    """3 s without Redis, frozen or dead and restarted from its file: all go on, gapless and uncharged."""
+    server, lab = own
+    worker = lab.worker()
+    lab.reaper(reap_interval=0.5)
+    names = [lab.submit("many", {"n": 150, "sleep": 0.005}) for _ in range(4)]
+    for name in names:
+        lab.moved(name, 10)
+    if harm == "stop":
+        os.kill(server.pid, signal.SIGSTOP)
+        with later(3, lambda: os.kill(server.pid, signal.SIGCONT)):
+            worker_ran = worker.running
+            eventually(lambda: lab.connection.ping())
+    else:
+        server.kill()
+        restarted = threading.Event()
+
+        def restart() -> None:
+            server.restart()
+            restarted.set()
+
+        with later(3, restart):
+            worker_ran = worker.running
+            eventually(restarted.is_set)
+    assert worker_ran
+    for name in names:
+        record = lab.check(name, 150)
+        assert (record.attempt, record.worker) == (0, worker.name)
+        assert all(event == "released" for event, _ in lab.events(name)), "only a lost second of the file hands back"
+    assert worker.running
+    assert "Traceback" not in worker.log
+
+
+@pytest.mark.parametrize("script", ["claim", "progress", "finish", "release", "fail"])
+def test_a_lost_reply_changes_nothing(server: Server, lab: Lab, script: str) -> None:
+    """A script was applied and its reply got lost, twice: it is sent again, and nothing happens twice."""
+    proxy = Proxy(server.port, script, drops=2)
+    try:
+        worker = lab.worker(url=proxy.url, queues=("gpu", "other"))
+        names = [lab.submit("many", {"n": 40, "sleep": 0.005}) for _ in range(3)]
+        bad = lab.submit("boom", max_retries=2, queue="other") if script == "fail" else ""
+        if script == "release":
+            for name in names:
+                lab.moved(name, 3)
+            worker.send(signal.SIGTERM)
+            assert worker.end() == 0
+            assert lab.waiting() == names
+            lab.worker(wait=False)
+        for name in names:
+            record = lab.check(name, 40)
+            assert (record.attempt, record.executions) == (0, 2 if script == "release" else 1)
+        if bad:
+            record = lab.ended(bad)
+            assert (record.status, record.attempt, lab.outputs(bad)) == ("failed", 3, ["before"] * 3)
+            assert [event for event, _ in lab.events(bad)] == ["retry", "retry", "failed"]
+        # What was applied is seen before it is sent again.
+        eventually(lambda: proxy.lost == 2)
+        assert lab.nothing_held()
+        assert lab.nothing_held("other")
+    finally:
+        lab.close()
+        proxy.close()
+
+
+def test_a_frozen_worker_is_fenced_and_rejoins(lab: Lab) -> None:
+    """Stopped longer than its heartbeat may be late: its writes are refused, and it works on under a new name."""
+    lab.reaper()
+    frozen = lab.worker()
+    incarnation = lab.ready(frozen.name)["incarnation"]  # type: ignore[index]
+    one = lab.submit("count", {"n": 60, "sleep": 0.02})
+    lab.moved(one, 5)
+    pids = [frozen.pid, *frozen.children()]
+    for pid in pids:
+        send(pid, signal.SIGSTOP)
+    other = lab.worker()
+    eventually(lambda: lab.record(one).worker == other.name)
+    for pid in pids:
+        send(pid, signal.SIGCONT)
+    assert lab.check(one, 60).worker == other.name
+    again = eventually(lambda: lab.ready(frozen.name))
+    assert again["incarnation"] != incarnation
+    lab.seen.update(frozen.children())
+    assert "declared dead" in frozen.log
+    assert {worker.name for worker in StockWorker.all(lab.connection)} == {frozen.name, other.name}
+    other.kill()
+    two = lab.submit("count", {"n": 3})
+    assert lab.check(two, 3).worker == frozen.name
+
+
+def test_a_frozen_worker_that_gets_its_request_back(lab: Lab) -> None:
+    """Alone in the pool it claims its own request again: what its old step still puts out is not taken for new."""
+    lab.reaper()
+    worker = lab.worker()
+    one = lab.submit("count", {"n": 12, "sleep": 0.25})
+    lab.moved(one, 3)
+    pids = [worker.pid, *worker.children()]
+    for pid in pids:
+        send(pid, signal.SIGSTOP)
+    eventually(lambda: lab.record(one).status == "queued")
+    for pid in pids:
+        send(pid, signal.SIGCONT)
+    assert lab.check(one, 12).executions == 2
+    lab.seen.update(worker.children())
+    assert int(lab.connection.hget(key("counters"), "fenced:gpu") or 0) >= 1
