@@ -95,6 +95,15 @@ local function runnable(id, queue)
   end
   if redis.call('ZSCORE', KEY.leases .. queue, id) then return false end -- pushed twice; it runs already
   local verdict = string.match(job[2] or '', ':(%a+)$')
+  if redis.call('HEXISTS', name, 'task') == 0 then
+    -- A plain job that we once ended may be enqueued again under the same id; RQ's status is its truth.
+    if verdict then
+      redis.call('HDEL', name, 'last')
+      leave_registries(queue, id)
+    end
+    if job[1] == 'canceled' or job[1] == 'stopped' then return false end
+    return true
+  end
   if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
     local registry = verdict == 'stopped' and 'canceled' or verdict
     if redis.call('ZSCORE', KEY[registry] .. queue, id) then
@@ -104,7 +113,7 @@ local function runnable(id, queue)
     end
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
-    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'best', 'cancel', 'error_kind', 'error_reason')
+    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)

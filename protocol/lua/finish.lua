@@ -41,7 +41,7 @@ for _ = 1, tonumber(arg()) do
       leave_registries(queue, id)
       redis.call('HSET', name, 'status', 'finished', 'ended_at', utc(), 'execution', '', 'last', execution .. ':finished')
       redis.call('HDEL', name, 'cancel')
-      redis.call('ZADD', KEY.finished .. queue, int(now_s + ttl), id)
+      redis.call('ZADD', KEY.finished .. queue, leaves_at(ttl), id)
       add_result(id, '1', worker, execution, started, 'return_value', result)
       drop_checkpoint(id)
       share_ttl(id, ttl)

@@ -99,6 +99,11 @@ local function forget(id)
   redis.call('ZREM', KEY.checkpoints, id)
 end
 
+-- What a living request has written does not expire while it runs, however long that takes.
+local function refresh(id)
+  for _, name in ipairs({ KEY.checkpoint, KEY.output, KEY.history }) do redis.call('EXPIRE', name .. id, DAY) end
+end
+
 local function drop_checkpoint(id)
   redis.call('DEL', KEY.checkpoint .. id)
   redis.call('ZREM', KEY.checkpoints, id)
@@ -112,16 +117,26 @@ local function restart(id, reason, execution)
   redis.call('DEL', KEY.output .. id)
   drop_checkpoint(id)
   if not had then return end
+  redis.call('HDEL', name, 'best_offset', 'best_seq')
   redis.call('HINCRBY', name, 'epoch', 1)
   history(id, 'restart', '', execution or '', offset or '0', '', reason)
   count('restarts', redis.call('HGET', name, 'origin') or '')
 end
 
--- After the end, everything of a request shares one TTL (seconds).
+-- After the end, everything of a request shares one TTL (seconds; RQ's -1 keeps it for ever).
 local function share_ttl(id, ttl)
   for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do
-    redis.call('EXPIRE', name .. id, ttl)
+    if ttl < 0 then
+      redis.call('PERSIST', name .. id)
+    else
+      redis.call('EXPIRE', name .. id, ttl)
+    end
   end
+end
+
+-- The score of an ended request in RQ's registries: when it may leave them; RQ writes a negative TTL as it is.
+local function leaves_at(ttl)
+  return int(ttl < 0 and ttl or now_s + ttl)
 end
 
 -- One entry of RQ's result stream. kind: 1 finished, 2 failed (rq.results.Result.Type).
@@ -183,7 +198,7 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   leave_registries(queue, id)
   redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', execution .. ':failed',
     'error_kind', kind, 'error_reason', reason)
-  redis.call('ZADD', KEY.failed .. queue, int(now_s + ttl), id)
+  redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
   add_result(id, '2', worker, execution, started, 'exc_string', exception)
   history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason)
   share_ttl(id, ttl)
@@ -200,13 +215,14 @@ local function credit_progress(id, claimed_ms)
   local name = KEY.job .. id
   local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
   if not point[3] then return end
-  local reach = math.max(tonumber(point[1]) or 0, 0)
-  if reach == 0 then reach = tonumber(point[2]) or 0 end
-  local job = redis.call('HMGET', name, 'best', 'max_retries')
-  if reach <= (tonumber(job[1]) or 0) then return end
-  redis.call('HSET', name, 'best', int(reach))
+  local offset, seq = tonumber(point[1]) or 0, tonumber(point[2]) or 0
+  local job = redis.call('HMGET', name, 'best_offset', 'best_seq', 'max_retries')
+  local best_offset, best_seq = tonumber(job[1]) or 0, tonumber(job[2]) or 0
+  -- Outputs say more than checkpoints; these count only where there are no outputs.
+  if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
+  redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
   if tonumber(point[3]) - claimed_ms >= 1000 then
-    redis.call('HSET', name, 'retries_left', job[2] or '0', 'executions', '0', 'losses', '0', 'crashes', '0')
+    redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0')
   end
 end
 
@@ -326,14 +342,14 @@ local function store(id, offset, outputs, blob, seq, has_state, state, crc, fing
     -- Resends are verbatim, so an entry is stored whole or not at all.
     if offset ~= have then return nil, have end
     redis.call('RPUSH', KEY.output .. id, blob)
-    redis.call('EXPIRE', KEY.output .. id, DAY)
+    if have == 0 then redis.call('EXPIRE', KEY.output .. id, DAY) end
     have = have + outputs
   end
   if seq > have_seq then
     redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint)
     if has_state == '1' then redis.call('HSET', name, 'state', state, 'crc', crc) end
-    redis.call('EXPIRE', name, DAY)
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
+    refresh(id)
   end
   return have
 end

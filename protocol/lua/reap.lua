@@ -86,8 +86,9 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local record = KEY.incarnation .. holder
   local worker = redis.call('HGET', record, 'worker') or ''
   local held = redis.call('HGETALL', KEY.held .. holder)
-  local alone = #held == 2 and '1' or '0'
   redis.call('HSET', record, 'reaped', why, 'reaped_at', int(now_ms))
+  redis.call('HSETNX', record, 'had', int(#held / 2)) -- a second bounded call finds fewer
+  local alone = redis.call('HGET', record, 'had') == '1' and '1' or '0'
   redis.call('EXPIRE', record, HOUR)
   -- From last to first: each goes to the front, so they stand there in the order of their claims. (A small hash
   -- keeps its order; in a large one it is by chance, which harms nobody.)
@@ -145,6 +146,17 @@ for _, holder in ipairs(silent) do
   end
   reap_incarnation(holder, kind, reason, exception, charge, crash, loss)
 end
+local crowd = {}
+
+-- Whether a hung request was alone on its worker: by how many were held before this sweep took the first of them,
+-- and not if one of its batch-mates was taken by an earlier sweep.
+local function hung_alone(holder)
+  crowd[holder] = crowd[holder] or redis.call('HLEN', KEY.held .. holder)
+  local record, hung = KEY.incarnation .. holder, 1
+  if redis.call('EXISTS', record) == 1 then hung = redis.call('HINCRBY', record, 'hung', 1) end
+  return crowd[holder] == 1 and hung == 1
+end
+
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   local expired = redis.call('ZRANGEBYSCORE', KEY.leases .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
@@ -160,9 +172,14 @@ for _ = 1, tonumber(arg()) do
       if not job[1] then forget(id) end
     else
       local holder = job[2] or ''
-      local alone = redis.call('HLEN', KEY.held .. holder) == 1 and '1' or '0'
-      reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
-        hang_exception, { charge = '0', crash = '1', loss = '0', alone = alone })
+      local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms
+      if now_ms - beat > timeout_ms / 2 then
+        -- With a short lease, a lost host shows here before its heartbeat runs out. That is no hang.
+        reap_one(id, job[1], holder, job[3] or '', kind, reason, exception, { charge = charge, crash = crash, loss = loss, alone = '0' })
+      else
+        reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
+          hang_exception, { charge = '0', crash = '1', loss = '0', alone = hung_alone(holder) and '1' or '0' })
+      end
       -- RQ may have ended a plain job whose lease stayed behind.
       redis.call('ZREM', KEY.leases .. queue, id)
     end

@@ -3,7 +3,7 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV reason       one line for people
--- ARGV delay        s until they may be claimed again; 0 puts them in front of their queue at once
+-- ARGV delay        s until they may be claimed again, doubling up to 30 with their executions; 0 puts them in front of their queue at once
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
 -- ARGV exception    traceback for that dead letter, as RQ's result stream holds it
@@ -54,21 +54,23 @@ for i = #rows, 1, -1 do
     local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
     credit_progress(id, tonumber(redis.call('HGET', name, 'claimed')) or now_ms)
     detach(queue, id, execution, incarnation, worker)
-    if (tonumber(redis.call('HGET', name, 'executions')) or 0) >= tonumber(max_executions) then
+    local gone, executions = false, tonumber(redis.call('HGET', name, 'executions')) or 0
+    if fingerprint ~= '' then
+      local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
+      gone = not seen or now_ms - tonumber(seen) > tonumber(alive_ms)
+      -- It waits for a worker that lives but is busy: however often it is handed back until then, it is not failed.
+      if not gone then redis.call('HSET', name, 'executions', int(math.max(0, executions - 1))) end
+    end
+    if executions >= tonumber(max_executions) and (fingerprint == '' or gone) then
       bury(queue, id, execution, worker, started, 'UNKNOWN', 'executed ' .. max_executions .. ' times without progress; last: ' .. reason, exception)
       answers[i] = 'failed'
     else
       redis.call('HSET', name, 'execution', '', 'last', execution .. ':released')
       history(id, 'released', worker, execution, offset, '', reason)
       count('released', queue)
-      local gone = false
-      if fingerprint ~= '' then
-        local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
-        gone = not seen or now_ms - tonumber(seen) > tonumber(alive_ms)
-      end
       if gone then restart(id, 'no living worker has the model that began it', execution) end
       if tonumber(delay) > 0 and not gone then
-        to_retries(queue, id, tonumber(delay))
+        to_retries(queue, id, backoff(id, math.max(1, executions), tonumber(delay), math.max(30, tonumber(delay))))
         answers[i] = 'scheduled'
       else
         to_front(queue, id)

@@ -21,6 +21,7 @@ for _ = 1, tonumber(arg()) do
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
       redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))
       redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
+      refresh(id)
     end
     local stopped = job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped'
     answers[#answers + 1] = stopped and 'cancel' or 'ok'
