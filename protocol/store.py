@@ -15,21 +15,19 @@ from typing import Any
 
 import redis
 
-from .codec import envelope, pack_exception, unpack, unpack_exception, unpack_result
+from .codec import envelope, pack_exception
 from .errors import IdempotencyConflict, ProtocolMismatch
 from .keys import key
+from .reads import Reads
 from .records import (
-    Checkpoint,
     Claim,
     Claims,
-    Event,
     Failure,
     Finish,
     NewRequest,
     Progress,
     Pulse,
     Reaped,
-    RequestRecord,
     Sweep,
 )
 from .scripts import MAX_REQUESTS, load
@@ -41,17 +39,12 @@ SCHEMA = 1
 STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
 """What a stock RQ worker runs when it takes a request of ours: see that function."""
 
-_FIELDS = (
-    "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
-    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last",
-)  # fmt: skip
 
-
-class Store:
+class Store(Reads):
     """The protocol over one connection. Not for several threads at once."""
 
     def __init__(self, connection: redis.Redis, settings: Settings) -> None:
-        self.connection = connection
+        super().__init__(connection)
         self.settings = settings
 
     # --- producers -------------------------------------------------------------------------------
@@ -191,6 +184,11 @@ class Store:
         }  # fmt: skip
         return list(self._call("release", values, {"request": rows}))
 
+    def settle(self, pipeline: Any, incarnation: str, queue: str, identifier: str, execution: str) -> None:
+        """Queue the end of a plain job's holding on RQ's own pipeline."""
+        values = {"incarnation": incarnation, "queue": queue, "id": identifier, "execution": execution}
+        load("settle")(pipeline, values, {})
+
     def heartbeat(
         self,
         *,
@@ -252,122 +250,7 @@ class Store:
         values = {"ttl_ms": _ms(self.settings.checkpoint_ttl), "limit": limit}
         return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
 
-    def workers(self) -> list[dict[str, Any]]:
-        """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held."""
-        beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
-        with self.connection.pipeline(transaction=False) as pipe:
-            pipe.time()
-            for incarnation, _ in beats:
-                pipe.hgetall(key("incarnation", incarnation.decode()))
-                pipe.hkeys(key("held", incarnation.decode()))
-            (seconds, micros), *replies = pipe.execute()
-        now = seconds + micros / 1e6
-        result = []
-        for (incarnation, deadline), record, held in zip(beats, replies[::2], replies[1::2], strict=True):
-            fields = {name.decode(): value.decode(errors="replace") for name, value in record.items()}
-            result.append(
-                {
-                    "incarnation": incarnation.decode(),
-                    "worker": fields.get("worker", ""),
-                    "queues": fields.get("queues", "").split(","),
-                    "pid": int(fields.get("pid") or 0),
-                    "host": fields.get("host", ""),
-                    "device": fields.get("device", ""),
-                    "ready": fields.get("ready") == "1",
-                    "dead_in": deadline / 1000 - now,
-                    "held": sorted(item.decode() for item in held),
-                }  # fmt: skip
-            )
-        return result
-
-    # --- reads -----------------------------------------------------------------------------------
-
-    def queues(self) -> list[str]:
-        """Names of all queues that ever held a job, sorted."""
-        stem = len(key("queue"))
-        members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
-        return sorted(member.decode()[stem:] for member in members)
-
-    def fetch(self, identifier: str) -> RequestRecord | None:
-        """One request, or ``None`` if there is none of ours with this id."""
-        return self.fetch_many([identifier])[0]
-
-    def fetch_many(self, identifiers: Sequence[str]) -> list[RequestRecord | None]:
-        """Several requests in one round trip; payloads stay where they are."""
-        with self.connection.pipeline(transaction=False) as pipe:
-            for identifier in identifiers:
-                pipe.hmget(key("job", identifier), _FIELDS)
-            replies = pipe.execute()
-        return [
-            RequestRecord.from_redis(
-                identifier,
-                {name.encode(): value for name, value in zip(_FIELDS, reply, strict=True) if value is not None},
-            )
-            for identifier, reply in zip(identifiers, replies, strict=True)
-        ]
-
-    def result(self, identifier: str) -> Any:
-        """The value of a finished request. Raises ``ValueError`` if it is damaged."""
-        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
-        for _, fields in entries:
-            if b"return_value" in fields:
-                return unpack_result(fields[b"return_value"])
-        return None
-
-    def traceback(self, identifier: str) -> str:
-        """The traceback of a dead letter; empty if there is none."""
-        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
-        for _, fields in entries:
-            if b"exc_string" in fields:
-                return unpack_exception(fields[b"exc_string"])
-        return ""
-
-    def outputs(self, identifier: str, *, entry: int = 0, limit: int = 512) -> list[tuple[int, int, list[Any]]]:
-        """Entries ``entry …`` of the output log, each ``(epoch, offset, outputs)``; at most ``limit`` entries."""
-        raw: Any = self.connection.lrange(key("output", identifier), entry, entry + limit - 1)
-        return [(int(epoch), int(offset), list(values)) for epoch, offset, values in map(unpack, raw)]
-
-    def all_outputs(self, identifier: str) -> list[Any]:
-        """All outputs of the newest epoch, read in pages."""
-        result: list[Any] = []
-        epoch, entry = -1, 0
-        while page := self.outputs(identifier, entry=entry):
-            entry += len(page)
-            for number, offset, values in page:
-                if number != epoch:
-                    epoch, result = number, []
-                result[offset:] = values
-        return result
-
-    def state(self, identifier: str) -> tuple[Any, bool]:
-        """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none."""
-        reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc")
-        raw, crc = reply
-        if raw is None:
-            return None, True
-        if zlib.crc32(raw) != int(crc or -1):
-            return None, False
-        return unpack(raw), True
-
-    def checkpoint(self, identifier: str) -> Checkpoint | None:
-        """Where the request would go on from, without the state itself."""
-        name = key("checkpoint", identifier)
-        with self.connection.pipeline(transaction=False) as pipe:
-            pipe.hmget(name, "seq", "offset", "at", "fingerprint")
-            pipe.hstrlen(name, "state")
-            pipe.time()
-            (seq, offset, at, fingerprint), size, now = pipe.execute()
-        if at is None:
-            return None
-        age = now[0] + now[1] / 1e6 - int(at) / 1000
-        return Checkpoint(
-            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(), bytes=size
-        )
-
-    def history(self, identifier: str) -> list[Event]:
-        """What happened to a request, oldest first; its ordinary course is not in it."""
-        lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
-        return [Event.parse(line) for line in lines]
+    # --- the protocol itself ---------------------------------------------------------------------
 
     def check_protocol(self) -> None:
         """Raise :class:`ProtocolMismatch` when Redis holds a newer protocol than this release speaks."""

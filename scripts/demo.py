@@ -1,5 +1,6 @@
 """``perdure demo``: kill workers in the middle of real generations, and compare every answer with one that nobody
-disturbed."""
+disturbed.
+"""
 
 from __future__ import annotations
 

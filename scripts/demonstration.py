@@ -46,6 +46,10 @@ WRITTEN_BEFORE_KILL = 3
 INTERRUPTED = 2
 """Requests with written outputs that each kill must interrupt."""
 
+SLACK = 2
+"""Tokens that a kill may cost above those of one checkpoint interval: one in the step that was running, one
+between the step and the checkpoint."""
+
 READY_TIMEOUT = 300.0
 RUN_TIMEOUT = 150.0
 GOLDEN_TIMEOUT = 300.0
@@ -111,6 +115,26 @@ def prompts(model: str) -> list[dict[str, Any]]:
         for payload in payloads:
             payload["max_tokens"] *= TINY_FACTOR
     return payloads
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The forward passes that one worker has noted so far. What follows the last line end is still being written."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def most_within(trace: Sequence[dict[str, Any]], name: str, pid: int, seconds: float) -> int:
+    """The most outputs of a request that one process has sampled within so many seconds."""
+    times = [
+        line["at"]
+        for line in trace
+        if line["pid"] == pid and any(row[0] == name and row[3] == "decode" for row in line["rows"])
+    ]
+    most = first = 0
+    for last, at in enumerate(times):
+        while at - times[first] > seconds * 1e9:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
 
 
 class Demonstration:
@@ -251,7 +275,15 @@ class Demonstration:
             fresh = seen - before.get(name, 0)
             if fresh >= WRITTEN_BEFORE_KILL and answer.payload["max_tokens"] - seen >= WRITTEN_BEFORE_KILL:
                 names.append(name)
-        return names
+        if len(names) < INTERRUPTED:
+            return names
+        # So many that beginning again from zero would cost more than a checkpoint interval: or it could not be told
+        # from going on.
+        trace = read_trace(Path(self.settings.trace) / f"{worker['pid']}.jsonl")
+        most = {
+            name: most_within(trace, name, worker["pid"], self.settings.checkpoint_interval) + SLACK for name in names
+        }
+        return [name for name in names if len(self._answer(name).outputs) > most[name]]
 
     def _went_on(self, store: Store, name: str, lost: str) -> bool:
         """Whether a client has seen an output that the lost worker cannot have stored."""
@@ -283,8 +315,7 @@ class Demonstration:
             length: Any = store.connection.xlen(key("results", name))
             self.record.entries[name] = int(length)
         for path in sorted(Path(self.settings.trace).glob("*.jsonl")):
-            lines = path.read_bytes().split(b"\n")
-            self.record.trace += [json.loads(line) for line in lines if line]
+            self.record.trace += read_trace(path)
 
     def _golden(self, payloads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PERDURE_")}
@@ -292,8 +323,7 @@ class Demonstration:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "perdure.scripts.golden"],
             input="\n".join(map(json.dumps, payloads)).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             env=environment,
             timeout=GOLDEN_TIMEOUT,
             check=False,

@@ -6,11 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from .demonstration import INTERRUPTED, Answer, Kill, Record
-
-SLACK = 2
-"""Tokens that a kill may cost above those of one checkpoint interval: one in the step that was running, one
-between the step and the checkpoint."""
+from .demonstration import INTERRUPTED, SLACK, Answer, Kill, Record, most_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +93,16 @@ def _row(record: Record, answer: Answer, golden: dict[str, Any] | None) -> Row:
     duplicated = extra + max(0, record.entries.get(name, 0) - 1)
     equal = golden is not None and result == golden["result"] and text == result.get("text")
     equal = equal and answer.outputs == expected == stored
-    sampled, pids, window = _sampled(record, name)
-    interruptions = len(_interruptions(record, name))
+    sampled, pids = _sampled(record, name)
+    kills = [kill for kill, _ in _interruptions(record, name)]
+    interval = record.settings.checkpoint_interval
     return Row(
         id=name,
         workers=[record.workers.get(pid, str(pid)) for pid in pids],
         tokens=len(result.get("token_ids", [])),
         recomputed=sum(sampled.values()) - len(sampled),
-        allowed=interruptions * (window + SLACK),
-        interruptions=interruptions,
+        allowed=sum(most_within(record.trace, name, kill.pid, interval) + SLACK for kill in kills),
+        interruptions=len(kills),
         equal=equal,
         lost=answer.result is None,
         duplicated=duplicated,
@@ -113,25 +110,16 @@ def _row(record: Record, answer: Answer, golden: dict[str, Any] | None) -> Row:
     )
 
 
-def _sampled(record: Record, name: str) -> tuple[dict[int, int], list[int], int]:
-    """From the engines' trace: how often each output was sampled, by which processes in order, and the most
-    outputs sampled within one checkpoint interval."""
+def _sampled(record: Record, name: str) -> tuple[dict[int, int], list[int]]:
+    """From the engines' trace: how often each output was sampled, and by which processes in order."""
     counts: dict[int, int] = defaultdict(int)
-    passes: list[tuple[int, int]] = []
     pids: dict[int, None] = {}
     for line in sorted(record.trace, key=lambda item: item["at"]):
         for request, _, index, kind in line["rows"]:
             if request == name and kind == "decode":
                 counts[index] += 1
                 pids[line["pid"]] = None
-                passes.append((line["at"], line["pid"]))
-    width = record.settings.checkpoint_interval * 1e9
-    most, first = 0, 0
-    for last in range(len(passes)):
-        while passes[last][0] - passes[first][0] > width or passes[last][1] != passes[first][1]:
-            first += 1
-        most = max(most, last - first + 1)
-    return dict(counts), list(pids), most
+    return dict(counts), list(pids)
 
 
 def _interruptions(record: Record, name: str) -> list[tuple[Kill, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import pytest
@@ -19,21 +19,21 @@ closed: list[str] = []
 
 
 @task
-def count(request: Request) -> Iterator[Step]:
+def count(request: Request) -> Generator[Step, None, Any]:
     """Count."""
     for index in range(request.payload):
         yield Step(output=index, state=index + 1)
-    return "done"  # type: ignore[return-value]
+    return "done"
 
 
 @task(slots=4, step_timeout=2.5, reproducible=False)
-def special(request: Request) -> Iterator[Step]:
+def special(request: Request) -> Generator[Step, None, Any]:
     """With options."""
     yield Step()
 
 
 @task
-def careful(request: Request) -> Iterator[Step]:
+def careful(request: Request) -> Generator[Step, None, Any]:
     """Notes its own closing."""
     try:
         while True:
@@ -78,7 +78,7 @@ anonymous = task(lambda request: iter(()))  # type: ignore[arg-type,return-value
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> str:
-    """This module under a name that can be imported, whatever pytest calls it."""
+    """The name of a module that can be imported: this one, whatever pytest calls it."""
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.ModuleType(__name__))
     return __name__
 
@@ -89,13 +89,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_decorator_keeps_the_function() -> None:
     """A decorated generator function can be called, documented and configured as before."""
     assert isinstance(count, Task)
-    assert (count.__name__, count.__doc__) == ("count", "Count.")
+    assert (vars(count)["__name__"], count.__doc__) == ("count", "Count.")
     assert (count.slots, count.step_timeout, count.reproducible) == (1, None, True)
     assert (special.slots, special.step_timeout, special.reproducible) == (4, 2.5, False)
     assert [step.output for step in count(Request(id="a", payload=2))] == [0, 1]
 
 
-@pytest.mark.parametrize("options", [{"slots": 0}, {"step_timeout": 0}, {"step_timeout": -1}, {"step_timeout": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"step_timeout": 0}, {"step_timeout": -1}, {"step_timeout": float("nan")}]
+)
 def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     """A task without a slot, or without time for a step, is refused where it is written."""
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -117,7 +119,7 @@ def test_a_path_leads_back_to_its_task(here: str) -> None:
 
 def local() -> Task:
     @task
-    def hidden(request: Request) -> Iterator[Step]:
+    def hidden(request: Request) -> Generator[Step, None, Any]:
         yield Step()
 
     return hidden
@@ -224,7 +226,9 @@ def test_durable_is_handed_on() -> None:
     assert advance(batch)["a"].durable
 
 
-@pytest.mark.parametrize(("payload", "kind"), [("raise", KeyError), ("exit", SystemExit), (17, TypeError), (None, TypeError)])
+@pytest.mark.parametrize(
+    ("payload", "kind"), [("raise", KeyError), ("exit", SystemExit), (17, TypeError), (None, TypeError)]
+)
 def test_what_one_generator_does_is_its_own_failure(payload: Any, kind: type[BaseException]) -> None:
     """An exception, sys.exit or a yield of something else than a Step ends this request and no other."""
     batch = as_batch(wrong)

@@ -61,7 +61,7 @@ def test_suspend_and_resume(lab: Lab) -> None:
         subprocess.run([str(Path(sys.executable).with_name("rq")), command, "--url", lab.url], check=True)
 
     def asked() -> int:
-        stats: dict[str, Any] = lab.connection.info("commandstats")  # type: ignore[assignment]
+        stats: dict[str, Any] = lab.connection.info("commandstats")
         return int(stats.get("cmdstat_blpop", {"calls": 0})["calls"])
 
     lab.worker()

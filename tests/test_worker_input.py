@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_restarts_from_zero(lab: Lab) -> None:
     first.kill_tree()
     lab.reaper()
     eventually(lambda: lab.record(one).status == "queued")
-    lab.connection.lset(key("output", one), 0, b"\xc1 damaged")
+    lab.connection.lset(key("output", one), 0, b"\xc1 damaged")  # type: ignore[arg-type]
     second = lab.worker()
     record = lab.check(one, 60)
     assert (record.epoch, record.attempt) == (1, 0)

@@ -12,7 +12,7 @@ from .worker_kit import Lab, eventually, gone, send
 
 
 def test_a_killed_worker_costs_at_most_a_checkpoint_interval(lab: Lab) -> None:
-    """kill -9 of a plain rq worker: the request goes on elsewhere, gapless, uncharged, and nothing of it is left."""
+    """Kill -9 of a plain rq worker: the request goes on elsewhere, gapless, uncharged, and nothing of it is left."""
     first = lab.worker()
     one = lab.submit("count", {"n": 60, "sleep": 0.02})
     lab.moved(one, 10)
@@ -34,7 +34,7 @@ def test_a_killed_worker_costs_at_most_a_checkpoint_interval(lab: Lab) -> None:
 
 
 def test_a_killed_guardian_is_replaced(lab: Lab) -> None:
-    """kill -9 of the guardian alone: the worker starts another one, and no request notices."""
+    """Kill -9 of the guardian alone: the worker starts another one, and no request notices."""
     worker = lab.worker()
     one = lab.submit("count", {"n": 100, "sleep": 0.02})
     lab.moved(one, 3)

@@ -45,7 +45,10 @@ def test_a_tasks_own_step_timeout_holds_from_its_first_step(lab: Lab) -> None:
     """A task that asks for longer steps than the pool allows gets them: at once, and after other tasks ran."""
     lab.reaper()
     lab.worker(step_timeout=0.3)
-    names = {lab.submit(task, {"n": 3, "seconds": 1.2}): 3 if task == "count" else 2 for task in ("patient", "count", "patient")}
+    names = {
+        lab.submit(task, {"n": 3, "seconds": 1.2}): 3 if task == "count" else 2
+        for task in ("patient", "count", "patient")
+    }
     for name, number in names.items():
         record = lab.check(name, number)
         assert (record.executions, lab.events(name)) == (1, [])

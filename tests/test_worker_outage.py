@@ -172,7 +172,7 @@ def test_a_frozen_worker_is_fenced_and_rejoins(lab: Lab) -> None:
     for pid in pids:
         send(pid, signal.SIGCONT)
     assert lab.check(one, 60).worker == other.name
-    again = eventually(lambda: lab.ready(frozen.name))
+    again = eventually(lambda: lab.ready(frozen.name) or {})
     assert again["incarnation"] != incarnation
     lab.seen.update(frozen.children())
     assert "declared dead" in frozen.log

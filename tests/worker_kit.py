@@ -104,7 +104,7 @@ def send(pid: int, number: int) -> None:
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie has)."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

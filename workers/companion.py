@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import redis
@@ -19,6 +21,16 @@ from ..protocol.settings import PREFIX, Settings
 
 RESTART_INTERVAL = 1.0
 """Seconds between two starts of a guardian, so that one that cannot start does not use up the machine."""
+
+
+class Guarded(Enum):
+    """What the guardian has to say of this worker's incarnation; the value is its exit status."""
+
+    WELL = 0
+    REAPED = 10
+    """It was declared dead, and all that it held runs elsewhere."""
+    OUTDATED = 11
+    """Redis holds a newer protocol than this worker speaks."""
 
 
 @dataclass(slots=True)
@@ -40,6 +52,8 @@ class Companion:
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """The courier's thread starts guardians while the main thread has something to tell."""
 
     @property
     def pid(self) -> int | None:
@@ -52,14 +66,17 @@ class Companion:
         self._incarnation = incarnation
         self._start()
 
-    def tend(self) -> None:
-        """Start another guardian if this one is gone. Cheap: called in every round of the courier."""
-        if self._process is None or self._process.poll() is None:
-            return
-        if time.monotonic() - self._started < RESTART_INTERVAL:
-            return
-        self.log.warning("the guardian (pid %d) is gone; starting another", self._process.pid)
-        self._start()
+    def tend(self) -> Guarded:
+        """Start another guardian if this one is gone, unless it left with a verdict. Cheap: for every round."""
+        status = None if self._process is None else self._process.poll()
+        if self._process is None or status is None:
+            return Guarded.WELL
+        if status in (Guarded.REAPED.value, Guarded.OUTDATED.value):
+            return Guarded(status)
+        if time.monotonic() - self._started >= RESTART_INTERVAL:
+            self.log.warning("the guardian (pid %d) is gone; starting another", self._process.pid)
+            self._start()
+        return Guarded.WELL
 
     def tell(self, *, fingerprints: list[str] | None = None, ready: bool | None = None) -> None:
         """The fingerprints that this worker can continue, and whether it claims now."""
@@ -68,6 +85,10 @@ class Companion:
         if ready is not None:
             self.ready = ready
         self._send({"fingerprints": self.fingerprints, "ready": self.ready})
+
+    def abandon(self) -> None:
+        """Leave without the word that the end is clean: the guardian reaps as soon as Redis answers."""
+        self._process = None  # its pipe is closed with this process
 
     def dismiss(self) -> None:
         """The end is clean: the guardian exits without reaping."""
@@ -88,6 +109,10 @@ class Companion:
         self._process = None
 
     def _start(self) -> None:
+        with self._lock:
+            self._launch()
+
+    def _launch(self) -> None:
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             # -P: whatever lies in the current folder is not imported in place of ours.
@@ -97,7 +122,7 @@ class Companion:
             start_new_session=True,
             env=_environment(self.settings),
         )
-        self._send(
+        self._write(
             {
                 "connection": portable(self.connection),
                 "incarnation": self._incarnation,
@@ -112,6 +137,10 @@ class Companion:
         )
 
     def _send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._write(message)
+
+    def _write(self, message: dict[str, Any]) -> None:
         if self._process is None or self._process.stdin is None:
             return
         try:

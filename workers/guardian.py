@@ -27,7 +27,7 @@ from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..recovery.reaper import Reaper
-from .companion import rebuild
+from .companion import Guarded, rebuild
 
 LAST_EFFORT = 60.0
 """Seconds that a guardian whose worker is gone tries to reach Redis; afterwards the heartbeat has long run out
@@ -35,6 +35,9 @@ and any reaper does the same."""
 
 PAUSE = 0.1
 """Seconds between two tries of a call that Redis did not answer."""
+
+
+VERDICTS = {"ok": Guarded.WELL, "reaped": Guarded.REAPED, "newer": Guarded.OUTDATED}
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class Guardian:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
     _rest: bytes = b""
     _clean: bool = False
-    _quiet: bool = False
+    _verdict: Guarded = Guarded.WELL
     _news: bool = False
     _swept: Any = None
 
@@ -76,8 +79,8 @@ class Guardian:
             if time.monotonic() >= due or self._news:
                 self._news = False
                 due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
-                if self._quiet:
-                    return 0
+                if self._verdict is not Guarded.WELL:
+                    return int(self._verdict.value)
 
     def _worker_gone(self, ready: list[int]) -> bool:
         """Read what the worker says; True at its end."""
@@ -115,11 +118,8 @@ class Guardian:
         except redis.RedisError:
             self.store.connection.connection_pool.disconnect()
             return False
-        if pulse.status == "newer":
-            self.log.error("Redis holds a newer protocol than worker %s speaks; stopping it", self.worker)
-            os.kill(self.pid, signal.SIGTERM)
-        # Declared dead: the worker learns it by its next claim and has another incarnation guarded.
-        self._quiet = pulse.status != "ok"
+        # The worker finds the verdict in the exit status: it rejoins, or stops.
+        self._verdict = VERDICTS[pulse.status]
         return True
 
     def _sweeps_alone(self) -> bool:

@@ -32,7 +32,6 @@ class Holding:
     pending: list[Any] = field(default_factory=list)
     size: int = 0
     state: bytes | None = None
-    moved: bool = False
     flight: Progress | None = None
     ended: Finish | Failure | None = None
     result: Any = NOTHING
@@ -76,12 +75,17 @@ class Holding:
         elif step.result is not NOTHING:
             pack_result(step.result, limit=settings.max_payload)  # refuses here, where it is one request's fault
             self.result = step.result
-        self.moved = True
 
     def fail(self, error: BaseException) -> None:
         """End this execution with a failure; what it has put out is stored first."""
         self.result = NOTHING
         self.ended = failure(self.claim.id, self.claim.execution, error)
+
+    def cancel(self) -> None:
+        """It was canceled: nothing of it is wanted any more."""
+        self.canceling = True
+        self.flight, self.state, self.result, self.ended = None, None, NOTHING, None
+        self.pending, self.size = [], 0
 
     def next_progress(self) -> Progress | None:
         """What to send now: what is on its way unanswered, or what has come since; ``None`` for nothing."""

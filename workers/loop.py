@@ -13,9 +13,10 @@ from ..protocol.errors import InvalidRequest, PerdureError, UnknownTask
 from ..protocol.records import Claim
 from ..protocol.settings import Settings
 from ..recovery.failures import POLICIES, classify
-from .courier import NO_CHECKPOINT, Courier
+from .claimer import NO_CHECKPOINT
 from .generators import as_batch
-from .mailbox import Admission, Drop, Mailbox, Stop
+from .holdings import Holdings
+from .mailbox import Admission, Drop, Stop
 from .tasks import RAISED, BatchTask, Request, Step, resolve
 
 CANNOT_RUN_DELAY = 5.0
@@ -43,8 +44,7 @@ class Engine:
 class EngineLoop:
     """Turns of: read the mailbox, step the engine once, offer what came of it."""
 
-    courier: Courier
-    mailbox: Mailbox
+    holdings: Holdings
     settings: Settings
     run_plain: PlainRunner
     shown: Callable[[list[str]], None]
@@ -67,18 +67,16 @@ class EngineLoop:
             self._read_mail()
             if self._stopped:
                 break
-            if self._engine is not None and self._engine.admitted:
-                if self.courier.overdue() and not self.courier.pause():
-                    continue
+            if self._engine is not None and self._engine.admitted and self.holdings.may_step():
                 self._step(self._engine)
         if self._engine is not None:
             for identifier in list(self._engine.admitted):
                 self._drop(identifier)
-        self.courier.parked.set()
+        self.holdings.parked.set()
 
     def _read_mail(self) -> None:
         idle = self._engine is None or not self._engine.admitted
-        for letter in self.mailbox.take(wait=idle):
+        for letter in self.holdings.mailbox.take(wait=idle):
             if isinstance(letter, Stop):
                 self._stopped = True
             elif isinstance(letter, Drop):
@@ -96,34 +94,36 @@ class EngineLoop:
         try:
             engine = self._engine_for(claim.task)
         except UnknownTask as error:
-            self.courier.fail(claim.id, claim.execution, _unknown(error))
+            self.holdings.fail(claim.id, claim.execution, _unknown(error))
             return
         except RAISED as error:
             self.log.exception("cannot load %s; its requests are handed back", claim.task)
             reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
-            self.courier.hand_back(claim, reason=reason, delay=CANNOT_RUN_DELAY)
+            self.holdings.hand_back(claim, reason=reason, delay=CANNOT_RUN_DELAY)
+            self._judge(error)
             return
         if claim.seq and claim.fingerprint != engine.fingerprint:
             reason = f"another model began it (fingerprint {claim.fingerprint[:12]}, here {engine.fingerprint[:12]})"
             # One without any fingerprint is shown by nobody: nobody can be waited for.
             shown = claim.fingerprint or NO_CHECKPOINT
-            self.courier.hand_back(claim, reason=reason, delay=1.0, fingerprint=shown)
+            self.holdings.hand_back(claim, reason=reason, delay=1.0, fingerprint=shown)
             return
         try:
             engine.batch.admit(_unpacked(admission.request))
         except RAISED as error:
-            self.courier.fail(claim.id, claim.execution, error)
+            self.holdings.fail(claim.id, claim.execution, error)
+            self._judge(error)
             return
         engine.admitted[claim.id] = claim.execution
-        self.courier.accept(claim, engine.fingerprint)
+        self.holdings.accept(claim, engine.fingerprint)
 
     def _run_plain(self, claim: Claim) -> None:
         try:
             self.run_plain(claim)
         except InvalidRequest as error:
-            self.courier.fail(claim.id, claim.execution, error)
+            self.holdings.fail(claim.id, claim.execution, error)
         else:
-            self.courier.ended_plain(claim.id)
+            self.holdings.ended_plain(claim.id)
 
     def _engine_for(self, path: str) -> Engine:
         engine = self._engines.get(path) or self._load(path)
@@ -132,17 +132,17 @@ class EngineLoop:
 
     def _load(self, path: str) -> Engine:
         began = time.monotonic()
-        self.courier.loading(self.settings.load_timeout)
+        self.holdings.loading(self.settings.load_timeout)
         try:
             batch = as_batch(resolve(path))
             batch.load()
             engine = Engine(path, batch, batch.fingerprint())
         finally:
-            self.courier.loading(0)
+            self.holdings.loading(0)
         self._engines[path] = engine
         self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
         self.shown([item.fingerprint for item in self._engines.values() if item.fingerprint])
-        self.courier.loaded(path, batch.slots, batch.step_timeout)
+        self.holdings.loaded(path, batch.slots, batch.step_timeout)
         return engine
 
     def _step(self, engine: Engine) -> None:
@@ -156,20 +156,28 @@ class EngineLoop:
         for step in steps:
             if step.ends:
                 engine.admitted.pop(step.request_id, None)
-        for identifier in self.courier.offer(steps, executions):
+        for identifier in self.holdings.offer(steps, executions):
             self._drop(identifier)
+        for step in steps:
+            if step.error is not None:
+                self._judge(step.error)
         durable = [step.request_id for step in steps if step.durable and not step.ends]
         if durable:
-            self.courier.wait_stored(durable)
+            self.holdings.wait_stored(durable)
 
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
         self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=error)
         for identifier, execution in list(engine.admitted.items()):
             self._drop(identifier)
-            self.courier.fail(identifier, execution, error)
+            self.holdings.fail(identifier, execution, error)
+        self._judge(error)
+
+    def _judge(self, error: BaseException) -> None:
+        """Leave after an error that makes this process unfit, whichever request it came from."""
         if POLICIES[classify(error)].worker == "exit":
+            self.log.critical("this worker is unfit after %s; leaving, to be replaced", type(error).__name__)
             self.exit_code = 1
-            self.courier.stop()
+            self.holdings.stop()
 
     def _drop(self, identifier: str) -> None:
         engine = self._engine

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,14 +27,17 @@ from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker
 
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
-from ..protocol.keys import check_queue, key
+from ..protocol.keys import check_queue
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from .claimer import Claimer, Limits
 from .companion import Companion, private_connection
-from .courier import Courier, Limits
+from .courier import Courier
+from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
+from .signals import SignalWatcher
 
 TESTED_RQ = ("3.0",)
 """Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
@@ -89,25 +91,18 @@ class Worker(SimpleWorker):
                 "Worker %s: --with-scheduler is not served by this worker yet; run RQ's own scheduler beside it",
                 self.name,
             )
-        mailbox = Mailbox()
-        self._companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
-        self._courier = Courier(
-            store=store,
-            worker=self.name,
-            queues=self._next_queues,
-            mailbox=mailbox,
-            rejoined=self._rejoined,
-            tended=self._companion.tend,
-            limits=Limits(burst, max_jobs, max_idle_time),
-            resume=settings.resume,
+        companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
+        holdings = Holdings(settings, Mailbox())
+        limits = Limits(burst, max_jobs, max_idle_time)
+        claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
+        courier = Courier(
+            store, self.name, holdings, claimer, tended=companion.tend, rejoined=self._rejoined, log=self.log
         )
-        companion = self._companion
-        loop = EngineLoop(
-            self._courier, mailbox, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown)
-        )
-        return self._run(loop, self._courier, companion, settings)
+        loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
+        self._companion, self._courier = companion, courier
+        return self._run(loop, courier, companion)
 
-    def _run(self, loop: EngineLoop, courier: Courier, companion: Companion, settings: Settings) -> bool:
+    def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
         watcher = SignalWatcher(self._stop_signal)
         try:
             watcher.install()
@@ -120,7 +115,7 @@ class Worker(SimpleWorker):
             companion.tell(ready=True)
             courier.start()
             exit_watch = threading.Thread(
-                target=self._leave_a_stuck_step, args=(courier, settings), name="exit", daemon=True
+                target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True
             )
             exit_watch.start()
             loop.run()
@@ -132,7 +127,7 @@ class Worker(SimpleWorker):
             self._depart(courier)
         if loop.exit_code:
             sys.exit(loop.exit_code)
-        return courier.claimed > 0
+        return courier.claimer.claimed > 0
 
     def _depart(self, courier: Courier) -> None:
         """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it."""
@@ -142,18 +137,21 @@ class Worker(SimpleWorker):
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
             self.teardown()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
-            self.log.warning("Worker %s: cannot sign off in Redis (%s); the reaper will", self.name, error)
-        self._companion.dismiss()
+            self.log.warning("Worker %s: cannot sign off in Redis (%s); its guardian will", self.name, error)
+            self._companion.abandon()
+        else:
+            self._companion.dismiss()
 
-    def _leave_a_stuck_step(self, courier: Courier, settings: Settings) -> None:
+    def _leave_a_stuck_step(self, courier: Courier, loop: EngineLoop) -> None:
         """End the process when the courier is done and the main thread sits in a step that does not end."""
         courier.join()
-        if courier.parked.wait(settings.drain_timeout if courier.failed else 0.5):
+        holdings = courier.holdings
+        if holdings.parked.wait(holdings.settings.drain_timeout if courier.failed else 0.5):
             return
         self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
         self._depart(courier)
         logging.shutdown()
-        os._exit(0)
+        os._exit(1 if courier.failed else loop.exit_code)
 
     # --- stopping ------------------------------------------------------------------------------------
 
@@ -170,7 +168,7 @@ class Worker(SimpleWorker):
         if len(self._signals) == 1:
             self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
             self._shutdown_requested_date = rq.utils.now()
-            courier.stop()
+            courier.holdings.stop()
             if not courier.started:
                 # It still loads what stands in PERDURE_TASKS, which may take minutes, and holds nothing.
                 self._depart(courier)
@@ -178,7 +176,7 @@ class Worker(SimpleWorker):
                 os._exit(0)
         elif now - self._signals[0] >= COLD_AFTER:
             self.log.warning("Worker %s: cold shut down", self.name)
-            courier.stop(cold=True)
+            courier.holdings.stop(cold=True)
 
     def _rejoined(self, incarnation: str) -> None:
         """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""
@@ -221,49 +219,10 @@ class Worker(SimpleWorker):
         super().cleanup_execution(job, pipeline, execution)
         courier = self._courier
         if execution is not None and courier is not None:
-            pipeline.zrem(key("leases", job.origin), job.id)
-            pipeline.hdel(key("held", courier.incarnation), job.id)
-            pipeline.hset(job.key, "execution", "")
+            courier.store.settle(pipeline, courier.incarnation, job.origin, job.id, execution.id)
 
     def run_maintenance_tasks(self) -> None:
         """Nothing: the reaper does ours, and RQ's would judge executions by other rules."""
-
-
-class SignalWatcher:
-    """Sees stop signals in a thread of its own.
-
-    Python runs a signal's handler in the main thread, and only between two bytecodes: a step in native
-    code would keep SIGTERM waiting for as long as it lasts. The byte that the interpreter's C handler
-    writes to the wake-up descriptor comes at once.
-    """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, seen: Any) -> None:
-        self._seen = seen
-        self._read, self._write = socket.socketpair()
-        self._before: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Take over the stop signals. Main thread only."""
-        self._write.setblocking(False)
-        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        for number in self.NUMBERS:
-            self._before[number] = signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._watch, name="signals", daemon=True).start()
-
-    def remove(self) -> None:
-        """Give the signals back; what comes now is ignored, since the process is leaving."""
-        signal.set_wakeup_fd(-1)
-        for number in self.NUMBERS:
-            signal.signal(number, signal.SIG_IGN)
-        self._write.close()
-
-    def _watch(self) -> None:
-        while data := self._read.recv(16):
-            for number in data:
-                if number in self.NUMBERS:
-                    self._seen(number)
 
 
 def check_rq(settings: Settings) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,27 @@ def _mark(folder: str, name: str) -> None:
     Path(folder, name).touch()
 
 
-def _count(request: Request) -> Iterator[Step]:
+def _count(request: Request) -> Generator[Step, None, Any]:
     for index in range(request.state or 0, request.payload["n"]):
         time.sleep(request.payload.get("sleep", 0))
         yield Step(output=index, state=index + 1)
-    return {"counted": request.payload["n"]}  # type: ignore[return-value]
+    return {"counted": request.payload["n"]}
 
 
 @task
-def count(request: Request) -> Iterator[Step]:
+def count(request: Request) -> Generator[Step, None, Any]:
     """Count to ``n``, ``sleep`` seconds each."""
     return (yield from _count(request))
 
 
 @task(slots=4)
-def many(request: Request) -> Iterator[Step]:
+def many(request: Request) -> Generator[Step, None, Any]:
     """The same, four at once."""
     return (yield from _count(request))
 
 
 @task(step_timeout=0.4)
-def hang(request: Request) -> Iterator[Step]:
+def hang(request: Request) -> Generator[Step, None, Any]:
     """Put out three, hang once (the GIL is free) for as long as ``seconds`` says, go on when started again."""
     for index in range(request.state or 0, 6):
         if index == 3 and not Path(request.payload["folder"], "hung").exists():
@@ -48,7 +48,7 @@ def hang(request: Request) -> Iterator[Step]:
 
 
 @task(slots=2, step_timeout=0.4)
-def hang_among_others(request: Request) -> Iterator[Step]:
+def hang_among_others(request: Request) -> Generator[Step, None, Any]:
     """Hangs once as ``hang`` does, and takes every further run slowly."""
     for index in range(request.state or 0, 20):
         if index == 3 and not Path(request.payload["folder"], "hung").exists():
@@ -59,7 +59,7 @@ def hang_among_others(request: Request) -> Iterator[Step]:
 
 
 @task
-def native(request: Request) -> Iterator[Step]:
+def native(request: Request) -> Generator[Step, None, Any]:
     """Three outputs, then a step in native code that no Python handler interrupts; the GIL is free."""
     for index in range(request.state or 0, 6):
         if index == 3 and not Path(request.payload["folder"], "native").exists():
@@ -73,13 +73,13 @@ def native(request: Request) -> Iterator[Step]:
 
 
 @task
-def stall(request: Request) -> Iterator[Step]:
+def stall(request: Request) -> Generator[Step, None, Any]:
     """``hang`` with the pool's own step timeout."""
     yield from hang(request)
 
 
 @task(step_timeout=60)
-def patient(request: Request) -> Iterator[Step]:
+def patient(request: Request) -> Generator[Step, None, Any]:
     """A step that takes longer than the pool's default allows, for a task that says so."""
     yield Step(output=0)
     time.sleep(request.payload["seconds"])
@@ -87,28 +87,29 @@ def patient(request: Request) -> Iterator[Step]:
 
 
 @task
-def boom(request: Request) -> Iterator[Step]:
+def boom(request: Request) -> Generator[Step, None, Any]:
     """Fails after one output."""
     yield Step(output="before")
     raise RuntimeError("boom")
 
 
 @task
-def leave(request: Request) -> Iterator[Step]:
+def leave(request: Request) -> Generator[Step, None, Any]:
     """Calls sys.exit, as a library that was written as a program does."""
     yield Step(output="before")
     sys.exit(3)
 
 
 @task
-def refuse(request: Request) -> Iterator[Step]:
+def refuse(request: Request) -> Generator[Step, None, Any]:
     """Says that the request is wrong."""
-    raise InvalidRequest("n must be at least 1", "n")
+    if request.payload.get("n", 0) < 1:
+        raise InvalidRequest("n must be at least 1", "n")
     yield Step()
 
 
 @task
-def durable(request: Request) -> Iterator[Step]:
+def durable(request: Request) -> Generator[Step, None, Any]:
     """What stands in Redis right after a durable step."""
     import redis
 
@@ -118,7 +119,7 @@ def durable(request: Request) -> Iterator[Step]:
         yield Step(output=index, durable=True)
         seen.append(int(connection.hget(f"rq:perdure:checkpoint:{request.id}", "offset") or 0))
     connection.close()
-    return seen  # type: ignore[return-value]
+    return seen
 
 
 class Batch(BatchTask):

@@ -1,0 +1,17 @@
+-- End the holding of a plain RQ job, in the transaction in which RQ's own code ends the job.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV queue        queue name
+-- ARGV id           job id
+-- ARGV execution    the caller's execution
+--
+-- Returns  'ok', or 'lost' (the job was reaped and may run elsewhere: that holding is not touched)
+--
+-- With result_ttl 0, RQ has deleted the job's hash just before; writing to it would bring it back for ever.
+local incarnation, queue, id, execution = arg(), arg(), arg(), arg()
+if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+local current = redis.call('HGET', KEY.job .. id, 'execution')
+if current and current ~= execution then return 'lost' end
+if current then redis.call('HSET', KEY.job .. id, 'execution', '') end
+redis.call('ZREM', KEY.leases .. queue, id)
+return 'ok'

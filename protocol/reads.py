@@ -1,0 +1,140 @@
+"""What anybody may read: requests, outputs, histories, workers. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from .codec import unpack, unpack_exception, unpack_result
+from .keys import key
+from .records import Checkpoint, Event, RequestRecord
+
+_FIELDS = (
+    "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
+    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last",
+)  # fmt: skip
+
+
+class Reads:
+    """Reads over one connection. Errors of redis-py come out as they are."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.connection = connection
+
+    def workers(self) -> list[dict[str, Any]]:
+        """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held."""
+        beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for incarnation, _ in beats:
+                pipe.hgetall(key("incarnation", incarnation.decode()))
+                pipe.hkeys(key("held", incarnation.decode()))
+            (seconds, micros), *replies = pipe.execute()
+        now = seconds + micros / 1e6
+        result = []
+        for (incarnation, deadline), record, held in zip(beats, replies[::2], replies[1::2], strict=True):
+            fields = {name.decode(): value.decode(errors="replace") for name, value in record.items()}
+            result.append(
+                {
+                    "incarnation": incarnation.decode(),
+                    "worker": fields.get("worker", ""),
+                    "queues": fields.get("queues", "").split(","),
+                    "pid": int(fields.get("pid") or 0),
+                    "host": fields.get("host", ""),
+                    "device": fields.get("device", ""),
+                    "ready": fields.get("ready") == "1",
+                    "dead_in": deadline / 1000 - now,
+                    "held": sorted(item.decode() for item in held),
+                }
+            )
+        return result
+
+    def queues(self) -> list[str]:
+        """Names of all queues that ever held a job, sorted."""
+        stem = len(key("queue"))
+        members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
+        return sorted(member.decode()[stem:] for member in members)
+
+    def fetch(self, identifier: str) -> RequestRecord | None:
+        """One request, or ``None`` if there is none of ours with this id."""
+        return self.fetch_many([identifier])[0]
+
+    def fetch_many(self, identifiers: Sequence[str]) -> list[RequestRecord | None]:
+        """Several requests in one round trip; payloads stay where they are."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for identifier in identifiers:
+                pipe.hmget(key("job", identifier), _FIELDS)
+            replies = pipe.execute()
+        return [
+            RequestRecord.from_redis(
+                identifier,
+                {name.encode(): value for name, value in zip(_FIELDS, reply, strict=True) if value is not None},
+            )
+            for identifier, reply in zip(identifiers, replies, strict=True)
+        ]
+
+    def result(self, identifier: str) -> Any:
+        """The value of a finished request. Raises ``ValueError`` if it is damaged."""
+        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
+        for _, fields in entries:
+            if b"return_value" in fields:
+                return unpack_result(fields[b"return_value"])
+        return None
+
+    def traceback(self, identifier: str) -> str:
+        """The traceback of a dead letter; empty if there is none."""
+        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
+        for _, fields in entries:
+            if b"exc_string" in fields:
+                return unpack_exception(fields[b"exc_string"])
+        return ""
+
+    def outputs(self, identifier: str, *, entry: int = 0, limit: int = 512) -> list[tuple[int, int, list[Any]]]:
+        """Entries ``entry …`` of the output log, each ``(epoch, offset, outputs)``; at most ``limit`` entries."""
+        raw: Any = self.connection.lrange(key("output", identifier), entry, entry + limit - 1)
+        return [(int(epoch), int(offset), list(values)) for epoch, offset, values in map(unpack, raw)]
+
+    def all_outputs(self, identifier: str) -> list[Any]:
+        """All outputs of the newest epoch, read in pages."""
+        result: list[Any] = []
+        epoch, entry = -1, 0
+        while page := self.outputs(identifier, entry=entry):
+            entry += len(page)
+            for number, offset, values in page:
+                if number != epoch:
+                    epoch, result = number, []
+                result[offset:] = values
+        return result
+
+    def state(self, identifier: str) -> tuple[Any, bool]:
+        """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none."""
+        reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc")
+        raw, crc = reply
+        if raw is None:
+            return None, True
+        if zlib.crc32(raw) != int(crc or -1):
+            return None, False
+        return unpack(raw), True
+
+    def checkpoint(self, identifier: str) -> Checkpoint | None:
+        """Where the request would go on from, without the state itself."""
+        name = key("checkpoint", identifier)
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.hmget(name, "seq", "offset", "at", "fingerprint")
+            pipe.hstrlen(name, "state")
+            pipe.time()
+            (seq, offset, at, fingerprint), size, now = pipe.execute()
+        if at is None:
+            return None
+        age = now[0] + now[1] / 1e6 - int(at) / 1000
+        return Checkpoint(
+            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(), bytes=size
+        )
+
+    def history(self, identifier: str) -> list[Event]:
+        """What happened to a request, oldest first; its ordinary course is not in it."""
+        lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
+        return [Event.parse(line) for line in lines]

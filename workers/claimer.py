@@ -1,0 +1,162 @@
+"""The claimer: the part of the courier that asks for work.
+
+An idle worker blocks on its queues' bells for at most a second and then asks in any case: a stock producer
+rings no bell. A busy one with free slots asks at every checkpoint, so that a request joins a running batch
+within one checkpoint interval.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..protocol.keys import key
+from ..protocol.records import Claim
+from ..protocol.store import Store
+from .holding import Holding
+from .holdings import Handback, Holdings
+from .mailbox import Admission
+from .tasks import Request
+
+NO_CHECKPOINT = "damaged"
+"""Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
+restarts from zero."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """What ends a worker by itself: RQ's ``--burst``, ``--max-jobs``, ``--max-idle-time`` (seconds)."""
+
+    burst: bool = False
+    max_jobs: int | None = None
+    max_idle_time: float | None = None
+
+
+@dataclass(slots=True)
+class Claimer:
+    """Fills free slots. Runs in the courier's thread, over the courier's store."""
+
+    store: Store
+    holdings: Holdings
+    worker: str
+    queues: Callable[[], list[str]]
+    limits: Limits
+    resume: bool
+    log: logging.Logger
+    claimed: int = 0
+    _idle_since: float = field(default_factory=time.monotonic)
+
+    def claim(self, incarnation: str) -> bool:
+        """Ask once, if there is room; False when this incarnation was declared dead."""
+        wanted = self._room()
+        if wanted is None:
+            return True
+        task, free, slots, known = wanted
+        queues = self.queues()
+        if not known and not self.holdings.wanting and not self.limits.burst:
+            self.store.connection.blpop([key("bell", queue) for queue in queues], timeout=1)
+            if self.holdings.stopping:
+                return True
+        answer = self.store.claim(
+            incarnation=incarnation,
+            worker=self.worker,
+            queues=queues,
+            task=task,
+            free=free,
+            slots=slots,
+            known=known,
+            resume=self.resume,
+        )
+        if answer.status == "reaped":
+            return False
+        self.holdings.wanting = answer.status == "more"
+        self._receive(answer.claims)
+        if not answer.claims and not known:
+            self._nothing_found(answer.status)
+        return True
+
+    def _room(self) -> tuple[str, int, dict[str, int], list[str]] | None:
+        """Task, free slots, slots per loaded task, and what is held; ``None`` for not now."""
+        holdings = self.holdings
+        with holdings.lock:
+            if holdings.stopping:
+                return None
+            busy = bool(holdings.held)
+            if busy:
+                self._idle_since = time.monotonic()
+            else:
+                holdings.task = ""
+            left = None if self.limits.max_jobs is None else self.limits.max_jobs - self.claimed
+            if left is not None and left <= 0:
+                if not busy:
+                    self.log.info("Worker %s: finished executing %d jobs, quitting", self.worker, self.claimed)
+                    holdings.stop()
+                return None
+            free = holdings.slots.get(holdings.task, 1) - len(holdings.held) if busy else 1
+            if free <= 0 or holdings.plain or (busy and self._stands_still()):
+                return None
+            slots = dict(holdings.slots)
+            if left is not None:
+                free = min(free, left)
+                slots = {path: min(number, left) for path, number in slots.items()}
+            return holdings.task, free, slots, list(holdings.held)
+
+    def _stands_still(self) -> bool:
+        """Whether the loop shows no life (lock held): what a hung worker claims would wait for a whole lease."""
+        holdings, now = self.holdings, time.monotonic()
+        return now > holdings.loading_until and now - holdings.moved > holdings.task_settings().step_timeout / 2
+
+    def _receive(self, claims: list[Claim]) -> None:
+        if not claims:
+            return
+        admissions = [self._admission(claim) for claim in claims]
+        holdings = self.holdings
+        with holdings.lock:
+            if not holdings.held:
+                holdings.moved = time.monotonic()  # idle is not hung
+            for claim, admission in zip(claims, admissions, strict=True):
+                holding = holdings.held[claim.id] = Holding.of(claim)
+                holdings.task = claim.task
+                self.claimed += 1
+                if isinstance(admission, str):
+                    holdings.handbacks.append(Handback(holding, admission, fingerprint=NO_CHECKPOINT))
+                    holdings.urgent = True
+                else:
+                    holdings.mailbox.put(admission)
+
+    def _admission(self, claim: Claim) -> Admission | str:
+        """The request as the task will see it, with what its checkpoint holds; a text if that is damaged."""
+        outputs: list[Any] = []
+        state: Any = None
+        try:
+            if claim.offset:
+                outputs = self.store.all_outputs(claim.id)
+                if len(outputs) != claim.offset:
+                    return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
+            if claim.seq:
+                state, sound = self.store.state(claim.id)
+                if not sound:
+                    return "the checkpoint's state does not match its CRC"
+        except (ValueError, TypeError) as error:
+            return f"the checkpoint cannot be read: {error}"
+        self.log.info(
+            "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
+            f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
+        )  # fmt: skip
+        request = Request(
+            id=claim.id, payload=claim.payload, attempt=claim.attempt, execution=claim.execution, outputs=outputs,
+            state=state, queue=claim.queue,
+        )  # fmt: skip
+        return Admission(claim, request)
+
+    def _nothing_found(self, status: str) -> None:
+        idle = time.monotonic() - self._idle_since
+        if self.limits.burst and status in ("ok", "suspended"):
+            self.log.info("Worker %s: done, quitting", self.worker)
+            self.holdings.stop()
+        elif self.limits.max_idle_time is not None and idle >= self.limits.max_idle_time:
+            self.log.info("Worker %s: idle for %d seconds, quitting", self.worker, idle)
+            self.holdings.stop()

@@ -1,0 +1,211 @@
+"""Everything this worker holds, behind one lock: where the engine loop and the courier meet.
+
+The loop, in the main thread, adds what the engine put out and learns whether it may go on; it never waits
+for Redis, but for a durable step. The courier, in its own thread, takes what is to be sent and writes down
+what Redis answered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..protocol.errors import PerdureError
+from ..protocol.records import Claim
+from ..protocol.settings import Settings
+from .holding import Holding
+from .mailbox import Drop, Mailbox, Stop
+from .tasks import Step
+
+MAX_BUFFER = 32 * 1024 * 1024
+"""Bytes of unsent outputs after which the engine loop pauses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handback:
+    """A request to be released: why, after how many seconds it may be claimed again, and the fingerprint of a
+    checkpoint that could not be matched.
+    """
+
+    holding: Holding
+    reason: str
+    delay: float = 0.0
+    fingerprint: str = ""
+
+
+@dataclass(slots=True)
+class Holdings:
+    """The held requests and the state around them; every method takes the lock, attributes are read under it."""
+
+    settings: Settings
+    mailbox: Mailbox
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    held: dict[str, Holding] = field(default_factory=dict)
+    handbacks: list[Handback] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    """Loaded task -> how many of its requests fit."""
+    task: str = ""
+    """What is held now; the worker runs one task at a time."""
+    parked: threading.Event = field(default_factory=threading.Event)
+    """Set by the loop when it takes no further step."""
+
+    urgent: bool = False
+    """Something is to be sent before the next checkpoint is due."""
+    wanting: bool = True
+    """A slot came free, or there may be more work: claim without waiting for a bell."""
+    steps: int = 0
+    """Signs of life of the loop."""
+    moved: float = field(default_factory=time.monotonic)
+    """When the last of them came (monotonic seconds)."""
+    contact: float = field(default_factory=time.monotonic)
+    """When Redis answered last."""
+    loading_until: float = 0.0
+    stopping_since: float | None = None
+    cold: bool = False
+    _step_timeouts: dict[str, float | None] = field(default_factory=dict)
+
+    # --- stopping ----------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """True once :meth:`stop` was called."""
+        return self.stopping_since is not None
+
+    def stop(self, *, cold: bool = False) -> None:
+        """No more claims and no more steps. ``cold``: what is held is handed back without waiting for the step."""
+        with self.lock:
+            if self.stopping_since is None:
+                # First the letter: whoever is woken by the flag must find it before it takes another step.
+                self.mailbox.put(Stop())
+                self.stopping_since = time.monotonic()
+            self.cold = self.cold or cold
+            self.urgent = True
+            self.lock.notify_all()
+
+    # --- for the engine loop -----------------------------------------------------------------------
+
+    def loading(self, seconds: float) -> None:
+        """Leases are renewed for so many seconds without a step: a model is being loaded. 0 ends it."""
+        with self.lock:
+            self._sign_of_life()
+            self.loading_until = self.moved + seconds if seconds else 0.0
+
+    def loaded(self, path: str, slots: int, step_timeout: float | None) -> None:
+        """A task is ready: how many of its requests fit, and how long one of its steps may take (seconds)."""
+        with self.lock:
+            self.slots[path] = slots
+            self._step_timeouts[path] = step_timeout
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def task_settings(self) -> Settings:
+        """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
+        return self.settings.replace(step_timeout=self._step_timeouts.get(self.task))
+
+    def offer(self, steps: Iterable[Step], executions: Mapping[str, str]) -> list[str]:
+        """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
+
+        Those are requests whose output, state or result cannot be stored. ``executions``: for which execution
+        each request was admitted; a step of an older one is not this execution's.
+        """
+        broken = []
+        with self.lock:
+            self._sign_of_life()
+            for step in steps:
+                holding = self.current(step.request_id, executions.get(step.request_id, ""))
+                if holding is None or holding.leaving:
+                    continue
+                try:
+                    holding.add(step, self.settings)
+                except PerdureError as error:
+                    holding.fail(error)
+                    self.urgent = True
+                    if not step.ends:
+                        broken.append(step.request_id)
+                self.urgent = self.urgent or step.ends
+            if self.urgent:
+                self.lock.notify_all()
+        return broken
+
+    def fail(self, identifier: str, execution: str, error: BaseException) -> None:
+        """End a request's execution with a failure."""
+        with self.lock:
+            self._sign_of_life()
+            holding = self.current(identifier, execution)
+            if holding is not None and not holding.leaving:
+                holding.fail(error)
+                self.urgent = True
+                self.lock.notify_all()
+
+    def hand_back(self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "") -> None:
+        """Release a request that this worker cannot run; ``delay`` in seconds before another may."""
+        with self.lock:
+            self._sign_of_life()
+            if holding := self.current(claim.id, claim.execution):
+                self.handbacks.append(Handback(holding, reason, delay, fingerprint))
+            self.urgent = True
+            self.lock.notify_all()
+
+    def accept(self, claim: Claim, fingerprint: str) -> None:
+        """The engine has taken a request in; its checkpoints will carry this fingerprint."""
+        with self.lock:
+            self._sign_of_life()
+            if holding := self.current(claim.id, claim.execution):
+                holding.fingerprint = fingerprint
+
+    def ended_plain(self, identifier: str) -> None:
+        """RQ's own code has ended a plain job."""
+        with self.lock:
+            self._sign_of_life()
+            self.held.pop(identifier, None)
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def wait_stored(self, identifiers: Sequence[str]) -> None:
+        """Wait until all that these requests have put out is in Redis, or they are lost or stopped."""
+        with self.lock:
+            self.urgent = True
+            self.lock.notify_all()
+            self.lock.wait_for(
+                lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held)
+            )
+
+    def may_step(self) -> bool:
+        """False while the engine must not step, after up to a second of waiting for the change.
+
+        That is when the buffer is full, when by this process' own clock the leases must be over, and when the
+        worker stops.
+        """
+        with self.lock:
+            self.lock.wait_for(lambda: self.stopping or not self._overdue(), timeout=1.0)
+            return not self.stopping and not self._overdue()
+
+    def _overdue(self) -> bool:
+        if self.held and time.monotonic() - self.contact > self.task_settings().lease:
+            return True
+        return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
+
+    def _sign_of_life(self) -> None:
+        self.steps += 1
+        self.moved = time.monotonic()
+
+    # --- for the courier (lock held) ---------------------------------------------------------------
+
+    def current(self, identifier: str, execution: str) -> Holding | None:
+        """The holding of exactly this execution: a request that was lost may be held again."""
+        holding = self.held.get(identifier)
+        return holding if holding is not None and holding.claim.execution == execution else None
+
+    @property
+    def plain(self) -> bool:
+        """True while a plain RQ job runs, always alone."""
+        return any(holding.claim.plain for holding in self.held.values())
+
+    def let_go(self, identifier: str) -> None:
+        """The request is not this worker's any more."""
+        self.held.pop(identifier, None)
+        self.wanting = True
+        self.mailbox.put(Drop(identifier))
+        self.lock.notify_all()
