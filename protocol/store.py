@@ -205,7 +205,8 @@ class Store(Reads):
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
             "pid": pid, "host": host, "device": device, "ready": int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
-            "pulse_ms": self._pulse_ms(),
+            # Well before the pulse is so old that a sweep judges nobody.
+            "due_ms": self._pulse_ms() // 2,
         }  # fmt: skip
         groups = {
             "queue": [{"queue": queue} for queue in queues],
@@ -272,7 +273,7 @@ class Store(Reads):
 
     def _pulse_ms(self) -> int:
         # Without a reaper process the guardians sweep, and they wake only once per heartbeat.
-        return _ms(max(4 * self.settings.reap_interval, 2 * self.settings.heartbeat))
+        return _ms(max(4 * self.settings.reap_interval, 3 * self.settings.heartbeat))
 
 
 def newer_protocol() -> ProtocolMismatch:

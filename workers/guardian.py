@@ -22,7 +22,6 @@ from typing import Any
 
 import redis
 
-from ..protocol.keys import key
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -60,7 +59,6 @@ class Guardian:
     _clean: bool = False
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
-    _swept: Any = None
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
@@ -112,25 +110,14 @@ class Guardian:
                 ready=self.ready,
                 fingerprints=self.fingerprints,
             )
-            if pulse.status == "ok" and (pulse.sweep_due or self._sweeps_alone()):
+            if pulse.status == "ok" and pulse.sweep_due:
                 reaper.sweep()
-                self._swept = self._last_sweep()
         except redis.RedisError:
             self.store.connection.connection_pool.disconnect()
             return False
         # The worker finds the verdict in the exit status: it rejoins, or stops.
         self._verdict = VERDICTS[pulse.status]
         return True
-
-    def _sweeps_alone(self) -> bool:
-        """Whether nobody has swept since this guardian did: then it goes on with every beat.
-
-        To wait until a sweep is due again would not do: that is when the pulse is so old that a sweep judges nobody.
-        """
-        return self._swept is not None and self._swept == self._last_sweep()
-
-    def _last_sweep(self) -> Any:
-        return self.store.connection.hget(key("pulse"), "at")
 
     def _reap(self) -> int:
         """Hand on what the worker held: it is gone, and left no word why."""

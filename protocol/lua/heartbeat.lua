@@ -9,7 +9,7 @@
 -- ARGV device       what it computes on
 -- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on
 -- ARGV timeout_ms   ms until it counts as dead without another heartbeat
--- ARGV pulse_ms     the reapers' pulse is old after so many ms
+-- ARGV due_ms       a sweep is due when the reapers' pulse is older than so many ms
 -- EACH queue: queue         the worker's queues
 -- EACH model: fingerprint   fingerprints of the tasks that it has loaded
 --
@@ -19,7 +19,7 @@
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
 local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
-local host, device, ready, timeout_ms, pulse_ms = arg(), arg(), arg(), arg(), arg()
+local host, device, ready, timeout_ms, due_ms = arg(), arg(), arg(), arg(), arg()
 local queues = {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
@@ -67,5 +67,5 @@ if now_s - renewed > HOUR / 2 then
 end
 
 local pulse = tonumber(redis.call('HGET', KEY.pulse, 'at') or '0')
-local due = pulse > now_ms or now_ms - pulse > tonumber(pulse_ms)
+local due = pulse > now_ms or now_ms - pulse > tonumber(due_ms)
 return { 'ok', due and '1' or '0' }
