@@ -29,6 +29,7 @@ def test_with_every_setting_at_its_default(
 ) -> None:
     """A tree kill, a hang and an outage of 3 s: every request ends right, none is lost, charged or doubled."""
     monkeypatch.setenv("PYTHONPATH", str(TASKS))
+    monkeypatch.delenv("PERDURE_MODEL_PATH", raising=False)  # scripts/test says where the tests find their weights
     assert Settings.from_environment() == Settings(), "something in the environment changes a default"
     with Server(tmp_path / "redis", binary=server_binary, die_with_parent=True) as server:
         pool = Pool(server.url, ["gpu"], 2, Settings(), output=tmp_path / "pool.log")

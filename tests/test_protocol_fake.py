@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import fakeredis
 import pytest
+from rq import Queue
 
 from perdure.protocol import scripts
 from perdure.protocol.keys import key
@@ -76,6 +77,17 @@ def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
     assert hand.confirm_cancel(claim) == "canceled"
 
 
+def test_a_plain_job_is_settled(pool: Pool, hand: Hand):
+    """Settle, in the transaction in which RQ ends the job."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2, job_id="a")
+    claim = hand.take(job.id)
+    with pool.connection.pipeline() as pipeline:
+        hand.settle(claim, pipeline)
+        pipeline.execute()
+    assert pool.connection.zcard(key("leases", "gpu")) == 0
+    assert pool.field("a", "execution") == ""
+
+
 def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
     """A new script needs a plain path here too."""
     ran: set[str] = set()
@@ -91,6 +103,7 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_request_is_retried_released_and_fails,
         test_a_lost_worker_is_reaped_and_another_goes_on,
         test_a_checkpoint_expires_and_a_request_is_canceled,
+        test_a_plain_job_is_settled,
     ):
         pool.connection.flushall()
         hand.held.clear()

@@ -261,3 +261,8 @@ class Hand:
 
     def renew(self, claim: Claim) -> str:
         return self.store.renew(self.incarnation, [(claim.id, claim.execution)])[0]
+
+    def settle(self, claim: Claim, pipeline: Any) -> None:
+        """Queue the end of a plain job's holding, as RQ's own code does at the job's end."""
+        self.held.pop(claim.id, None)
+        self.store.settle(pipeline, self.incarnation, claim.queue, claim.id, claim.execution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from rq.registry import CanceledJobRegistry, FailedJobRegistry
 
 from perdure.protocol.errors import ProtocolMismatch
 from perdure.protocol.keys import key
-from perdure.protocol.records import FailureKind
+from perdure.protocol.records import Claim, FailureKind
 from perdure.protocol.states import ENDED, TRANSITIONS, State
 from perdure.protocol.store import SCHEMA
 
@@ -289,14 +290,40 @@ def test_a_release_with_a_delay_waits(pool: Pool, hand: Hand):
     assert hand.take("a").attempt == 1
 
 
-def test_a_request_that_is_always_handed_back_ends_some_day(pool: Pool, connection: redis.Redis):
-    """Executions without progress are capped, releases too."""
+@pytest.mark.parametrize(("delay", "outcome"), [(0.0, "queued"), (5.0, "scheduled")])
+def test_a_request_that_is_always_handed_back_ends_some_day(connection: redis.Redis, delay: float, outcome: str):
+    """Executions without progress are capped, releases too: in a drain, and where a task cannot be loaded."""
     pool = Pool.over(connection, max_executions=3)
     hand = Hand(pool)
     pool.submit("a")
-    outcomes = [hand.release(hand.take("a"))[0] for _ in range(3)]
-    assert outcomes == ["queued", "queued", "failed"]
+    outcomes = []
+    for _ in range(3):
+        pool.make_due("a")
+        outcomes += hand.release(hand.take("a"), delay=delay)
+    assert outcomes == [outcome, outcome, "failed"]
     assert "3 times without progress" in pool.field("a", "error_reason")
+
+
+def test_a_request_waits_for_a_busy_worker_as_long_as_that_lives(pool: Pool, hand: Hand):
+    """Handed back again and again because another model began it: never a dead letter, and less and less often."""
+    pool.submit("a")
+    claim = hand.take("a")
+    hand.step(claim, ["x"])
+    hand.release(claim)
+    busy, other = Hand(pool, "busy"), Hand(pool, "other")
+    delays = []
+    for _ in range(60):
+        busy.beat(["model-1"])
+        assert other.release(other.take("a"), delay=1.0, fingerprints=["model-1"]) == ["scheduled"]
+        delays.append(pool.due_in("a"))
+        pool.make_due("a")
+    assert [round(delay, 1) for delay in delays[:4]] == sorted({round(delay, 1) for delay in delays[:4]}), "it doubles"
+    assert 22 < min(delays[8:]) <= max(delays) <= 30
+    assert pool.store.all_outputs("a") == ["x"]
+    claim = hand.take("a")
+    assert (claim.attempt, claim.offset, claim.epoch) == (1, 1, 0)
+    # What it waited says nothing about what it does: its failures are retried as any other's.
+    assert hand.fail(claim) == "scheduled"
 
 
 def test_a_request_whose_model_is_gone_restarts_in_a_new_epoch(pool: Pool, hand: Hand):
@@ -371,6 +398,21 @@ def test_a_lease_keeps_a_checkpoint_young(pool: Pool, hand: Hand):
     assert pool.store.expire(["gpu"]) == 0, "renewed a moment ago, it is young although nobody holds it now"
 
 
+@pytest.mark.parametrize("sign", ["renew", "state"])
+def test_what_a_running_request_has_written_does_not_expire(pool: Pool, hand: Hand, sign: str):
+    """A renewal, or a checkpoint without outputs: checkpoint, outputs and history live on for a day."""
+    pool.submit("a")
+    claim = hand.take("a")
+    hand.step(claim, ["x"])
+    hand.release(claim)
+    claim = hand.take("a")
+    names = [key(name, "a") for name in ("checkpoint", "output", "history")]
+    for name in names:
+        assert pool.connection.expire(name, 100)
+    assert (hand.renew(claim) if sign == "renew" else hand.step(claim, [])) == "ok"
+    assert all(pool.connection.ttl(name) > 86_000 for name in names)
+
+
 def test_resuming_can_be_turned_off(pool: Pool, hand: Hand):
     """The demonstration proves that it can fail: without resuming, the request starts from zero."""
     pool.submit("a")
@@ -394,6 +436,26 @@ def test_old_entries_leave_the_registries(pool: Pool, hand: Hand):
 
 
 # --- cancel ------------------------------------------------------------------------------------------
+
+
+def test_what_ended_may_be_kept_for_ever(pool: Pool, hand: Hand):
+    """A negative TTL is RQ's way to say so: no key expires, and no clean-up takes the entry out of its registry."""
+    ends: dict[str, Callable[[Claim], str]] = {
+        "finished": hand.finish,
+        "failed": lambda claim: hand.fail(claim, FailureKind.INVALID_REQUEST),
+    }
+    for registry, end in ends.items():
+        request = dataclasses.replace(pool.new(registry), result_ttl=-1, failure_ttl=-1)
+        assert pool.store.enqueue([request]) == ["accepted"]
+        claim = hand.take(registry)
+        assert hand.step(claim, ["x"]) == "ok"
+        end(claim)
+        assert pool.connection.zscore(key(registry, "gpu"), registry) == -1
+        pool.store.expire(["gpu"])
+        assert pool.connection.zscore(key(registry, "gpu"), registry) == -1
+        assert pool.status(registry) is State(registry)
+        for name in ("job", "output", "results"):
+            assert pool.connection.ttl(key(name, registry)) == -1
 
 
 def test_a_waiting_request_is_canceled_at_once(pool: Pool, hand: Hand):

@@ -8,6 +8,7 @@ import pytest
 import redis
 from rq import Queue, Retry
 from rq.job import Job
+from rq.registry import FailedJobRegistry
 from rq.worker import Worker
 
 from perdure.protocol.keys import key
@@ -346,6 +347,97 @@ def test_a_crash_in_company_counts_only_in_all(connection: redis.Redis):
     assert {pool.status("a"), pool.status("b")} == {State.FAILED}
 
 
+@pytest.mark.parametrize("sweeps", [[4], [3, 1], [1, 3], [1, 1, 1, 1]])
+def test_a_batch_that_hangs_has_nobody_alone(pool: Pool, sweeps: list[int]):
+    """In one sweep or over several: whose fault it was is not known, and three such hangs are no dead letter."""
+    names = ["a", "b", "c", "d"]
+    pool.submit(*names)
+    for number in range(1, 4):
+        for name in names:
+            pool.make_due(name)
+        hand = Hand(pool, f"w{number}")
+        assert len(hand.claim(4).claims) == 4
+        hand.beat()
+        rest = list(names)
+        for share in sweeps:
+            for name in rest[:share]:
+                pool.expire_lease(name)
+            assert [item.kind for item in pool.sweep().reaped] == ["HANG"] * share
+            rest = rest[share:]
+        for name in names:
+            assert (pool.field(name, "crashes"), pool.field(name, "crashes_total")) == ("", str(number))
+            assert pool.status(name) is State.SCHEDULED
+
+
+def test_a_batch_that_hangs_has_nobody_alone_in_bounded_sweeps_either(pool: Pool):
+    """What one call leaves to the next was not alone."""
+    pool.submit("a", "b", "c")
+    hand = Hand(pool)
+    hand.claim(3)
+    hand.beat()
+    for name in ("a", "b", "c"):
+        pool.expire_lease(name)
+    for _ in range(3):
+        pool.set_pulse()
+        sweep = pool.store.reap(["gpu"], kind="WORKER_LOST", reason="no heartbeat", limit=1)
+        assert [item.kind for item in sweep.reaped] == ["HANG"]
+    assert [pool.field(name, "crashes") for name in ("a", "b", "c")] == ["", "", ""]
+
+
+def test_the_third_hang_alone_is_a_dead_letter(pool: Pool):
+    """A request that hangs a worker of its own each time is a poison."""
+    pool.submit("a")
+    for number in range(1, 4):
+        assert pool.status("a") is not State.FAILED
+        pool.make_due("a")
+        hand = Hand(pool, f"w{number}")
+        hand.take("a")
+        hand.beat()
+        pool.expire_lease("a")
+        assert [item.kind for item in pool.sweep().reaped] == ["HANG"]
+        assert pool.field("a", "crashes") == str(number)
+    assert pool.status("a") is State.FAILED
+    assert pool.field("a", "error_kind") == "HANG"
+
+
+def test_a_worker_that_hangs_again_is_judged_anew(pool: Pool, hand: Hand):
+    """Its step ended after all, and it claimed again, alone: earlier hangs on it say nothing about company."""
+    pool.submit("a")
+    for number in range(1, 4):
+        pool.make_due("a")
+        hand.held.clear()  # it was told that its request is lost
+        hand.take("a")
+        hand.beat()
+        pool.expire_lease("a")
+        pool.sweep()
+        assert pool.field("a", "crashes") == str(number)
+    assert pool.status("a") is State.FAILED
+
+
+def test_a_batch_that_is_reaped_in_bounded_calls_has_nobody_alone(pool: Pool, hand: Hand):
+    """The last one of a batch was not alone only because its mates were taken by earlier calls."""
+    pool.submit("a", "b", "c")
+    hand.claim(3)
+    left = True
+    while left:
+        left = pool.store.reap(incarnation=hand.incarnation, kind="CRASH", reason="seen", crash=True, limit=1).left
+    for name in ("a", "b", "c"):
+        assert (pool.field(name, "crashes"), pool.field(name, "crashes_total")) == ("", "1")
+
+
+def test_an_expired_lease_of_a_worker_whose_heart_is_late_is_no_hang(pool: Pool, hand: Hand):
+    """With a short lease a lost host shows there first: nobody saw it beat without moving."""
+    pool.submit("a")
+    hand.take("a")
+    hand.beat()
+    timeout = pool.store.settings.heartbeat_timeout
+    pool.connection.zadd(key("beats"), {hand.incarnation: round((pool.now() + 0.3 * timeout) * 1000)})
+    pool.expire_lease("a")
+    assert [(item.id, item.kind, item.outcome) for item in pool.sweep().reaped] == [("a", "WORKER_LOST", "queued")]
+    assert (pool.field("a", "crashes_total"), pool.field("a", "losses")) == ("", "1")
+    assert beats(pool) == {hand.incarnation}, "its heart may only have been late"
+
+
 def test_a_crash_always_waits_before_the_next_try(pool: Pool, hand: Hand):
     """A poison must not take the pool down at the speed of its workers' starts."""
     pool.submit("a")
@@ -416,6 +508,35 @@ def test_a_plain_job_of_a_lost_worker_fails_as_with_rq(pool: Pool, hand: Hand):
     job.refresh()
     assert job.is_failed
     assert job.id in job.failed_job_registry.get_job_ids()
+
+
+def test_a_failed_plain_job_may_be_kept_for_ever(pool: Pool, hand: Hand):
+    """RQ's failure_ttl=-1: the job stays, in the registry with the score that RQ gives it, and no clean-up takes it."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2, failure_ttl=-1)
+    hand.take(job.id)
+    assert [item.outcome for item in pool.reap(hand.incarnation)] == ["failed", "gone"]
+    registry = FailedJobRegistry("gpu", connection=pool.connection)
+    assert pool.connection.zscore(registry.key, job.id) == -1
+    pool.store.expire(["gpu"])
+    assert registry.get_job_ids(cleanup=True) == [job.id]
+    for name in ("job", "results"):
+        assert pool.connection.ttl(key(name, job.id)) == -1
+    job.refresh()
+    assert job.is_failed
+
+
+def test_a_plain_job_that_was_a_dead_letter_may_be_enqueued_again(pool: Pool, hand: Hand):
+    """Under the same id: RQ allows it, and RQ's status is the truth of its jobs."""
+    queue = Queue("gpu", connection=pool.connection)
+    queue.enqueue("operator.add", 1, 2, job_id="same")
+    hand.take("same")
+    pool.reap(hand.incarnation)
+    assert queue.failed_job_registry.get_job_ids() == ["same"]
+    queue.enqueue("operator.add", 3, 4, job_id="same")
+    again = Hand(pool, "w2")
+    again.take("same")
+    assert pool.field("same", "status") == "started"
+    assert queue.failed_job_registry.get_job_ids() == []
 
 
 def test_a_plain_job_with_rqs_retry_runs_again(pool: Pool, hand: Hand):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import redis
+from rq import Queue, Retry
 
 from perdure.protocol.keys import key
 from perdure.protocol.records import Claim, FailureKind
@@ -345,3 +346,48 @@ def test_one_lost_request_does_not_refuse_its_neighbours(pool: Pool, hand: Hand)
     items = [hand.progress(claim, ["x"], 0, 1) for claim in (first, second)]
     assert pool.store.progress(hand.incarnation, items) == ["lost", "ok"]
     assert pool.store.all_outputs("b") == ["x"]
+
+
+# --- the end of plain jobs ---------------------------------------------------------------------------
+
+
+def settle(pool: Pool, hand: Hand, claim: Claim) -> None:
+    """What RQ's transaction at a job's end does to the holding."""
+    with pool.connection.pipeline() as pipeline:
+        hand.settle(claim, pipeline)
+        pipeline.execute()
+
+
+def test_a_settle_sent_twice_settles_once(pool: Pool, hand: Hand):
+    """The job's end is RQ's; ours is only the holding's, and the second end finds nothing."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2)
+    claim = hand.take(job.id)
+    settle(pool, hand, claim)
+    after = dump(pool.connection)
+    assert not [name for name in after if name.startswith((key("leases"), key("held")))]
+    settle(pool, hand, claim)
+    assert dump(pool.connection) == after
+
+
+def test_a_settle_brings_no_deleted_job_back(pool: Pool, hand: Hand):
+    """With result_ttl=0 RQ deletes the job at its end: nothing may be written to its hash afterwards."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2)
+    claim = hand.take(job.id)
+    pool.connection.delete(key("job", job.id))
+    settle(pool, hand, claim)
+    after = dump(pool.connection)
+    assert not [name for name in after if name.startswith((key("job"), key("leases"), key("held")))]
+
+
+def test_a_stale_settle_leaves_the_new_holder_alone(pool: Pool, hand: Hand):
+    """A zombie ends its plain job while another worker runs it again: that one's lease and holding stay."""
+    job = Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2, retry=Retry(max=1))
+    stale = hand.take(job.id)
+    pool.reap(hand.incarnation)
+    other = Hand(pool, "w2")
+    claim = other.take(job.id)
+    before = dump(pool.connection)
+    settle(pool, hand, stale)
+    assert dump(pool.connection) == before
+    assert pool.field(job.id, "execution") == claim.execution
+    assert pool.connection.zscore(key("leases", "gpu"), job.id) is not None
