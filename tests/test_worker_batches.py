@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry
@@ -11,6 +12,7 @@ from rq.results import Result
 
 from perdure.protocol.keys import key
 
+from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually
 
 
@@ -70,6 +72,30 @@ def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:
     one = lab.submit("leave", max_retries=0)
     record = lab.ended(one)
     assert (record.status, record.error_kind, lab.outputs(one)) == ("failed", "UNKNOWN", ["before"])
+    assert worker.running
+
+
+@pytest.mark.parametrize(
+    ("task", "where"), [("starve", "generator"), ("Starving", "step"), ("Starving", "admit")], ids=lambda value: value
+)
+def test_a_worker_without_memory_leaves_and_its_request_goes_on(lab: Lab, task: str, where: str) -> None:
+    """Whichever way the error came: such a process is not trusted any further, and exits with status 1."""
+    worker = lab.worker()
+    one = lab.submit(task, {"folder": str(lab.folder), "error": "memory", "where": where})
+    assert worker.end() == 1
+    assert "unfit after MemoryError" in worker.log
+    successor = lab.worker(wait=False)
+    record = lab.check(one, 1)
+    assert (record.worker, record.attempt, lab.events(one)) == (successor.name, 0, [("retry", "HOST_OOM")])
+    assert lab.nothing_held()
+
+
+def test_a_worker_outlives_an_ordinary_error(lab: Lab) -> None:
+    """An error of the request's own is retried, in the same process."""
+    worker = lab.worker()
+    one = lab.submit("starve", {"folder": str(lab.folder), "error": "ordinary"})
+    record = lab.check(one, 1)
+    assert (record.worker, record.attempt, lab.events(one)) == (worker.name, 1, [("retry", "UNKNOWN")])
     assert worker.running
 
 
@@ -144,6 +170,28 @@ def test_a_plain_job_that_cannot_be_read_is_failed(lab: Lab) -> None:
     assert lab.connection.zscore(key("failed", "gpu"), job.id) is not None
     assert worker.log.count("cannot read job") <= 2
     assert lab.nothing_held()
+
+
+def test_a_plain_job_without_a_result_ttl_leaves_nothing(lab: Lab) -> None:
+    """RQ deletes it at its end, and the end of its holding does not bring it back."""
+    job = Queue("gpu", connection=lab.connection).enqueue("lab_tasks.double", 1, result_ttl=0)
+    lab.worker("--burst").end()
+    assert list(lab.connection.scan_iter(f"*{job.id}*")) == []
+    assert lab.nothing_held()
+
+
+def test_a_plain_job_that_was_a_dead_letter_runs_when_it_is_enqueued_again(lab: Lab) -> None:
+    """Under the same id, as RQ allows: what it was before does not stop it."""
+    queue = Queue("gpu", connection=lab.connection)
+    queue.enqueue("lab_tasks.double", 1, job_id="same")
+    lost = Hand(Pool(lab.store))
+    lost.take("same")
+    lost.pool.reap(lost.incarnation)
+    assert FailedJobRegistry(queue=queue).get_job_ids() == ["same"]
+    job = queue.enqueue("lab_tasks.double", 21, job_id="same")
+    lab.worker("--burst").end()
+    assert (job.get_status(), job.return_value()) == ("finished", 42)
+    assert FailedJobRegistry(queue=queue).get_job_ids() == []
 
 
 def test_max_jobs_counts_requests(lab: Lab) -> None:

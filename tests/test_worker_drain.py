@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from rq import Queue
 from rq import Worker as StockWorker
 
+from perdure.protocol.keys import key
 from perdure.scripts.server import Server
 
 from .worker_kit import Lab, eventually, gone, laboratory
@@ -133,3 +135,26 @@ def test_a_stop_while_redis_is_down(server_binary: Path, tmp_path: Path) -> None
         lab.reaper()
         lab.worker(wait=False)
         assert lab.check(one, 100).attempt == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_sign_off_leaves_it_to_its_guardian(server_binary: Path, tmp_path: Path) -> None:
+    """It stopped while Redis was frozen: once Redis answers, the guardian clears away what is left, with no reaper."""
+    with Server(tmp_path / "redis", binary=server_binary) as server, laboratory(server.url, tmp_path) as lab:
+        worker = lab.worker(step_timeout=2)  # it also bounds how long one call waits
+        one = lab.submit("count", {"n": 1000, "sleep": 0.02})
+        lab.moved(one, 5)
+        (guardian,) = worker.children()
+        os.kill(server.pid, signal.SIGSTOP)
+        worker.send(signal.SIGTERM)
+        assert worker.end(25) in (0, 1)
+        assert "its guardian will" in worker.log
+        assert not gone(guardian)
+        # Killed before it goes on: what the worker still sent must not be what clears up.
+        server.kill()
+        server.restart()
+        eventually(lambda: gone(guardian))
+        assert (lab.record(one).status, lab.record(one).attempt, lab.waiting()) == ("queued", 0, [one])
+        assert lab.store.workers() == []
+        assert lab.nothing_held()
+        assert lab.connection.exists(key("worker", worker.name), key("beats")) == 0

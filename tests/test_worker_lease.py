@@ -32,6 +32,22 @@ def test_a_worker_gets_back_what_hung_in_it(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+def test_a_worker_that_hangs_claims_nothing_more(lab: Lab) -> None:
+    """Its slots are free, but whatever it took would wait for a whole lease: all of it is another worker's."""
+    lab.reaper()
+    stuck = lab.worker()
+    poison = lab.submit("hang_among_others", {"folder": str(lab.folder), "seconds": 600})
+    # Judged: it has stood still for a whole lease, and its request waits for a retry or stands in the queue.
+    eventually(lambda: lab.events(poison) == [("retry", "HANG")])
+    innocents = [lab.submit("hang_among_others", {"folder": str(lab.folder)}) for _ in range(3)]
+    other = lab.worker(wait=False)
+    for name in (*innocents, poison):
+        record = lab.check(name, 20)
+        assert (record.worker, lab.connection.hget(key("job", name), "attempt")) == (other.name, b"0")
+    assert [lab.events(name) for name in innocents] == [[], [], []]
+    assert stuck.running
+
+
 def test_a_long_load_is_not_judged(lab: Lab) -> None:
     """Loading for several leases, but less than the load timeout, is progress."""
     lab.reaper()

@@ -15,9 +15,10 @@ from rq import Worker as StockWorker
 
 from perdure.protocol.keys import key
 from perdure.protocol.scripts import load
+from perdure.protocol.store import SCHEMA
 from perdure.scripts.server import Server
 
-from .worker_kit import Lab, eventually, laboratory, later, send
+from .worker_kit import Lab, eventually, gone, laboratory, later, send
 
 
 class Proxy:
@@ -197,3 +198,40 @@ def test_a_frozen_worker_that_gets_its_request_back(lab: Lab) -> None:
     assert lab.check(one, 12).executions == 2
     lab.seen.update(worker.children())
     assert int(lab.connection.hget(key("counters"), "fenced:gpu") or 0) >= 1
+
+
+def test_a_full_worker_that_was_declared_dead_learns_it_and_works_on(lab: Lab) -> None:
+    """Nothing of it talks to Redis while its step lasts but its guardian, which leaves with the verdict, once."""
+    worker = lab.worker()
+    one = lab.submit("gate", {"folder": str(lab.folder)})
+    eventually((lab.folder / "gate").exists)
+    lab.moved(one, 3)
+    incarnation = lab.ready(worker.name)["incarnation"]  # type: ignore[index]
+    (first,) = worker.children()
+    lab.store.reap(incarnation=incarnation, kind="WORKER_LOST", reason="by mistake")
+    again = eventually(lambda: lab.ready(worker.name) or {})
+    assert again["incarnation"] != incarnation
+    (second,) = eventually(lambda: [pid for pid in worker.children() if pid != first and not gone(pid)])
+    lab.seen.add(second)
+    (lab.folder / "open").touch()
+    assert lab.check(one, 6).attempt == 0
+    assert lab.events(one) == [("redelivered", "WORKER_LOST")]
+    lab.check(lab.submit("count", {"n": 3}), 3)
+    assert [pid for pid in worker.children() if not gone(pid)] == [second]
+    assert (worker.log.count("declared dead"), worker.log.count("starting another")) == (1, 0)
+    assert lab.nothing_held()
+
+
+def test_a_worker_that_is_too_old_for_what_stands_in_redis_stops(lab: Lab) -> None:
+    """A newer release has taken over: the worker says so and leaves, and no guardian is started again and again."""
+    worker = lab.worker()
+    one = lab.submit("count", {"n": 100_000, "sleep": 0.01})
+    lab.moved(one, 3)
+    (guardian,) = worker.children()
+    lab.connection.set(key("schema"), SCHEMA + 1)
+    assert worker.end() in (0, 1)
+    assert "Redis holds a newer protocol" in worker.log
+    assert "starting another" not in worker.log
+    eventually(lambda: gone(guardian))
+    assert (lab.waiting(), lab.record(one).attempt) == ([one], 0)
+    assert lab.nothing_held()

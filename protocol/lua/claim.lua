@@ -113,7 +113,7 @@ local function runnable(id, queue)
     end
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
-    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason')
+    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
@@ -214,6 +214,7 @@ if number > 0 then
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
   redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'queues', queues_text)
+  if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung') end -- whoever hung here before has gone
   redis.call('EXPIRE', KEY.incarnation .. incarnation, DAY)
   show_state(worker, incarnation)
 end

@@ -222,7 +222,7 @@ local function credit_progress(id, claimed_ms)
   if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
   redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
   if tonumber(point[3]) - claimed_ms >= 1000 then
-    redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0')
+    redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
   end
 end
 

@@ -3,7 +3,7 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV reason       one line for people
--- ARGV delay        s until they may be claimed again, doubling up to 30 with their executions; 0 puts them in front of their queue at once
+-- ARGV delay        s until they may be claimed again, doubling up to 30 each time; 0 puts them in front of their queue at once
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
 -- ARGV exception    traceback for that dead letter, as RQ's result stream holds it
@@ -55,11 +55,15 @@ for i = #rows, 1, -1 do
     credit_progress(id, tonumber(redis.call('HGET', name, 'claimed')) or now_ms)
     detach(queue, id, execution, incarnation, worker)
     local gone, executions = false, tonumber(redis.call('HGET', name, 'executions')) or 0
+    local times = executions
     if fingerprint ~= '' then
       local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
       gone = not seen or now_ms - tonumber(seen) > tonumber(alive_ms)
       -- It waits for a worker that lives but is busy: however often it is handed back until then, it is not failed.
-      if not gone then redis.call('HSET', name, 'executions', int(math.max(0, executions - 1))) end
+      if not gone then
+        redis.call('HSET', name, 'executions', int(math.max(0, executions - 1)))
+        times = redis.call('HINCRBY', name, 'waits', 1)
+      end
     end
     if executions >= tonumber(max_executions) and (fingerprint == '' or gone) then
       bury(queue, id, execution, worker, started, 'UNKNOWN', 'executed ' .. max_executions .. ' times without progress; last: ' .. reason, exception)
@@ -70,7 +74,7 @@ for i = #rows, 1, -1 do
       count('released', queue)
       if gone then restart(id, 'no living worker has the model that began it', execution) end
       if tonumber(delay) > 0 and not gone then
-        to_retries(queue, id, backoff(id, math.max(1, executions), tonumber(delay), math.max(30, tonumber(delay))))
+        to_retries(queue, id, backoff(id, math.max(1, times), tonumber(delay), math.max(30, tonumber(delay))))
         answers[i] = 'scheduled'
       else
         to_front(queue, id)

@@ -78,6 +78,33 @@ def stall(request: Request) -> Generator[Step, None, Any]:
     yield from hang(request)
 
 
+@task
+def gate(request: Request) -> Generator[Step, None, Any]:
+    """Put out three, then wait within one step until somebody opens."""
+    for index in range(request.state or 0, 6):
+        if index == 3:
+            _mark(request.payload["folder"], "gate")
+            while not Path(request.payload["folder"], "open").exists():
+                time.sleep(0.01)
+        yield Step(output=index, state=index + 1)
+
+
+def _once(folder: str, name: str) -> bool:
+    """True the first time that anybody asks."""
+    seen = Path(folder, name).exists()
+    _mark(folder, name)
+    return not seen
+
+
+@task
+def starve(request: Request) -> Generator[Step, None, Any]:
+    """Raises once, in its generator, what the payload names."""
+    yield from ()
+    if _once(request.payload["folder"], "raised"):
+        raise {"memory": MemoryError, "ordinary": ArithmeticError}[request.payload["error"]]("once")
+    yield Step(output=0)
+
+
 @task(step_timeout=60)
 def patient(request: Request) -> Generator[Step, None, Any]:
     """A step that takes longer than the pool's default allows, for a task that says so."""
@@ -158,6 +185,34 @@ class Batch(BatchTask):
             else:
                 # Which others ran in this very step.
                 yield Step(request_id=identifier, output=[index, len(self.running)])
+
+    def drop(self, request_id: str) -> None:
+        self.running.pop(request_id, None)
+
+
+class Starving(BatchTask):
+    """Meets the end of the memory once: where, stands in the payload."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Any] = {}
+
+    def admit(self, request: Request) -> None:
+        if request.payload["where"] == "admit" and _once(request.payload["folder"], "raised"):
+            raise MemoryError("once")
+        self.running[request.id] = [len(request.outputs), request.payload]
+
+    def step(self) -> Iterable[Step]:
+        for identifier, entry in list(self.running.items()):
+            where, folder = entry[1]["where"], entry[1]["folder"]
+            if where == "step" and _once(folder, "raised"):
+                del self.running[identifier]
+                yield Step(request_id=identifier, error=MemoryError("once"))
+            elif entry[0] == 1:
+                del self.running[identifier]
+                yield Step(request_id=identifier, result="done")
+            else:
+                entry[0] = 1
+                yield Step(request_id=identifier, output=0)
 
     def drop(self, request_id: str) -> None:
         self.running.pop(request_id, None)

@@ -1,0 +1,278 @@
+"""The courier and the claimer round by round, over a real server but without threads and processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import redis
+
+from perdure.protocol.keys import key
+from perdure.protocol.records import Progress
+from perdure.protocol.settings import Settings
+from perdure.protocol.states import State
+from perdure.protocol.store import SCHEMA, Store
+from perdure.workers.claimer import Claimer, Limits
+from perdure.workers.companion import Guarded
+from perdure.workers.courier import Courier
+from perdure.workers.guardian import Guardian
+from perdure.workers.holdings import MAX_BUFFER, Holdings
+from perdure.workers.mailbox import Drop, Mailbox
+from perdure.workers.tasks import Step
+
+from .test_protocol_kit import TASK, Hand, Pool
+
+
+class Bench:
+    """A worker's inner parts; the test is its engine loop and its clock."""
+
+    def __init__(self, connection: redis.Redis, limits: Limits | None = None) -> None:
+        # Every round stores; nothing expires while a test thinks.
+        self.settings = Settings(checkpoint_interval=1e-6)
+        self.pool = Pool(Store(connection, self.settings))
+        self.holdings = Holdings(self.settings, Mailbox())
+        log = logging.getLogger("rq.worker")
+        store = self.pool.store
+        self.claimer = Claimer(store, self.holdings, "w1", lambda: ["gpu"], limits or Limits(), True, log)
+        self.rejoined: list[str] = []
+        self.courier = Courier(
+            store, "w1", self.holdings, self.claimer, tended=lambda: Guarded.WELL, rejoined=self.rejoined.append
+        )
+
+    def round(self) -> None:
+        self.holdings.urgent = True  # nothing is waited for
+        self.courier._round()
+
+    def claim(self) -> None:
+        assert self.claimer.claim(self.courier.incarnation)
+
+    def offer(self, identifier: str, *steps: Step) -> None:
+        """What the loop does with the steps of one turn."""
+        execution = self.holdings.held[identifier].claim.execution
+        rows = [Step(step.output, step.state, identifier, step.result, step.error) for step in steps]
+        assert self.holdings.offer(rows, {identifier: execution}) == []
+
+    def letters(self) -> list[Any]:
+        return list(self.holdings.mailbox.take(wait=False))
+
+
+@pytest.fixture
+def bench(connection: redis.Redis) -> Bench:
+    return Bench(connection)
+
+
+def calls(connection: redis.Redis, command: str) -> int:
+    stats: dict[str, Any] = connection.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+# --- claims ------------------------------------------------------------------------------------------
+
+
+def test_what_leads_nowhere_is_skipped_without_waiting(bench: Bench) -> None:
+    """Hundreds of canceled entries in front of a live one: as long as more is there, no bell is waited for."""
+    connection = bench.pool.connection
+    canceled = [f"canceled-{number}" for number in range(300)]
+    for start in range(0, 300, 100):
+        part = canceled[start : start + 100]
+        bench.pool.submit(*part)
+        bench.pool.store.cancel([(name, "") for name in part], reason="asked")
+    bench.pool.submit("live")
+    before = calls(connection, "blpop")
+    bench.holdings.wanting = False
+    bench.claim()  # the only one that looks at the bells
+    assert bench.holdings.wanting
+    for _ in range(2):
+        bench.claim()
+    assert list(bench.holdings.held) == ["live"]
+    assert calls(connection, "blpop") == before + 1
+
+
+def test_a_loop_that_stands_still_gets_nothing_more(bench: Bench) -> None:
+    """No sign of life for half a step timeout: the free slots stay free until it moves, or while a model loads."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.pool.submit("b")
+    bench.holdings.moved -= bench.settings.step_timeout
+    bench.claim()
+    assert list(bench.holdings.held) == ["a"]
+    bench.holdings.loading_until = time.monotonic() + 600
+    bench.claim()
+    assert list(bench.holdings.held) == ["a", "b"]
+    bench.holdings.loading_until = 0.0
+    bench.pool.submit("c")
+    bench.claim()
+    assert list(bench.holdings.held) == ["a", "b"]
+    bench.offer("a", Step(output=1))
+    bench.claim()
+    assert list(bench.holdings.held) == ["a", "b", "c"]
+
+
+def test_idle_time_counts_from_the_end_of_the_last_request(connection: redis.Redis) -> None:
+    """--max-idle-time: a worker that was busy for longer than that has not been idle."""
+    bench = Bench(connection, Limits(max_idle_time=10))
+    bench.pool.submit("a")
+    bench.claim()
+    bench.claimer._idle_since -= 1000  # so long it has run now
+    bench.claim()  # its slot is full; the round passes all the same
+    bench.offer("a", Step(result=1))
+    bench.round()
+    assert bench.pool.status("a") is State.FINISHED
+    for _ in range(2):
+        bench.holdings.wanting = True
+        bench.claim()
+        assert not bench.holdings.stopping
+    bench.claimer._idle_since -= 1000
+    bench.holdings.wanting = True
+    bench.claim()
+    assert bench.holdings.stopping
+
+
+# --- when the loop may step --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may_step waits for does not come in these tests."""
+
+    def wait_for(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        return predicate()
+
+    monkeypatch.setattr(bench.holdings.lock, "wait_for", wait_for)
+
+
+@pytest.mark.usefixtures("without_waiting")
+def test_no_step_while_the_leases_must_be_over(bench: Bench) -> None:
+    """Out of contact for a lease: no step, however often it is asked, until Redis has answered. Idle, it may."""
+    bench.holdings.contact -= 1000
+    assert bench.holdings.may_step()
+    bench.pool.submit("a")
+    bench.claim()
+    assert [bench.holdings.may_step() for _ in range(3)] == [False] * 3
+    bench.round()
+    assert bench.holdings.may_step()
+
+
+@pytest.mark.usefixtures("without_waiting")
+def test_a_lease_is_as_long_as_the_task_that_is_held_asks(bench: Bench) -> None:
+    """Out of contact for less than the lease of a task with long steps is no reason to stop it."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.holdings.contact -= 1.6 * bench.settings.step_timeout
+    assert not bench.holdings.may_step()
+    bench.holdings.loaded(TASK, 1, 2 * bench.settings.step_timeout)
+    assert bench.holdings.may_step()
+
+
+@pytest.mark.usefixtures("without_waiting")
+def test_no_step_while_the_buffer_is_full(bench: Bench) -> None:
+    """What Redis has not taken is bounded: the loop pauses, and goes on once it is stored."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.offer("a", Step(output=1))
+    bench.holdings.held["a"].size = MAX_BUFFER + 1
+    assert [bench.holdings.may_step() for _ in range(3)] == [False] * 3
+    bench.round()
+    assert bench.holdings.may_step()
+
+
+# --- cancels -----------------------------------------------------------------------------------------
+
+
+def test_a_cancel_that_a_checkpoint_hears_ends_the_request(bench: Bench) -> None:
+    """What it had put out is dropped with it: no gap is seen in it, and nothing is handed back."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.offer("a", Step(output=0, state=1))
+    bench.round()
+    assert bench.pool.cancel("a") == "requested"
+    bench.offer("a", Step(output=1, state=2))
+    bench.round()
+    bench.round()
+    assert bench.pool.status("a") is State.CANCELED
+    assert (bench.pool.events("a"), bench.pool.waiting(), bench.holdings.handbacks) == (["cancel", "canceled"], [], [])
+    assert any(isinstance(letter, Drop) for letter in bench.letters())
+    assert "a" not in bench.holdings.held
+
+
+def test_an_end_that_comes_while_a_cancel_is_heard_leaves_no_gap(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint on its way was refused as canceled, and its request's result came just then: it is canceled."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.offer("a", Step(output=0, state=1))
+    assert bench.pool.cancel("a") == "requested"
+    progress = bench.pool.store.progress
+
+    def meanwhile(incarnation: str, rows: Sequence[Progress]) -> list[str]:
+        answers = progress(incarnation, rows)
+        bench.offer("a", Step(output=1), Step(result="late"))
+        return answers
+
+    monkeypatch.setattr(bench.pool.store, "progress", meanwhile)
+    bench.round()
+    bench.round()
+    assert bench.pool.status("a") is State.CANCELED
+    assert (bench.pool.events("a"), bench.pool.waiting()) == (["cancel", "canceled"], [])
+
+
+def test_an_end_that_is_ready_wins_over_a_cancel(bench: Bench) -> None:
+    """The answer is there, and the renewal of the same round hears of the cancel: the request is finished."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.offer("a", Step(output=0), Step(result="there"))
+    assert bench.pool.cancel("a") == "requested"
+    bench.courier._last_renewal = 0.0
+    bench.round()
+    assert bench.pool.status("a") is State.FINISHED
+    assert (bench.pool.store.result("a"), bench.pool.store.all_outputs("a")) == ("there", [0])
+
+
+# --- the guardian's verdict --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verdict", [Guarded.REAPED, Guarded.OUTDATED])
+def test_a_guardian_leaves_with_its_verdict(connection: redis.Redis, verdict: Guarded) -> None:
+    """Its exit status says whether the worker must rejoin or stop; nothing is reaped by it."""
+    pool = Pool.over(connection)
+    hand = Hand(pool)
+    hand.beat()
+    if verdict is Guarded.REAPED:
+        pool.reap(hand.incarnation)
+    else:
+        connection.set(key("schema"), SCHEMA + 1)
+    near, far = os.pipe()
+    try:
+        guardian = Guardian(
+            store=pool.store, settings=pool.store.settings, incarnation=hand.incarnation, worker="w1", queues=["gpu"],
+            pid=os.getpid(), host="here", device="", fingerprints=[], ready=True, pipe=near,
+        )  # fmt: skip
+        assert guardian.run() == verdict.value
+    finally:
+        os.close(near)
+        os.close(far)
+
+
+def test_a_worker_that_hears_of_its_death_rejoins_although_it_is_full(connection: redis.Redis) -> None:
+    """It asks for no work, so no claim tells it: the guardian's verdict does."""
+    bench = Bench(connection)
+    bench.pool.submit("a")
+    bench.claim()
+    incarnation = bench.courier.incarnation
+    bench.pool.reap(incarnation)
+    bench.courier.tended = lambda: Guarded.REAPED
+    bench.round()
+    assert bench.rejoined == [bench.courier.incarnation] != [incarnation]
+    assert bench.letters()[-2:-1] == [Drop("a")], "the old execution leaves the engine before it comes again"
+    assert bench.holdings.held["a"].claim.execution != ""
+
+
+def test_a_worker_that_is_too_old_stops(bench: Bench) -> None:
+    """Said by its guardian's verdict: no more claims, and the message says what to do."""
+    bench.courier.tended = lambda: Guarded.OUTDATED
+    bench.round()
+    assert bench.holdings.stopping
