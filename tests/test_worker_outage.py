@@ -202,7 +202,7 @@ def test_a_frozen_worker_that_gets_its_request_back(lab: Lab) -> None:
 
 def test_a_full_worker_that_was_declared_dead_learns_it_and_works_on(lab: Lab) -> None:
     """Nothing of it talks to Redis while its step lasts but its guardian, which leaves with the verdict, once."""
-    worker = lab.worker()
+    worker = lab.worker(step_timeout=600)  # its leases are renewed by the minute, which would tell it as well
     one = lab.submit("gate", {"folder": str(lab.folder)})
     eventually((lab.folder / "gate").exists)
     lab.moved(one, 3)
