@@ -96,7 +96,7 @@ class Claimer:
                     holdings.stop()
                 return None
             free = holdings.slots.get(holdings.task, 1) - len(holdings.held) if busy else 1
-            if free <= 0 or holdings.plain or (busy and self._stands_still()):
+            if free <= 0 or holdings.plain or self._stands_still():
                 return None
             slots = dict(holdings.slots)
             if left is not None:
@@ -105,8 +105,13 @@ class Claimer:
             return holdings.task, free, slots, list(holdings.held)
 
     def _stands_still(self) -> bool:
-        """Whether the loop shows no life (lock held): what a hung worker claims would wait for a whole lease."""
+        """Whether the loop shows no life (lock held): what a hung worker claims would wait for a whole lease.
+
+        Also when nothing is held: all that was, may have been given to others while the step goes on.
+        """
         holdings, now = self.holdings, time.monotonic()
+        if not holdings.held and not holdings.stepping:
+            return False  # idle is not hung
         return now > holdings.loading_until and now - holdings.moved > holdings.task_settings().step_timeout / 2
 
     def _receive(self, claims: list[Claim]) -> None:
@@ -115,8 +120,8 @@ class Claimer:
         admissions = [self._admission(claim) for claim in claims]
         holdings = self.holdings
         with holdings.lock:
-            if not holdings.held:
-                holdings.moved = time.monotonic()  # idle is not hung
+            if not holdings.held and not holdings.stepping:
+                holdings.moved = time.monotonic()  # idle was not hung
             for claim, admission in zip(claims, admissions, strict=True):
                 holding = holdings.held[claim.id] = Holding.of(claim)
                 holdings.task = claim.task

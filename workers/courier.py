@@ -309,6 +309,10 @@ class Courier:
     def _leave(self) -> None:
         """Store what is there and hand the rest back, in the order of the claims; bounded in time."""
         deadline = time.monotonic() + GIVE_UP
+        # A frozen server answers nothing: each try must end well within the deadline.
+        pool = self.store.connection.connection_pool
+        pool.connection_kwargs["socket_timeout"] = GIVE_UP / 2
+        pool.disconnect()
         while True:
             try:
                 self._last_flush = 0.0

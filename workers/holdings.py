@@ -59,6 +59,8 @@ class Holdings:
     """Signs of life of the loop."""
     moved: float = field(default_factory=time.monotonic)
     """When the last of them came (monotonic seconds)."""
+    stepping: bool = False
+    """The loop is inside the task's code."""
     contact: float = field(default_factory=time.monotonic)
     """When Redis answered last."""
     loading_until: float = 0.0

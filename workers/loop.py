@@ -146,12 +146,15 @@ class EngineLoop:
         return engine
 
     def _step(self, engine: Engine) -> None:
+        self.holdings.stepping = True
         try:
             steps = [_checked(step) for step in engine.batch.step()]
         except RAISED as error:
             # Nobody can tell whose fault it was: all that took part fail, by the policy for the error.
             self._fail_all(engine, error)
             return
+        finally:
+            self.holdings.stepping = False
         executions = dict(engine.admitted)
         for step in steps:
             if step.ends:

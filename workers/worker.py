@@ -237,4 +237,4 @@ def check_rq(settings: Settings) -> None:
 
 def _timeout(settings: Settings) -> float:
     # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
-    return max(2.0, min(10.0, settings.lease / 3))
+    return max(2.0, min(5.0, settings.lease / 3))
