@@ -113,6 +113,18 @@ def test_a_loop_that_stands_still_gets_nothing_more(bench: Bench) -> None:
     assert list(bench.holdings.held) == ["a", "b", "c"]
 
 
+def test_a_loop_that_stands_still_gets_nothing_after_all_was_taken_from_it(bench: Bench) -> None:
+    """What it held was given to others; its step goes on, and would keep whatever it claimed now waiting."""
+    bench.pool.submit("a")
+    bench.holdings.stepping = True
+    bench.holdings.moved -= bench.settings.step_timeout
+    bench.claim()
+    assert list(bench.holdings.held) == []
+    bench.holdings.stepping = False
+    bench.claim()
+    assert list(bench.holdings.held) == ["a"]
+
+
 def test_idle_time_counts_from_the_end_of_the_last_request(connection: redis.Redis) -> None:
     """--max-idle-time: a worker that was busy for longer than that has not been idle."""
     bench = Bench(connection, Limits(max_idle_time=10))
