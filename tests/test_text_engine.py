@@ -18,6 +18,12 @@ from perdure.workers.text.sampler import choose
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1)
 PROMPT = "What outlives its process? " * 2
+# fmt: off
+RECORDED = [
+    [122, 138, 11, 98, 98, 98, 251, 98, 228, 208, 56, 80, 58, 58, 56, 122, 112, 13, 119, 119, 119, 119, 160, 58],
+    [229, 225, 56, 62, 116, 57, 129, 31, 86, 229, 70, 54, 70, 172, 190, 250, 124, 31, 0, 42, 113, 46, 152, 46],
+]
+# fmt: on
 PAYLOAD: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "seed": 3}
 
 
@@ -88,12 +94,37 @@ def test_messages_go_through_the_chat_template(task):
     assert results[0]["usage"]["prompt_tokens"] == len("user\nhi\nassistant\n") + 3
 
 
+def test_token_ids_are_the_prompt_as_they_are():
+    """Equal to the prompt that they are the tokens of; every token of the model may be among them."""
+    text = PAYLOAD | {"prompt": "What?"}
+    ids = {name: value for name, value in PAYLOAD.items() if name != "prompt"} | {"token_ids": list(b"What?")}
+    results = answers([("a", text), ("b", ids), ("c", ids | {"token_ids": [0, 259]})], SETTINGS)
+    assert results[0] == results[1]
+    assert results[2]["usage"]["prompt_tokens"] == 2
+
+
+def test_what_was_asked_before_has_the_answer_it_had_before():
+    """Tokens recorded before there were penalties, biases and log-probabilities."""
+    asked = [
+        ("a", {"prompt": "What outlives the process that began it? ", "max_tokens": 24, "seed": 1}),
+        (
+            "b",
+            {"prompt": "Once upon a time", "max_tokens": 24, "seed": 2, "temperature": 1.0, "top_k": 40, "top_p": 0.98},
+        ),
+    ]
+    results = answers(asked, SETTINGS)
+    assert [result["token_ids"] for result in results] == RECORDED
+    assert all(set(result) == {"text", "token_ids", "finish_reason", "usage"} for result in results)
+
+
 @pytest.mark.parametrize(
     ("payload", "field", "numbers"),
     [
         ({"prompt": "a" * 1024}, "prompt", ["1024"]),
         ({"messages": [{"role": "user", "content": "a" * 2000}]}, "messages", ["1024"]),
         ({"prompt": "a" * 1000, "max_tokens": 25}, "max_tokens", ["25", "1000", "1024", "24"]),
+        ({"token_ids": [1] * 1024}, "token_ids", ["1024"]),
+        ({"token_ids": [1, 260]}, "token_ids", ["[1]", "260", "259"]),
         ({"prompt": "a", "temprature": 1}, "temprature", []),
     ],
 )

@@ -21,6 +21,17 @@ BAD = [
     ("prompt of another type", {"prompt": ["a"]}, "prompt"),
     ("half a surrogate pair", {"prompt": "\ud800"}, "prompt"),
     ("prompt and messages", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+    ("prompt and token_ids", {"prompt": "a", "token_ids": [1]}, "prompt"),
+    ("messages and token_ids", {"messages": [{"role": "user", "content": "a"}], "token_ids": [1]}, "messages"),
+    ("no token_ids", {"token_ids": []}, "token_ids"),
+    ("token_ids a string", {"token_ids": "12"}, "token_ids"),
+    ("token_ids bytes", {"token_ids": b"12"}, "token_ids"),
+    ("token_ids with a string", {"token_ids": [1, "2"]}, "token_ids"),
+    ("token_ids with a float", {"token_ids": [1.0]}, "token_ids"),
+    ("token_ids with a bool", {"token_ids": [True]}, "token_ids"),
+    ("token_ids with nothing", {"token_ids": [None]}, "token_ids"),
+    ("token_ids negative", {"token_ids": [3, -1]}, "token_ids"),
+    ("token_ids huge", {"token_ids": [2**31]}, "token_ids"),
     ("no messages", {"messages": []}, "messages"),
     ("messages of another type", {"messages": "a"}, "messages"),
     ("message of another type", {"messages": ["a"]}, "messages"),
@@ -71,7 +82,7 @@ def test_a_misspelt_field_is_answered_with_the_nearest_one():
         generate.prepare({"prompt": "a", "temprature": 1.0})
 
 
-def test_prepare_stores_every_field_and_draws_a_seed():
+def test_prepare_fills_in_the_defaults_and_draws_a_seed():
     """What is stored does not depend on a later release's defaults."""
     first, second = (generate.prepare({"prompt": "a", "stop": "b", "seed": None}) for _ in range(2))
     assert first.pop("seed") != second.pop("seed")
@@ -88,8 +99,9 @@ def test_prepare_stores_every_field_and_draws_a_seed():
 
 def test_what_prepare_stores_it_takes_again_unchanged():
     """A payload may pass twice, at submit and at resubmit."""
-    stored = generate.prepare({"messages": [{"role": "user", "content": "a"}], "temperature": 1})
-    assert generate.prepare(stored) == stored
+    for payload in ({"messages": [{"role": "user", "content": "a"}], "temperature": 1}, {"token_ids": (1, 2)}):
+        stored = generate.prepare(payload)
+        assert generate.prepare(stored) == stored
 
 
 def test_a_request_without_a_seed_takes_it_from_its_id():

@@ -26,8 +26,9 @@ __all__ = ["Generate", "generate"]
 class Generate(BatchTask):
     """Generate text with a Llama-architecture model.
 
-    The payload has a ``prompt``, or ``messages`` for the model's chat template, and may have
-    ``max_tokens`` (128), ``temperature`` (0: greedy), ``top_p``, ``top_k``, ``seed`` and ``stop``.
+    The payload has a ``prompt``, or ``messages`` for the model's chat template, or ``token_ids``,
+    to which nothing is added; and may have ``max_tokens`` (128), ``temperature`` (0: greedy),
+    ``top_p``, ``top_k``, ``seed`` and ``stop``.
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
     ``{"text", "token_ids", "finish_reason": "stop" | "length", "usage": {"prompt_tokens",
@@ -104,7 +105,7 @@ class Generate(BatchTask):
         """Take a request in, from its payload and from the outputs it already has.
 
         Raises :class:`InvalidRequest` for what :meth:`prepare` would refuse, and for what only
-        the model can tell: a prompt that does not fit.
+        the model can tell: a prompt that does not fit, a token that it does not know.
         """
         from .transcript import Transcript
 
@@ -114,7 +115,10 @@ class Generate(BatchTask):
         if len(engine) >= self.slots:
             raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
         parameters = Parameters.of(request.payload, request.id)
-        if parameters.prompt is not None:
+        parameters.check_vocabulary(len(tokenizer.pieces))
+        if parameters.token_ids is not None:
+            prompt = list(parameters.token_ids)
+        elif parameters.prompt is not None:
             prompt = tokenizer.encode(parameters.prompt)
         else:
             prompt = tokenizer.encode_chat(parameters.messages or ())

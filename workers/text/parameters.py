@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from ...protocol.errors import InvalidRequest
 
-FIELDS: Final = ("prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+FIELDS: Final = ("prompt", "messages", "token_ids", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
 
 MAX_TOKENS: Final = 128
@@ -34,11 +35,12 @@ class Parameters:
     """One generation's parameters, all of them known.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
-    ``prompt`` and ``messages`` is not ``None``.
+    ``prompt``, ``messages`` and ``token_ids`` is not ``None``.
     """
 
     prompt: str | None
     messages: tuple[dict[str, str], ...] | None
+    token_ids: tuple[int, ...] | None
     max_tokens: int
     temperature: float
     top_p: float
@@ -58,10 +60,11 @@ class Parameters:
         seed = fields["seed"]
         if seed is None:
             seed = int.from_bytes(hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
-        messages = fields["messages"]
+        messages, token_ids = fields["messages"], fields["token_ids"]
         return cls(
             prompt=fields["prompt"],
             messages=None if messages is None else tuple(messages),
+            token_ids=None if token_ids is None else tuple(token_ids),
             max_tokens=fields["max_tokens"],
             temperature=fields["temperature"],
             top_p=fields["top_p"],
@@ -73,11 +76,24 @@ class Parameters:
     @property
     def source(self) -> str:
         """The field that the prompt came in, for messages."""
-        return "messages" if self.prompt is None else "prompt"
+        if self.prompt is not None:
+            return "prompt"
+        return "token_ids" if self.messages is None else "messages"
+
+    def check_vocabulary(self, size: int) -> None:
+        """Compare what names tokens with a model that knows ``size`` of them.
+
+        Raises :class:`InvalidRequest` naming the field.
+        """
+        for place, token in enumerate(self.token_ids or ()):
+            if token >= size:
+                raise InvalidRequest(
+                    f"token_ids[{place}] is {token}, but the model knows the tokens 0 to {size - 1}", field="token_ids"
+                )
 
 
 def complete(payload: Any) -> dict[str, Any]:
-    """The payload to store: every field present, and a seed drawn if none was given.
+    """The payload to store: its defaults filled in, and a seed drawn if none was given.
 
     Raises :class:`InvalidRequest` naming the field.
     """
@@ -89,18 +105,24 @@ def complete(payload: Any) -> dict[str, Any]:
 
 def _checked(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
-        raise InvalidRequest(f"the payload must be a mapping with a prompt or messages, not {_kind(payload)}")
+        raise InvalidRequest(
+            f"the payload must be a mapping with a prompt, messages or token_ids, not {_kind(payload)}"
+        )
     for name in payload:
         if name not in FIELDS:
             raise InvalidRequest(f"unknown field {name!r}{_nearest(name, FIELDS)}", field=str(name))
     given = {name: value for name, value in payload.items() if value is not None}
-    if "prompt" in given and "messages" in given:
-        raise InvalidRequest("prompt and messages exclude each other; give one of them", field="prompt")
-    if "prompt" not in given and "messages" not in given:
-        raise InvalidRequest("a prompt (a string) or messages (a list) must be given", field="prompt")
+    sources = [name for name in SOURCES if name in given]
+    if len(sources) > 1:
+        raise InvalidRequest(f"{' and '.join(sources)} exclude each other; give one of them", field=sources[0])
+    if not sources:
+        raise InvalidRequest(
+            "a prompt (a string), messages (a list) or token_ids (a list) must be given", field="prompt"
+        )
     return {
         "prompt": _prompt(given["prompt"]) if "prompt" in given else None,
         "messages": _messages(given["messages"]) if "messages" in given else None,
+        "token_ids": _token_ids(given["token_ids"]) if "token_ids" in given else None,
         "max_tokens": _integer(given, "max_tokens", MAX_TOKENS, 1, _MOST),
         "temperature": _temperature(given),
         "top_p": _top_p(given),
@@ -147,6 +169,20 @@ def _messages(value: Any) -> list[dict[str, str]]:
             )
         result.append({"role": message["role"], "content": message["content"]})
     return result
+
+
+def _token_ids(value: Any) -> list[int]:
+    if not isinstance(value, list | tuple):
+        raise InvalidRequest(f"token_ids must be a list of whole numbers, not {_kind(value)}", field="token_ids")
+    if not value:
+        raise InvalidRequest("token_ids must not be empty", field="token_ids")
+    for place, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _MOST:
+            raise InvalidRequest(
+                f"token_ids[{place}] must be a whole number between 0 and {_MOST}, not {_kind(token)}",
+                field="token_ids",
+            )
+    return list(value)
 
 
 def _temperature(given: Mapping[str, Any]) -> float:
