@@ -103,6 +103,24 @@ def test_token_ids_are_the_prompt_as_they_are():
     assert results[2]["usage"]["prompt_tokens"] == 2
 
 
+def test_penalties_look_at_the_right_tokens():
+    """A bias chooses the tokens; presence counts the output's, repetition the prompt's as well."""
+    pair = {"prompt": "A", "max_tokens": 6, "logit_bias": {"65": 40, "66": 39}}
+    asked = [
+        ("a", pair),
+        ("b", pair | {"presence_penalty": 2}),
+        ("c", pair | {"repetition_penalty": 2}),
+        ("d", pair | {"frequency_penalty": 1}),
+        ("e", {"prompt": "A", "max_tokens": 2, "logit_bias": {str(token): -100 for token in range(1, 260)}}),
+    ]
+    texts = [result["text"] for result in answers(asked, SETTINGS)]
+    assert texts[0] == "AAAAAA"
+    assert texts[1] == "ABAAAA"
+    assert texts[2] == "BAAAAA"
+    assert texts[3][:3] in ("ABA", "AAB")
+    assert texts[4] == "\0\0"
+
+
 def test_what_was_asked_before_has_the_answer_it_had_before():
     """Tokens recorded before there were penalties, biases and log-probabilities."""
     asked = [
@@ -125,6 +143,7 @@ def test_what_was_asked_before_has_the_answer_it_had_before():
         ({"prompt": "a" * 1000, "max_tokens": 25}, "max_tokens", ["25", "1000", "1024", "24"]),
         ({"token_ids": [1] * 1024}, "token_ids", ["1024"]),
         ({"token_ids": [1, 260]}, "token_ids", ["[1]", "260", "259"]),
+        ({"prompt": "a", "logit_bias": {"259": 1, "260": 1}}, "logit_bias", ["260", "259"]),
         ({"prompt": "a", "temprature": 1}, "temprature", []),
     ],
 )

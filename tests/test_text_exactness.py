@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -29,7 +30,15 @@ NEIGHBOURS = [
     {"prompt": "short", "max_tokens": 40, "temperature": 2.0, "seed": 11},
     {"prompt": "x" * 200, "max_tokens": 25, "seed": 12},
     {"prompt": "y" * 33, "max_tokens": 7, "temperature": 0.5, "top_k": 9, "seed": 13},
+    {"prompt": "z" * 9, "max_tokens": 11, "temperature": 0.8, "seed": 14, "repetition_penalty": 0.8},
+    {"token_ids": [7, 8, 9] * 30, "max_tokens": 9, "seed": 15, "presence_penalty": -1, "logit_bias": {"65": 1.5}},
 ]
+PENALTIES = {
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.05,
+    "frequency_penalty": 0.11,
+    "logit_bias": {"10": -100, "65": 0.4, "66": 0.3},
+}
 
 ARITHMETIC = list(itertools.product(["float32", "bfloat16"], [1, 2]))
 
@@ -75,11 +84,18 @@ def run_together(task: Generate, requests: list[Request]) -> dict[str, tuple[lis
     return {name: (outputs[name], results[name]) for name in outputs}
 
 
+def named(payload: dict[str, Any]) -> str:
+    kind = "sampled" if "temperature" in payload else "greedy"
+    return kind + "-penalised" * ("repetition_penalty" in payload)
+
+
 # Greedy with two threads is among the neighbours: a pass of several threads is slow where others use the cores.
 @pytest.mark.parametrize(
     ("payload", "dtype", "threads"),
-    [(SAMPLED, *case) for case in ARITHMETIC] + [(GREEDY, "float32", 1), (GREEDY, "bfloat16", 1)],
-    ids=lambda value: ("sampled" if "temperature" in value else "greedy") if isinstance(value, dict) else str(value),
+    [(SAMPLED, *case) for case in ARITHMETIC]
+    + [(GREEDY, "float32", 1), (GREEDY, "bfloat16", 1)]
+    + [(payload | PENALTIES, dtype, 1) for payload in (GREEDY, SAMPLED) for dtype in ("float32", "bfloat16")],
+    ids=lambda value: named(value) if isinstance(value, dict) else str(value),
 )
 def test_resumed_at_every_token_equals_uninterrupted(bits, dtype, threads, payload):
     """Alone, and among neighbours that come and go; to the last bit of every logit."""
@@ -102,12 +118,13 @@ def test_resumed_at_every_token_equals_uninterrupted(bits, dtype, threads, paylo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("payload", [SAMPLED, SAMPLED | PENALTIES], ids=["plain", "penalised"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_on_a_gpu_equals_uninterrupted(bits, dtype):
+def test_resumed_on_a_gpu_equals_uninterrupted(bits, dtype, payload):
     """The same law on the other kind of device."""
     task = load(dtype, device="cuda")
-    outputs, result = run_alone(task, Request(id="whole", payload=SAMPLED))
-    resumed = [Request(id=str(cut), payload=SAMPLED, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)]
+    outputs, result = run_alone(task, Request(id="whole", payload=payload))
+    resumed = [Request(id=str(cut), payload=payload, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)]
     for name, found in run_together(task, resumed).items():
         assert found == (outputs[int(name) :], result)
 
@@ -117,7 +134,7 @@ def test_slots_of_any_number_are_exact(bits):
     task = load(slots=3)
     expected = run_alone(task, Request(id="whole", payload=SAMPLED))
     requests = [Request(id=str(place), payload=item) for place, item in enumerate([*NEIGHBOURS, SAMPLED])]
-    assert run_together(task, requests)["3"] == expected
+    assert run_together(task, requests)[str(len(NEIGHBOURS))] == expected
 
 
 class Broken(Operators):
@@ -208,6 +225,22 @@ def test_the_fingerprint_tells_what_matters_apart():
     assert load(trace="", step_timeout=3.0).fingerprint() == first
     others = {load("bfloat16").fingerprint(), load(slots=16).fingerprint(), load(threads=2).fingerprint()}
     assert len(others | {first}) == 4
+
+
+def test_another_sampler_has_another_fingerprint(monkeypatch):
+    """By its version, and by what it computes even where that was forgotten."""
+    seen = {load().fingerprint()}
+    with monkeypatch.context() as patch:
+        patch.setattr("perdure.workers.text.sampler.VERSION", 1_000_000)
+        seen.add(load().fingerprint())
+    with monkeypatch.context() as patch:
+        patch.setattr("perdure.workers.text.sampler.adjust", lambda logits, *_: numpy.nextafter(logits, numpy.inf))
+        seen.add(load().fingerprint())
+    with monkeypatch.context() as patch:
+        patch.setattr("perdure.workers.text.sampler.choose", lambda *_: 0)
+        seen.add(load().fingerprint())
+    assert len(seen) == 4
+    assert load().fingerprint() in seen
 
 
 def test_the_tiny_model_is_the_same_everywhere():

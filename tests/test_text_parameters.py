@@ -61,6 +61,37 @@ BAD = [
     ("stop with an empty one", {"prompt": "a", "stop": ["a", ""]}, "stop"),
     ("stop with a number", {"prompt": "a", "stop": ["a", 1]}, "stop"),
     ("too many stops", {"prompt": "a", "stop": ["a"] * 17}, "stop"),
+    ("repetition_penalty 0", {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
+    ("repetition_penalty negative", {"prompt": "a", "repetition_penalty": -1.0}, "repetition_penalty"),
+    ("repetition_penalty NaN", {"prompt": "a", "repetition_penalty": float("nan")}, "repetition_penalty"),
+    ("repetition_penalty infinite", {"prompt": "a", "repetition_penalty": float("inf")}, "repetition_penalty"),
+    ("repetition_penalty a string", {"prompt": "a", "repetition_penalty": "1.1"}, "repetition_penalty"),
+    ("repetition_penalty a bool", {"prompt": "a", "repetition_penalty": True}, "repetition_penalty"),
+    ("presence_penalty above 2", {"prompt": "a", "presence_penalty": 2.01}, "presence_penalty"),
+    ("presence_penalty below -2", {"prompt": "a", "presence_penalty": -2.01}, "presence_penalty"),
+    ("presence_penalty NaN", {"prompt": "a", "presence_penalty": float("nan")}, "presence_penalty"),
+    ("frequency_penalty above 2", {"prompt": "a", "frequency_penalty": 3}, "frequency_penalty"),
+    ("frequency_penalty infinite", {"prompt": "a", "frequency_penalty": float("-inf")}, "frequency_penalty"),
+    ("frequency_penalty a list", {"prompt": "a", "frequency_penalty": [1]}, "frequency_penalty"),
+    ("logit_bias a list", {"prompt": "a", "logit_bias": [[1, 2]]}, "logit_bias"),
+    ("logit_bias false", {"prompt": "a", "logit_bias": False}, "logit_bias"),
+    ("logit_bias too long", {"prompt": "a", "logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias"),
+    ("logit_bias of a word", {"prompt": "a", "logit_bias": {"the": 1}}, "logit_bias"),
+    ("logit_bias of a negative token", {"prompt": "a", "logit_bias": {-1: 1}}, "logit_bias"),
+    ("logit_bias of a negative string", {"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias"),
+    ("logit_bias of a huge token", {"prompt": "a", "logit_bias": {2**31: 1}}, "logit_bias"),
+    ("logit_bias of a long string", {"prompt": "a", "logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ("logit_bias with leading zeros", {"prompt": "a", "logit_bias": {"01": 1}}, "logit_bias"),
+    ("logit_bias with other digits", {"prompt": "a", "logit_bias": {"١": 1}}, "logit_bias"),
+    ("logit_bias with a line's end", {"prompt": "a", "logit_bias": {"1\n": 1}}, "logit_bias"),
+    ("logit_bias of a float", {"prompt": "a", "logit_bias": {1.0: 1}}, "logit_bias"),
+    ("logit_bias of a bool", {"prompt": "a", "logit_bias": {True: 1}}, "logit_bias"),
+    ("logit_bias of one token twice", {"prompt": "a", "logit_bias": {1: 1, "1": 2}}, "logit_bias"),
+    ("logit_bias above 100", {"prompt": "a", "logit_bias": {1: 100.5}}, "logit_bias"),
+    ("logit_bias NaN", {"prompt": "a", "logit_bias": {1: float("nan")}}, "logit_bias"),
+    ("logit_bias beyond floats", {"prompt": "a", "logit_bias": {1: 10**400}}, "logit_bias"),
+    ("logit_bias a string", {"prompt": "a", "logit_bias": {1: "5"}}, "logit_bias"),
+    ("logit_bias a bool", {"prompt": "a", "logit_bias": {1: True}}, "logit_bias"),
     ("stop too long", {"prompt": "a", "stop": "a" * 257}, "stop"),
 ]
 
@@ -78,8 +109,15 @@ def test_a_bad_payload_is_refused_with_its_field(payload, field):
 
 def test_a_misspelt_field_is_answered_with_the_nearest_one():
     """The message helps."""
-    with pytest.raises(InvalidRequest, match="did you mean temperature"):
-        generate.prepare({"prompt": "a", "temprature": 1.0})
+    for name, meant in (
+        ("temprature", "temperature"),
+        ("token_id", "token_ids"),
+        ("repetition_penality", "repetition_penalty"),
+        ("presense_penalty", "presence_penalty"),
+        ("logitbias", "logit_bias"),
+    ):
+        with pytest.raises(InvalidRequest, match=rf"did you mean {meant}\?$"):
+            generate.prepare({"prompt": "a", name: 1.0})
 
 
 def test_prepare_fills_in_the_defaults_and_draws_a_seed():
@@ -102,6 +140,34 @@ def test_what_prepare_stores_it_takes_again_unchanged():
     for payload in ({"messages": [{"role": "user", "content": "a"}], "temperature": 1}, {"token_ids": (1, 2)}):
         stored = generate.prepare(payload)
         assert generate.prepare(stored) == stored
+
+
+def test_what_changes_nothing_is_not_stored():
+    """A worker of before takes such a request, and the same body stays the same body."""
+    off = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0, "logit_bias": {}}
+    plain = generate.prepare({"prompt": "a", "seed": 1})
+    assert generate.prepare({"prompt": "a", "seed": 1, **off}) == plain
+    assert generate.prepare({"prompt": "a", "seed": 1, **dict.fromkeys(off)}) == plain
+    assert Parameters.of(plain, "a") == Parameters.of({"prompt": "a", "seed": 1, **off}, "a")
+
+
+def test_penalties_and_biases_are_stored_in_one_form():
+    """Keys are strings, by token; and what is stored is taken again unchanged."""
+    given = {
+        "prompt": "a",
+        "seed": 1,
+        "repetition_penalty": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "logit_bias": {10: 100, "9": -100, 2**31 - 1: 0.5},
+    }
+    stored = generate.prepare(given)
+    assert list(stored["logit_bias"].items()) == [("9", -100.0), ("10", 100.0), ("2147483647", 0.5)]
+    assert generate.prepare(stored) == stored
+    parameters = Parameters.of(stored, "a")
+    assert parameters == Parameters.of(given, "a")
+    assert parameters.logit_bias == ((9, -100.0), (10, 100.0), (2**31 - 1, 0.5))
+    assert (parameters.repetition_penalty, parameters.presence_penalty, parameters.frequency_penalty) == (2, -2, 2)
 
 
 def test_a_request_without_a_seed_takes_it_from_its_id():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from perdure.workers.text.noise import gumbel, uniform
 from perdure.workers.text.parameters import Parameters
-from perdure.workers.text.sampler import choose, nucleus, strongest
+from perdure.workers.text.sampler import adjust, choose, nucleus, strongest
 
 
 def parameters(**fields: Any) -> Parameters:
@@ -97,3 +97,85 @@ def test_logits_that_are_no_numbers_fail(bad):
     for temperature in (0, 1):
         with pytest.raises(ArithmeticError, match="output 4"):
             choose(row, parameters(temperature=temperature), 4)
+
+
+def penalised(row: NDArray[Any], fields: dict[str, Any], prompt: list[int], output: list[int]) -> list[float]:
+    """The formulas, token by token, in plain numbers."""
+    result = []
+    for token, logit in enumerate(row.tolist()):
+        value = logit + fields.get("logit_bias", {}).get(token, 0)
+        if token in prompt or token in output:
+            penalty = fields.get("repetition_penalty", 1)
+            value = value / penalty if value > 0 else value * penalty
+        times = sum(1 for one in output if one == token)
+        value -= fields.get("frequency_penalty", 0) * times
+        if times > 0:
+            value -= fields.get("presence_penalty", 0)
+        result.append(value)
+    return result
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {3: 5.5, 49: -100, 0: 0.1}},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7},
+        {"frequency_penalty": 0.3},
+        {"frequency_penalty": -2},
+        {"presence_penalty": 1.7},
+        {
+            "repetition_penalty": 1.1,
+            "frequency_penalty": 0.6,
+            "presence_penalty": -0.4,
+            "logit_bias": {3: 5.5, 7: -2.5, 20: 1},
+        },
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_bias_and_penalties_follow_their_formulas(fields):
+    """To the last bit, whatever is in the prompt and in the output."""
+    for case in range(20):
+        chance = numpy.random.default_rng(case)
+        row = logits(seed=case)
+        prompt = chance.integers(0, 50, size=case).tolist()
+        output = chance.integers(0, 50, size=3 * case % 31).tolist()
+        found = adjust(row, parameters(**fields), numpy.array(prompt, dtype=numpy.int64), output)
+        assert found.dtype == numpy.float64
+        assert found.tolist() == penalised(row, fields, prompt, output)
+
+
+def test_without_bias_and_penalties_the_logits_stay_as_they_are():
+    """The very array: what was asked before there were any is computed as before."""
+    row = logits()
+    assert adjust(row, parameters(temperature=1), numpy.array([1]), [2, 3]) is row
+
+
+def test_the_prompt_is_no_output():
+    """Frequency and presence count what was generated alone."""
+    row = logits()
+    fields = parameters(frequency_penalty=2, presence_penalty=2)
+    assert numpy.array_equal(adjust(row, fields, numpy.array([1, 2, 2]), []), row)
+    changed = adjust(row, fields, numpy.array([1, 2, 2]), [2, 4, 4])
+    assert numpy.flatnonzero(changed != row).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e300, 1.7e308])
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1, 1e300])
+def test_an_extreme_penalty_still_gives_a_token(penalty, temperature):
+    """Beyond what numbers hold there is a largest one; never an error, never NaN."""
+    row = logits() * numpy.float32(1e30)
+    fields = parameters(repetition_penalty=penalty, temperature=temperature, top_p=0.9, top_k=20, frequency_penalty=2)
+    for output in ([], [1], list(range(50))):
+        values = adjust(row, fields, numpy.array([5, 6]), output)
+        assert numpy.isfinite(values).all()
+        assert 0 <= choose(values, fields, len(output)) < 50
+
+
+@pytest.mark.parametrize("bad", [numpy.nan, numpy.inf])
+def test_penalties_do_not_hide_logits_that_are_no_numbers(bad):
+    """The failure is the same as without them."""
+    row = logits()
+    row[7] = bad
+    with pytest.raises(ArithmeticError, match="output 2"):
+        adjust(row, parameters(repetition_penalty=1.2), numpy.array([7]), [7, 8])

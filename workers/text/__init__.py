@@ -28,7 +28,9 @@ class Generate(BatchTask):
 
     The payload has a ``prompt``, or ``messages`` for the model's chat template, or ``token_ids``,
     to which nothing is added; and may have ``max_tokens`` (128), ``temperature`` (0: greedy),
-    ``top_p``, ``top_k``, ``seed`` and ``stop``.
+    ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1), ``presence_penalty`` (0),
+    ``frequency_penalty`` (0) and ``logit_bias`` (token id to −100…100). Penalties and biases are
+    functions of the tokens so far (formulas: :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
     ``{"text", "token_ids", "finish_reason": "stop" | "length", "usage": {"prompt_tokens",
@@ -68,7 +70,7 @@ class Generate(BatchTask):
         from .bundle import read
         from .device import describe_device, prepare_device
         from .engine import Engine
-        from .exactness import self_check
+        from .exactness import sampler_bits, self_check
         from .llama import BUCKET, Llama
         from .tokenizer import Tokenizer
         from .trace import Trace
@@ -86,6 +88,7 @@ class Generate(BatchTask):
             "bucket": BUCKET,
             "operators": llama.operators.name,
             "bits": self_check(llama),
+            "sampler": sampler_bits(),
         }
         self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self._context = bundle.shape.context
@@ -93,7 +96,7 @@ class Generate(BatchTask):
         self._engine = Engine(llama, Trace(settings.trace))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, libraries, device and bits."""
+        """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
         self._loaded()
         return self._fingerprint
 

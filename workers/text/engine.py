@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..tasks import Step
 from .llama import Llama, Run
 from .parameters import Parameters
-from .sampler import choose
+from .sampler import adjust, choose
 from .trace import Row, Trace
 from .transcript import Transcript
 
@@ -40,6 +41,10 @@ class Sequenced:
     keys: Tensor | None = None
     cached: int = 0
     generated: list[int] = field(default_factory=list)
+    prompt_ids: NDArray[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = numpy.unique(numpy.array(self.prompt, dtype=numpy.int64))
 
     @property
     def in_prefill(self) -> bool:
@@ -158,7 +163,8 @@ class Engine:
     def _sample(self, item: Sequenced, logits: NDArray[Any]) -> Step:
         """The request's next token, and with it its output, its result, or its failure."""
         try:
-            token = choose(logits, item.parameters, len(item.generated))
+            adjusted = adjust(logits, item.parameters, item.prompt_ids, item.generated)
+            token = choose(adjusted, item.parameters, len(item.generated))
         except ArithmeticError as error:
             self.drop(item.id)
             return Step(request_id=item.id, error=error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +18,38 @@ from typing import Any, Final
 
 from ...protocol.errors import InvalidRequest
 
-FIELDS: Final = ("prompt", "messages", "token_ids", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+FIELDS: Final = (
+    "prompt",
+    "messages",
+    "token_ids",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
 
 MAX_TOKENS: Final = 128
 """Tokens generated when the payload does not say how many."""
 
+_OFF: Final[dict[str, Any]] = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
+"""What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
+
 _MOST: Final = 2**31 - 1
+_BIASES: Final = 1024
+_TOKEN: Final = re.compile("0|[1-9][0-9]{0,9}")
 _STOPS: Final = 16
 # What may be the beginning of a stop string is held back from the stream, and compared at every token.
 _STOP_LENGTH: Final = 256
@@ -35,7 +60,9 @@ class Parameters:
     """One generation's parameters, all of them known.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
-    ``prompt``, ``messages`` and ``token_ids`` is not ``None``.
+    ``prompt``, ``messages`` and ``token_ids`` is not ``None``. ``repetition_penalty`` 1, the other
+    penalties 0 and an empty ``logit_bias`` (pairs of token and bias, by token) change nothing; their
+    formulas are those of :func:`~perdure.workers.text.sampler.adjust`.
     """
 
     prompt: str | None
@@ -47,6 +74,10 @@ class Parameters:
     top_k: int
     seed: int
     stop: tuple[str, ...]
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -71,6 +102,10 @@ class Parameters:
             top_k=fields["top_k"],
             seed=seed,
             stop=tuple(fields["stop"]),
+            repetition_penalty=fields["repetition_penalty"],
+            presence_penalty=fields["presence_penalty"],
+            frequency_penalty=fields["frequency_penalty"],
+            logit_bias=tuple((int(token), bias) for token, bias in fields["logit_bias"].items()),
         )
 
     @property
@@ -90,17 +125,25 @@ class Parameters:
                 raise InvalidRequest(
                     f"token_ids[{place}] is {token}, but the model knows the tokens 0 to {size - 1}", field="token_ids"
                 )
+        for token, _ in self.logit_bias:
+            if token >= size:
+                raise InvalidRequest(
+                    f"logit_bias names the token {token}, but the model knows the tokens 0 to {size - 1}",
+                    field="logit_bias",
+                )
 
 
 def complete(payload: Any) -> dict[str, Any]:
     """The payload to store: its defaults filled in, and a seed drawn if none was given.
+
+    Penalties and biases that change nothing are left out.
 
     Raises :class:`InvalidRequest` naming the field.
     """
     fields = _checked(payload)
     if fields["seed"] is None:
         fields["seed"] = secrets.randbits(63)
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None and value != _OFF.get(name)}
 
 
 def _checked(payload: Any) -> dict[str, Any]:
@@ -129,6 +172,10 @@ def _checked(payload: Any) -> dict[str, Any]:
         "top_k": _integer(given, "top_k", 0, 0, _MOST),
         "seed": _integer(given, "seed", 0, 0, 2**63 - 1) if "seed" in given else None,
         "stop": _stop(given.get("stop", ())),
+        "repetition_penalty": _repetition_penalty(given),
+        "presence_penalty": _penalty(given, "presence_penalty"),
+        "frequency_penalty": _penalty(given, "frequency_penalty"),
+        "logit_bias": _logit_bias(given.get("logit_bias", {})),
     }
 
 
@@ -216,6 +263,53 @@ def _stop(value: Any) -> list[str]:
             )
         _encodable(stop, "stop", "stop")
     return list(stops)
+
+
+def _repetition_penalty(given: Mapping[str, Any]) -> float:
+    value = _number(given, "repetition_penalty", 1.0)
+    if value <= 0:
+        raise InvalidRequest(
+            f"repetition_penalty must be more than 0 (1 changes nothing), but is {value}", field="repetition_penalty"
+        )
+    return value
+
+
+def _penalty(given: Mapping[str, Any], name: str) -> float:
+    value = _number(given, name, 0.0)
+    if not -2 <= value <= 2:
+        raise InvalidRequest(f"{name} must be between -2 and 2, but is {value}", field=name)
+    return value
+
+
+def _logit_bias(value: Any) -> dict[str, float]:
+    """By token, as decimal strings: what a payload says is the same in msgpack and in JSON."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not be {_kind(value)}", field="logit_bias")
+    if len(value) > _BIASES:
+        raise InvalidRequest(f"logit_bias may have at most {_BIASES} entries, but has {len(value)}", field="logit_bias")
+    result: dict[int, float] = {}
+    for name, bias in value.items():
+        if isinstance(name, str) and _TOKEN.fullmatch(name):
+            token = int(name)
+        elif isinstance(name, int) and not isinstance(name, bool):
+            token = name
+        else:
+            raise InvalidRequest(
+                f"logit_bias must be keyed by token ids, as numbers or decimal strings, not {_kind(name)}",
+                field="logit_bias",
+            )
+        if not 0 <= token <= _MOST:
+            raise InvalidRequest(
+                f"a token id in logit_bias must be between 0 and {_MOST}, but is {token}", field="logit_bias"
+            )
+        if token in result:
+            raise InvalidRequest(f"logit_bias names the token {token} twice", field="logit_bias")
+        if not isinstance(bias, int | float) or isinstance(bias, bool):
+            raise InvalidRequest(f"logit_bias[{token}] must be a number, not {_kind(bias)}", field="logit_bias")
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(f"logit_bias[{token}] must be between -100 and 100, not {bias}", field="logit_bias")
+        result[token] = float(bias)
+    return {str(token): result[token] for token in sorted(result)}
 
 
 def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

@@ -1,13 +1,15 @@
 """From a row of logits to a token.
 
-A pure function of the row, the parameters and the output's index: nothing here knows the row's
-slot, its neighbours or how often the request was resumed. Everything runs in float64 on the
-host, and ties go to the lowest id.
+A pure function of the row, the parameters and the tokens so far: nothing here knows the row's slot,
+its neighbours or how often the request was resumed, and nothing is carried from token to token.
+Everything runs in float64 on the host, and ties go to the lowest id. The order is fixed: bias,
+penalties (:func:`adjust`), temperature, ``top_k``, ``top_p``, noise (:func:`choose`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -15,18 +17,60 @@ from numpy.typing import NDArray
 from .noise import gumbel
 from .parameters import Parameters
 
+VERSION: Final = 1
+"""To be raised with every change of the arithmetic here or in :mod:`.noise`.
+
+It is part of the fingerprint: a request begun with one arithmetic is never continued with another.
+"""
+
+_LARGEST: Final = 1e308
 _HEAD = 1024  # how many of the strongest tokens top_p sorts before it resorts to sorting all
+
+
+def adjust(logits: NDArray[Any], parameters: Parameters, prompt: NDArray[Any], output: Sequence[int]) -> NDArray[Any]:
+    """The logits that bias and penalties leave, in float64; ``logits`` itself when there are none.
+
+    ``prompt`` holds the ids of the prompt, in any order and number; ``output`` are the tokens
+    generated so far. For a token with the logit z that occurs n times in ``output``, in this order:
+
+    1. ``z + bias``, its entry in ``logit_bias`` (as in the API reference of OpenAI's completions).
+    2. ``z / r if z > 0 else z * r`` with ``repetition_penalty`` r, if it is in the prompt or in the
+       output (Keskar et al., "CTRL", arXiv:1909.05858, section 4.1, which divides; the rule for the
+       sign is that of ``RepetitionPenaltyLogitsProcessor`` in transformers).
+    3. ``z - frequency_penalty * n - presence_penalty * (n > 0)``, from the left. The prompt does not
+       count (OpenAI's guide to frequency and presence penalties).
+
+    A product beyond what float64 holds becomes the largest or the smallest number. Raises
+    :class:`ArithmeticError` as :func:`choose` does.
+    """
+    repeats = parameters.repetition_penalty != 1
+    counts = parameters.frequency_penalty != 0 or parameters.presence_penalty != 0
+    if not (repeats or counts or parameters.logit_bias):
+        return logits
+    _strongest(logits, len(output))
+    values = logits.astype(numpy.float64)
+    if parameters.logit_bias:
+        values[[token for token, _ in parameters.logit_bias]] += [bias for _, bias in parameters.logit_bias]
+    if repeats:
+        ids = numpy.union1d(prompt, numpy.array(output, dtype=numpy.int64))
+        found = values[ids]
+        with numpy.errstate(over="ignore", under="ignore"):
+            found = numpy.where(found > 0, found / parameters.repetition_penalty, found * parameters.repetition_penalty)
+        values[ids] = numpy.clip(found, -_LARGEST, _LARGEST)
+    if counts and output:
+        ids, numbers = numpy.unique(numpy.array(output, dtype=numpy.int64), return_counts=True)
+        values[ids] = values[ids] - parameters.frequency_penalty * numbers - parameters.presence_penalty
+    return values
 
 
 def choose(logits: NDArray[Any], parameters: Parameters, index: int) -> int:
     """The token for the output at ``index`` (0 is the first).
 
-    ``logits`` has one number for each token of the vocabulary. Raises :class:`ArithmeticError` when
-    they are no numbers, which is the model's or the device's failure and not the request's.
+    ``logits`` has one number for each token of the vocabulary, as :func:`adjust` left it. Raises
+    :class:`ArithmeticError` when they are no numbers, which is the model's or the device's failure
+    and not the request's.
     """
-    best = int(numpy.argmax(logits))
-    if not numpy.isfinite(logits[best]):
-        raise ArithmeticError(f"the model's logits for output {index} are not finite")
+    best = _strongest(logits, index)
     if parameters.temperature == 0:
         return best
     # Subtracting the largest first keeps a tiny temperature from overflowing.
@@ -39,6 +83,14 @@ def choose(logits: NDArray[Any], parameters: Parameters, index: int) -> int:
         ids = ids[nucleus(values[ids], parameters.top_p)]
     scores = values[ids] + gumbel(parameters.seed, index, ids)
     return int(ids[numpy.argmax(scores)])
+
+
+def _strongest(logits: NDArray[Any], index: int) -> int:
+    """The strongest token, the first of equal ones, of a row that has one."""
+    best = int(numpy.argmax(logits))
+    if not numpy.isfinite(logits[best]):
+        raise ArithmeticError(f"the model's logits for output {index} are not finite")
+    return best
 
 
 def strongest(values: NDArray[numpy.float64], count: int) -> NDArray[Any]:
