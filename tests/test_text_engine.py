@@ -103,6 +103,35 @@ def test_token_ids_are_the_prompt_as_they_are():
     assert results[2]["usage"]["prompt_tokens"] == 2
 
 
+@pytest.mark.parametrize("asked", [True, 0, 2])
+def test_outputs_and_result_have_their_logprobs(task, asked):
+    """One for each token, the same in both; the tokens are those that come without."""
+    plain = answer(PAYLOAD, SETTINGS)
+    outputs, result = run_alone(task, Request(id="a", payload=PAYLOAD | {"logprobs": asked}))
+    assert {name: value for name, value in result.items() if name != "logprobs"} == plain
+    assert result["logprobs"] == [
+        {name: value for name, value in output.items() if name != "text"} for output in outputs
+    ]
+    for output in outputs:
+        assert output["logprob"] < 0
+        assert ("top_logprobs" in output) == (asked == 2)
+        if asked == 2:
+            assert len(output["top_logprobs"]) == 2
+            assert output["top_logprobs"][0][1] >= output["logprob"]
+
+
+def test_logprobs_are_the_models_own(task):
+    """Neither bias nor temperature changes them; greedily, the chosen token is the likeliest."""
+    greedy = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 20}
+    first = run_alone(task, Request(id="a", payload=greedy))[0][0]
+    assert first["top_logprobs"][0] == [first["token"], first["logprob"]]
+    forced = greedy | {"logit_bias": {"65": 100}, "temperature": 0.5, "seed": 4}
+    second = run_alone(task, Request(id="b", payload=forced))[0][0]
+    assert second["token"] == 65
+    assert second["top_logprobs"] == first["top_logprobs"]
+    assert second["logprob"] < first["logprob"]
+
+
 def test_penalties_look_at_the_right_tokens():
     """A bias chooses the tokens; presence counts the output's, repetition the prompt's as well."""
     pair = {"prompt": "A", "max_tokens": 6, "logit_bias": {"65": 40, "66": 39}}
@@ -186,6 +215,19 @@ def test_outputs_of_another_task_are_refused(task):
     for outputs in wrong:
         with pytest.raises(ValueError, match="output 0"):
             task.admit(Request(id="a", payload=PAYLOAD, outputs=outputs))
+    for extra in (
+        {},
+        {"logprob": None, "top_logprobs": [[1, -1.0]]},
+        {"logprob": -1.0},
+        {"logprob": -1.0, "top_logprobs": []},
+        {"logprob": -1.0, "top_logprobs": [[1, -1.0], [2, -2.0]]},
+        {"logprob": -1.0, "top_logprobs": [[260, -1.0]]},
+        {"logprob": -1.0, "top_logprobs": [[1, "x"]]},
+        {"logprob": -1.0, "top_logprobs": [1]},
+    ):
+        output = {"token": 1, "text": "", **extra}
+        with pytest.raises(ValueError, match="output 0"):
+            task.admit(Request(id="a", payload=PAYLOAD | {"logprobs": 1}, outputs=[output]))
     assert task.step() == []
 
 
@@ -218,20 +260,21 @@ def test_one_failure_of_arithmetic_leaves_the_others(task, monkeypatch):
     assert ends["a"].result == expected
 
 
-def stopped_by(task: Generate, kind: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+def stopped_by(task: Generate, kind: str, **fields: Any) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
     """A payload that ends in this way, its outputs, and its result."""
-    outputs, result = run_alone(task, Request(id=kind, payload=PAYLOAD))
+    asked = PAYLOAD | fields
+    outputs, result = run_alone(task, Request(id=kind, payload=asked))
     if kind == "length":
-        return PAYLOAD, outputs, result
+        return asked, outputs, result
     if kind == "stop":
         text = result["text"]
-        payload = PAYLOAD | {"stop": [text[5:7]]}
+        payload = asked | {"stop": [text[5:7]]}
     else:
         # The ninth token becomes one that ends a text; with a stop string, text is held back until then.
         assert task._tokenizer is not None
         task._tokenizer.ends = frozenset({result["token_ids"][8]})
         before = outputs[7]["text"] or outputs[6]["text"]
-        payload = PAYLOAD | ({"stop": [before[-1] + "never"]} if kind == "held" else {})
+        payload = asked | ({"stop": [before[-1] + "never"]} if kind == "held" else {})
     return payload, *run_alone(task, Request(id=kind, payload=payload))
 
 
@@ -249,14 +292,18 @@ def test_a_request_with_all_its_outputs_ends_at_once(traced, kind):
     assert bool(extra) == (kind == "end")
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1, "repetition_penalty": 1.1}], ids=["plain", "logprobs"])
 @pytest.mark.parametrize("kind", ["length", "stop", "end", "held"])
-def test_each_way_to_end_is_the_same_from_every_cut(task, kind):
+def test_each_way_to_end_is_the_same_from_every_cut(task, kind, fields):
     """Stop strings and held back text do not depend on where an execution began."""
-    payload, outputs, result = stopped_by(task, kind)
+    payload, outputs, result = stopped_by(task, kind, **fields)
+    if fields:
+        assert [entry["token"] for entry in result["logprobs"]] == result["token_ids"]
+        assert all("logprob" in output for output in outputs)
     assert "".join(output["text"] for output in outputs) == result["text"]
     assert len(result["token_ids"]) == len(outputs) - (kind == "held")
     assert result["finish_reason"] == ("length" if kind == "length" else "stop")
-    for cut in range(len(outputs)):
+    for cut in range(len(outputs) + 1):
         rest = run_alone(task, Request(id=str(cut), payload=payload, outputs=outputs[:cut]))
         assert rest == (outputs[cut:], result)
 

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 
+from perdure.protocol.codec import pack, unpack
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.workers.tasks import NOTHING, Request
@@ -30,7 +31,7 @@ NEIGHBOURS = [
     {"prompt": "short", "max_tokens": 40, "temperature": 2.0, "seed": 11},
     {"prompt": "x" * 200, "max_tokens": 25, "seed": 12},
     {"prompt": "y" * 33, "max_tokens": 7, "temperature": 0.5, "top_k": 9, "seed": 13},
-    {"prompt": "z" * 9, "max_tokens": 11, "temperature": 0.8, "seed": 14, "repetition_penalty": 0.8},
+    {"prompt": "z" * 9, "max_tokens": 11, "temperature": 0.8, "seed": 14, "repetition_penalty": 0.8, "logprobs": True},
     {"token_ids": [7, 8, 9] * 30, "max_tokens": 9, "seed": 15, "presence_penalty": -1, "logit_bias": {"65": 1.5}},
 ]
 PENALTIES = {
@@ -38,6 +39,7 @@ PENALTIES = {
     "presence_penalty": 0.05,
     "frequency_penalty": 0.11,
     "logit_bias": {"10": -100, "65": 0.4, "66": 0.3},
+    "logprobs": 3,
 }
 
 ARITHMETIC = list(itertools.product(["float32", "bfloat16"], [1, 2]))
@@ -86,7 +88,7 @@ def run_together(task: Generate, requests: list[Request]) -> dict[str, tuple[lis
 
 def named(payload: dict[str, Any]) -> str:
     kind = "sampled" if "temperature" in payload else "greedy"
-    return kind + "-penalised" * ("repetition_penalty" in payload)
+    return kind + "-penalised-logprobs" * ("repetition_penalty" in payload)
 
 
 # Greedy with two threads is among the neighbours: a pass of several threads is slow where others use the cores.
@@ -103,9 +105,11 @@ def test_resumed_at_every_token_equals_uninterrupted(bits, dtype, threads, paylo
     payload = payload | {"max_tokens": 20 if threads == 1 else 13}
     outputs, result = run_alone(task, Request(id="whole", payload=payload))
     assert len(outputs) == payload["max_tokens"]
+    assert ("logprobs" in result) == ("logprob" in outputs[0]) == ("logprobs" in payload)
     resumed = [Request(id=f"resumed-{cut}", payload=payload, outputs=outputs[:cut]) for cut in range(len(outputs) + 1)]
     for cut, request in enumerate(resumed):
-        assert run_alone(task, request) == (outputs[cut:], result)
+        stored = replace(request, outputs=unpack(pack(request.outputs, limit=2**20, what="outputs")))
+        assert run_alone(task, stored) == (outputs[cut:], result)
     neighbours = [Request(id=f"other-{place}", payload=item) for place, item in enumerate(NEIGHBOURS)]
     mixed = [item for pair in zip(resumed, neighbours * 9, strict=False) for item in pair]
     unique = [

@@ -92,6 +92,11 @@ BAD = [
     ("logit_bias beyond floats", {"prompt": "a", "logit_bias": {1: 10**400}}, "logit_bias"),
     ("logit_bias a string", {"prompt": "a", "logit_bias": {1: "5"}}, "logit_bias"),
     ("logit_bias a bool", {"prompt": "a", "logit_bias": {1: True}}, "logit_bias"),
+    ("logprobs above 20", {"prompt": "a", "logprobs": 21}, "logprobs"),
+    ("logprobs negative", {"prompt": "a", "logprobs": -1}, "logprobs"),
+    ("logprobs a float", {"prompt": "a", "logprobs": 5.0}, "logprobs"),
+    ("logprobs a string", {"prompt": "a", "logprobs": "true"}, "logprobs"),
+    ("logprobs a list", {"prompt": "a", "logprobs": []}, "logprobs"),
     ("stop too long", {"prompt": "a", "stop": "a" * 257}, "stop"),
 ]
 
@@ -115,6 +120,7 @@ def test_a_misspelt_field_is_answered_with_the_nearest_one():
         ("repetition_penality", "repetition_penalty"),
         ("presense_penalty", "presence_penalty"),
         ("logitbias", "logit_bias"),
+        ("logprob", "logprobs"),
     ):
         with pytest.raises(InvalidRequest, match=rf"did you mean {meant}\?$"):
             generate.prepare({"prompt": "a", name: 1.0})
@@ -145,6 +151,7 @@ def test_what_prepare_stores_it_takes_again_unchanged():
 def test_what_changes_nothing_is_not_stored():
     """A worker of before takes such a request, and the same body stays the same body."""
     off = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0, "logit_bias": {}}
+    off |= {"logprobs": False}
     plain = generate.prepare({"prompt": "a", "seed": 1})
     assert generate.prepare({"prompt": "a", "seed": 1, **off}) == plain
     assert generate.prepare({"prompt": "a", "seed": 1, **dict.fromkeys(off)}) == plain
@@ -168,6 +175,16 @@ def test_penalties_and_biases_are_stored_in_one_form():
     assert parameters == Parameters.of(given, "a")
     assert parameters.logit_bias == ((9, -100.0), (10, 100.0), (2**31 - 1, 0.5))
     assert (parameters.repetition_penalty, parameters.presence_penalty, parameters.frequency_penalty) == (2, -2, 2)
+
+
+def test_logprobs_are_a_number_or_off():
+    """True is the chosen token's alone; 0 is not off."""
+    for given, meant in ((False, None), (None, None), (True, 0), (0, 0), (1, 1), (20, 20)):
+        stored = generate.prepare({"prompt": "a", "seed": 1, "logprobs": given})
+        assert generate.prepare(stored) == stored
+        assert stored.get("logprobs") == meant
+        assert Parameters.of(stored, "a").logprobs == meant
+        assert not isinstance(Parameters.of(stored, "a").logprobs, bool)
 
 
 def test_a_request_without_a_seed_takes_it_from_its_id():

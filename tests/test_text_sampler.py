@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from perdure.workers.text.noise import gumbel, uniform
 from perdure.workers.text.parameters import Parameters
-from perdure.workers.text.sampler import adjust, choose, nucleus, strongest
+from perdure.workers.text.sampler import adjust, choose, nucleus, score, strongest
 
 
 def parameters(**fields: Any) -> Parameters:
@@ -179,3 +180,27 @@ def test_penalties_do_not_hide_logits_that_are_no_numbers(bad):
     row[7] = bad
     with pytest.raises(ArithmeticError, match="output 2"):
         adjust(row, parameters(repetition_penalty=1.2), numpy.array([7]), [7, 8])
+
+
+def test_logprobs_are_those_of_the_softmax():
+    """Against a plain sum of exact additions; likeliest first, of equal ones the lowest id."""
+    row = logits()
+    row[[4, 31, 9]] = 3.5
+    total = math.fsum(math.exp(value) for value in row.tolist())
+    expected = [value - math.log(total) for value in row.tolist()]
+    found = score(row, 17, 5)
+    assert found["logprob"] == pytest.approx(expected[17], abs=1e-12)
+    order = sorted(range(50), key=lambda token: (-expected[token], token))[:5]
+    assert order[:3] == [4, 9, 31]
+    assert [token for token, _ in found["top_logprobs"]] == order
+    assert [value for _, value in found["top_logprobs"]] == pytest.approx([expected[one] for one in order], abs=1e-12)
+    assert score(row, 17, 0) == {"logprob": found["logprob"]}
+    assert len(score(row, 0, 50)["top_logprobs"]) == len(score(row, 0, 60)["top_logprobs"]) == 50
+    assert all(type(value) is float and type(token) is int for token, value in found["top_logprobs"])
+
+
+def test_logprobs_of_large_logits_are_numbers():
+    """The largest is taken off before the exponential."""
+    row = numpy.array([1e30, 1e30, -1e30, 0], dtype=numpy.float32)
+    assert score(row, 0, 2) == {"logprob": -math.log(2), "top_logprobs": [[0, -math.log(2)], [1, -math.log(2)]]}
+    assert score(row, 2, 0)["logprob"] == -2 * float(row[0])

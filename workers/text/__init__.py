@@ -29,7 +29,7 @@ class Generate(BatchTask):
     The payload has a ``prompt``, or ``messages`` for the model's chat template, or ``token_ids``,
     to which nothing is added; and may have ``max_tokens`` (128), ``temperature`` (0: greedy),
     ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1), ``presence_penalty`` (0),
-    ``frequency_penalty`` (0) and ``logit_bias`` (token id to −100…100). Penalties and biases are
+    ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100) and ``logprobs``. Penalties and biases are
     functions of the tokens so far (formulas: :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
@@ -37,6 +37,11 @@ class Generate(BatchTask):
     "completion_tokens"}}``. A token that ends the text is neither counted nor, as a rule, an output;
     it is one only when text was held back until then. The outputs are all that a later execution
     needs: there is no state.
+
+    With ``logprobs`` (true, or 0 to 20) each output has a ``"logprob"`` too, with more than 0
+    ``"top_logprobs"`` as well, ``[[token, logprob], …]``, and the result has ``"logprobs"``, a mapping
+    for each of its tokens. They are the model's own
+    (:func:`~perdure.workers.text.sampler.score`), and the same to the last bit after a resume.
 
     A step that put a prompt or known tokens into the cache has neither output nor result.
     """
@@ -129,7 +134,7 @@ class Generate(BatchTask):
         transcript = Transcript(
             tokenizer.pieces, tokenizer.ends, parameters.stop, parameters.max_tokens, prompt_tokens=len(prompt)
         )
-        known = _tokens(request, len(tokenizer.pieces))
+        known = _known(request, len(tokenizer.pieces), parameters.logprobs)
         engine.admit(request.id, request.execution, prompt, parameters, transcript, known)
 
     def step(self) -> list[Step]:
@@ -176,15 +181,33 @@ class Generate(BatchTask):
             )
 
 
-def _tokens(request: Request, vocabulary: int) -> list[int]:
-    """The tokens of the outputs so far. Raises :class:`ValueError` for outputs of something else."""
-    result = []
+def _known(request: Request, vocabulary: int, logprobs: int | None) -> list[dict[str, Any]]:
+    """The outputs so far. Raises :class:`ValueError` for outputs of something else."""
+    top = 0 if logprobs is None else min(logprobs, vocabulary)
     for place, output in enumerate(request.outputs):
-        token = output.get("token") if isinstance(output, dict) else None
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+        if not (
+            isinstance(output, dict)
+            and _is_token(output.get("token"), vocabulary)
+            and (logprobs is None or isinstance(output.get("logprob"), float))
+            and (not top or _is_top(output.get("top_logprobs"), top, vocabulary))
+        ):
             raise ValueError(f"output {place} of request {request.id} is not one of text generation: {output!r:.60}")
-        result.append(token)
-    return result
+    return request.outputs
+
+
+def _is_token(value: Any, vocabulary: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+
+
+def _is_top(value: Any, count: int, vocabulary: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and _is_token(pair[0], vocabulary) and isinstance(pair[1], float)
+            for pair in value
+        )
+    )
 
 
 generate = Generate()

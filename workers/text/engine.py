@@ -6,7 +6,7 @@ pass computes for a request depends on nothing but the request. Knows no Redis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..tasks import Step
 from .llama import Llama, Run
 from .parameters import Parameters
-from .sampler import adjust, choose
+from .sampler import adjust, choose, score
 from .trace import Row, Trace
 from .transcript import Transcript
 
@@ -30,7 +30,8 @@ class Sequenced:
     """One request in the engine.
 
     ``cached`` counts the positions whose keys are computed. Below the prompt's length the request
-    is in prefill; below its last known token, in replay; at it, in decode.
+    is in prefill; below its last known token, in replay; at it, in decode. Where log-probabilities
+    are asked for, ``scores`` has those of each generated token.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Sequenced:
     keys: Tensor | None = None
     cached: int = 0
     generated: list[int] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
     prompt_ids: NDArray[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Sequenced:
 class Engine:
     """The requests in flight.
 
-    1. :meth:`admit` takes one in, with the tokens it already has.
+    1. :meth:`admit` takes one in, with the outputs it already has.
     2. :meth:`step` runs one pass: a chunk of one prompt, or a row for each request past its prompt.
        Rows left over replay known tokens of resumed requests.
     3. A request leaves with the step that carries its result or error, or by :meth:`drop`.
@@ -84,18 +86,20 @@ class Engine:
         prompt: Sequence[int],
         parameters: Parameters,
         transcript: Transcript,
-        known: Iterable[int],
+        known: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Take a request in. ``known`` are the tokens it generated before, in order."""
-        tokens = []
-        for token in known:
+        """Take a request in. ``known`` are its outputs so far, in order."""
+        tokens, scores = [], []
+        for output in known:
             if transcript.finish_reason:
                 break
-            transcript.add(token)
-            tokens.append(token)
+            transcript.add(output["token"])
+            tokens.append(output["token"])
+            if parameters.logprobs is not None:
+                scores.append({name: output[name] for name in ("logprob", "top_logprobs") if name in output})
         keys = None if transcript.finish_reason else self._llama.keys(len(prompt) + parameters.max_tokens)
         self._requests[request_id] = Sequenced(
-            request_id, execution, list(prompt), parameters, transcript, keys, generated=tokens
+            request_id, execution, list(prompt), parameters, transcript, keys, generated=tokens, scores=scores
         )
 
     def drop(self, request_id: str) -> None:
@@ -169,17 +173,24 @@ class Engine:
             self.drop(item.id)
             return Step(request_id=item.id, error=error)
         item.generated.append(token)
+        scored = {} if item.parameters.logprobs is None else score(logits, token, item.parameters.logprobs)
+        if scored:
+            item.scores.append(scored)
         before = len(item.transcript.tokens)
         text = item.transcript.add(token)
         # The token that ends a text is no output of its own, except to carry text that was held back.
         output = len(item.transcript.tokens) > before or text
         if item.transcript.finish_reason:
-            return self._end(item, {"token": token, "text": text} if output else None)
-        return Step(request_id=item.id, output={"token": token, "text": text})
+            return self._end(item, {"token": token, "text": text, **scored} if output else None)
+        return Step(request_id=item.id, output={"token": token, "text": text, **scored})
 
     def _end(self, item: Sequenced, output: dict[str, Any] | None = None) -> Step:
         self.drop(item.id)
         result = item.transcript.result()
+        if item.parameters.logprobs is not None:
+            # A token that ended the text is the last of those generated, and none of the result's.
+            pairs = zip(item.transcript.tokens, item.scores, strict=False)
+            result["logprobs"] = [{"token": token, **scored} for token, scored in pairs]
         if output is None:
             return Step(request_id=item.id, result=result)
         return Step(request_id=item.id, output=output, result=result)

@@ -65,6 +65,7 @@ def sampler_bits() -> str:
     values = sampler.adjust(row, parameters, numpy.arange(40, 90), output)
     digest = hashlib.sha256(f"{sampler.VERSION} ".encode())
     digest.update(values.tobytes())
+    digest.update(repr(sampler.score(row, 7, 20)).encode())
     digest.update(numpy.cumsum(numpy.exp(values)).tobytes())
     digest.update(gumbel(_SEED, 1, numpy.arange(4096)).tobytes())
     digest.update(repr([sampler.choose(values, parameters, index) for index in range(32)]).encode())

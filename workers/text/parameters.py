@@ -32,6 +32,7 @@ FIELDS: Final = (
     "presence_penalty",
     "frequency_penalty",
     "logit_bias",
+    "logprobs",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -49,6 +50,7 @@ _OFF: Final[dict[str, Any]] = {
 
 _MOST: Final = 2**31 - 1
 _BIASES: Final = 1024
+_LOGPROBS: Final = 20
 _TOKEN: Final = re.compile("0|[1-9][0-9]{0,9}")
 _STOPS: Final = 16
 # What may be the beginning of a stop string is held back from the stream, and compared at every token.
@@ -62,7 +64,9 @@ class Parameters:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
     ``prompt``, ``messages`` and ``token_ids`` is not ``None``. ``repetition_penalty`` 1, the other
     penalties 0 and an empty ``logit_bias`` (pairs of token and bias, by token) change nothing; their
-    formulas are those of :func:`~perdure.workers.text.sampler.adjust`.
+    formulas are those of :func:`~perdure.workers.text.sampler.adjust`. ``logprobs`` is ``None``, or how
+    many tokens' log-probabilities come with the chosen token's own
+    (:func:`~perdure.workers.text.sampler.score`).
     """
 
     prompt: str | None
@@ -78,6 +82,7 @@ class Parameters:
     presence_penalty: float
     frequency_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
+    logprobs: int | None
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -106,6 +111,7 @@ class Parameters:
             presence_penalty=fields["presence_penalty"],
             frequency_penalty=fields["frequency_penalty"],
             logit_bias=tuple((int(token), bias) for token, bias in fields["logit_bias"].items()),
+            logprobs=fields["logprobs"],
         )
 
     @property
@@ -136,7 +142,7 @@ class Parameters:
 def complete(payload: Any) -> dict[str, Any]:
     """The payload to store: its defaults filled in, and a seed drawn if none was given.
 
-    Penalties and biases that change nothing are left out.
+    Penalties, biases and log-probabilities that change nothing are left out.
 
     Raises :class:`InvalidRequest` naming the field.
     """
@@ -176,6 +182,7 @@ def _checked(payload: Any) -> dict[str, Any]:
         "presence_penalty": _penalty(given, "presence_penalty"),
         "frequency_penalty": _penalty(given, "frequency_penalty"),
         "logit_bias": _logit_bias(given.get("logit_bias", {})),
+        "logprobs": _logprobs(given),
     }
 
 
@@ -310,6 +317,16 @@ def _logit_bias(value: Any) -> dict[str, float]:
             raise InvalidRequest(f"logit_bias[{token}] must be between -100 and 100, not {bias}", field="logit_bias")
         result[token] = float(bias)
     return {str(token): result[token] for token in sorted(result)}
+
+
+def _logprobs(given: Mapping[str, Any]) -> int | None:
+    """``True`` is 0, the chosen token's alone; ``False`` is none at all."""
+    value = given.get("logprobs", False)
+    if isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, int):
+        raise InvalidRequest(f"logprobs must be true, false or a whole number, not {_kind(value)}", field="logprobs")
+    return _integer(given, "logprobs", 0, 0, _LOGPROBS)
 
 
 def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

@@ -85,6 +85,25 @@ def choose(logits: NDArray[Any], parameters: Parameters, index: int) -> int:
     return int(ids[numpy.argmax(scores)])
 
 
+def score(logits: NDArray[Any], token: int, count: int) -> dict[str, Any]:
+    """``{"logprob": …}`` of a token, and with a ``count`` ``"top_logprobs": [[token, logprob], …]``.
+
+    Natural logarithms of the model's own distribution, softmax over ``logits`` as they came from the
+    model: before bias, penalties, temperature, ``top_k`` and ``top_p``. In float64, not rounded, as
+    ``(z - max) - log(Σ exp(z - max))`` with a running sum in the order of the ids. The ``count``
+    likeliest tokens come likeliest first, of equal ones the lowest id; ``token`` need not be one.
+    """
+    values = logits.astype(numpy.float64)
+    values -= values.max()
+    values -= numpy.log(numpy.cumsum(numpy.exp(values))[-1])
+    result: dict[str, Any] = {"logprob": float(values[token])}
+    if count:
+        top = strongest(values, count)
+        top = top[numpy.argsort(-values[top], kind="stable")]
+        result["top_logprobs"] = [[int(place), float(values[place])] for place in top]
+    return result
+
+
 def _strongest(logits: NDArray[Any], index: int) -> int:
     """The strongest token, the first of equal ones, of a row that has one."""
     best = int(numpy.argmax(logits))
