@@ -132,6 +132,21 @@ def test_logprobs_are_the_models_own(task):
     assert second["logprob"] < first["logprob"]
 
 
+def test_an_answer_has_min_tokens(task):
+    """The token that would end it is another one until then; from every cut the same."""
+    token = run_alone(task, Request(id="a", payload=PAYLOAD))[1]["token_ids"][3]
+    assert task._tokenizer is not None
+    task._tokenizer.ends = frozenset({token})
+    early = run_alone(task, Request(id="b", payload=PAYLOAD))[1]
+    assert (early["finish_reason"], early["usage"]["completion_tokens"]) == ("stop", 3)
+    payload = PAYLOAD | {"min_tokens": 8, "logit_bias": {str(token): 30}}
+    outputs, result = run_alone(task, Request(id="c", payload=payload))
+    assert (result["finish_reason"], result["usage"]["completion_tokens"]) == ("stop", 8)
+    for cut in range(len(outputs) + 1):
+        rest = run_alone(task, Request(id=str(cut), payload=payload, outputs=outputs[:cut]))
+        assert rest == (outputs[cut:], result)
+
+
 def test_penalties_look_at_the_right_tokens():
     """A bias chooses the tokens; presence counts the output's, repetition the prompt's as well."""
     pair = {"prompt": "A", "max_tokens": 6, "logit_bias": {"65": 40, "66": 39}}

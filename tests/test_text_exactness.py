@@ -40,6 +40,7 @@ PENALTIES = {
     "frequency_penalty": 0.11,
     "logit_bias": {"10": -100, "65": 0.4, "66": 0.3},
     "logprobs": 3,
+    "min_tokens": 5,
 }
 
 ARITHMETIC = list(itertools.product(["float32", "bfloat16"], [1, 2]))

@@ -97,6 +97,11 @@ BAD = [
     ("logprobs a float", {"prompt": "a", "logprobs": 5.0}, "logprobs"),
     ("logprobs a string", {"prompt": "a", "logprobs": "true"}, "logprobs"),
     ("logprobs a list", {"prompt": "a", "logprobs": []}, "logprobs"),
+    ("min_tokens negative", {"prompt": "a", "min_tokens": -1}, "min_tokens"),
+    ("min_tokens a bool", {"prompt": "a", "min_tokens": True}, "min_tokens"),
+    ("min_tokens a float", {"prompt": "a", "min_tokens": 2.0}, "min_tokens"),
+    ("min_tokens above max_tokens", {"prompt": "a", "min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+    ("min_tokens above the default", {"prompt": "a", "min_tokens": 129}, "min_tokens"),
     ("stop too long", {"prompt": "a", "stop": "a" * 257}, "stop"),
 ]
 
@@ -151,7 +156,7 @@ def test_what_prepare_stores_it_takes_again_unchanged():
 def test_what_changes_nothing_is_not_stored():
     """A worker of before takes such a request, and the same body stays the same body."""
     off = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0, "logit_bias": {}}
-    off |= {"logprobs": False}
+    off |= {"logprobs": False, "min_tokens": 0}
     plain = generate.prepare({"prompt": "a", "seed": 1})
     assert generate.prepare({"prompt": "a", "seed": 1, **off}) == plain
     assert generate.prepare({"prompt": "a", "seed": 1, **dict.fromkeys(off)}) == plain

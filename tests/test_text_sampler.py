@@ -204,3 +204,15 @@ def test_logprobs_of_large_logits_are_numbers():
     row = numpy.array([1e30, 1e30, -1e30, 0], dtype=numpy.float32)
     assert score(row, 0, 2) == {"logprob": -math.log(2), "top_logprobs": [[0, -math.log(2)], [1, -math.log(2)]]}
     assert score(row, 2, 0)["logprob"] == -2 * float(row[0])
+
+
+def test_what_ends_a_text_waits_for_min_tokens():
+    """Whatever its bias; the others keep their logits."""
+    row = logits()
+    fields = parameters(min_tokens=2, logit_bias={7: 100})
+    for count in range(4):
+        values = adjust(row, fields, numpy.array([1]), [3] * count, {7, 9})
+        early = count < 2
+        assert (values[[7, 9]] == -numpy.inf).tolist() == [early, early]
+        assert choose(values, fields, count) == (int(numpy.where(row == row[7], -9, row).argmax()) if early else 7)
+    assert adjust(row, parameters(min_tokens=2), numpy.array([1]), [3] * 2, {7}) is row

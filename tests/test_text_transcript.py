@@ -13,8 +13,10 @@ END = 256
 PIECES = [bytes([byte]) for byte in range(256)] + [b"", b"ab", b"cd\xe2\x82", b"\xac"]
 
 
-def read(tokens: Iterable[int], stops: Sequence[str] = (), max_tokens: int = 1000) -> tuple[Transcript, list[str]]:
-    transcript = Transcript(PIECES, {END}, stops, max_tokens, prompt_tokens=3)
+def read(
+    tokens: Iterable[int], stops: Sequence[str] = (), max_tokens: int = 1000, min_tokens: int = 0
+) -> tuple[Transcript, list[str]]:
+    transcript = Transcript(PIECES, {END}, stops, max_tokens, prompt_tokens=3, min_tokens=min_tokens)
     pieces = []
     for token in tokens:
         pieces.append(transcript.add(token))
@@ -100,3 +102,19 @@ def test_a_second_reading_gives_the_same_pieces():
     """What a resumed request relies on."""
     tokens = [*"grün €uro ENDE".encode(), 258, 259, END]
     assert read(tokens, stops=["ENDX"])[1] == read(tokens, stops=["ENDX"])[1]
+
+
+@pytest.mark.parametrize(
+    ("least", "text", "pieces"),
+    [
+        (0, "x", ["x", "", "", ""]),
+        (2, "x", ["x", "", "", ""]),
+        (3, "xabc", ["x", "a", "b", "c", "", "", ""]),
+        (5, "xabc", ["x", "a", "b", "c", "", "", ""]),
+        (6, "xabcabcd", ["x", "a", "b", "c", "a", "b", "c", "d"]),
+    ],
+)
+def test_stop_strings_wait_for_min_tokens(least, text, pieces):
+    """One that began before is no stop; one that begins with that token is."""
+    transcript, found = read(b"xabcabcd", stops=["abc"], min_tokens=least)
+    assert (found, transcript.result()["text"]) == (pieces, text)

@@ -27,10 +27,11 @@ class Generate(BatchTask):
     """Generate text with a Llama-architecture model.
 
     The payload has a ``prompt``, or ``messages`` for the model's chat template, or ``token_ids``,
-    to which nothing is added; and may have ``max_tokens`` (128), ``temperature`` (0: greedy),
-    ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1), ``presence_penalty`` (0),
-    ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100) and ``logprobs``. Penalties and biases are
-    functions of the tokens so far (formulas: :func:`~perdure.workers.text.sampler.adjust`).
+    to which nothing is added; and may have ``max_tokens`` (128), ``min_tokens`` (0), ``temperature``
+    (0: greedy), ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1),
+    ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100) and
+    ``logprobs``. Penalties and biases are functions of the tokens so far (formulas:
+    :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
     ``{"text", "token_ids", "finish_reason": "stop" | "length", "usage": {"prompt_tokens",
@@ -132,7 +133,12 @@ class Generate(BatchTask):
             prompt = tokenizer.encode_chat(parameters.messages or ())
         self._check_room(len(prompt), parameters)
         transcript = Transcript(
-            tokenizer.pieces, tokenizer.ends, parameters.stop, parameters.max_tokens, prompt_tokens=len(prompt)
+            tokenizer.pieces,
+            tokenizer.ends,
+            parameters.stop,
+            parameters.max_tokens,
+            prompt_tokens=len(prompt),
+            min_tokens=parameters.min_tokens,
         )
         known = _known(request, len(tokenizer.pieces), parameters.logprobs)
         engine.admit(request.id, request.execution, prompt, parameters, transcript, known)

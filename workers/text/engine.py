@@ -167,7 +167,7 @@ class Engine:
     def _sample(self, item: Sequenced, logits: NDArray[Any]) -> Step:
         """The request's next token, and with it its output, its result, or its failure."""
         try:
-            adjusted = adjust(logits, item.parameters, item.prompt_ids, item.generated)
+            adjusted = adjust(logits, item.parameters, item.prompt_ids, item.generated, item.transcript.ends)
             token = choose(adjusted, item.parameters, len(item.generated))
         except ArithmeticError as error:
             self.drop(item.id)

@@ -59,10 +59,11 @@ def sampler_bits() -> str:
             "presence_penalty": 0.7,
             "frequency_penalty": 0.1,
             "logit_bias": {3: -1.1, 4000: 2.3},
+            "min_tokens": 90,
         },
         "",
     )
-    values = sampler.adjust(row, parameters, numpy.arange(40, 90), output)
+    values = sampler.adjust(row, parameters, numpy.arange(40, 90), output, (4000,))
     digest = hashlib.sha256(f"{sampler.VERSION} ".encode())
     digest.update(values.tobytes())
     digest.update(repr(sampler.score(row, 7, 20)).encode())

@@ -33,6 +33,7 @@ FIELDS: Final = (
     "frequency_penalty",
     "logit_bias",
     "logprobs",
+    "min_tokens",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -45,6 +46,7 @@ _OFF: Final[dict[str, Any]] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "logit_bias": {},
+    "min_tokens": 0,
 }
 """What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
 
@@ -83,6 +85,7 @@ class Parameters:
     frequency_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
     logprobs: int | None
+    min_tokens: int
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -112,6 +115,7 @@ class Parameters:
             frequency_penalty=fields["frequency_penalty"],
             logit_bias=tuple((int(token), bias) for token, bias in fields["logit_bias"].items()),
             logprobs=fields["logprobs"],
+            min_tokens=fields["min_tokens"],
         )
 
     @property
@@ -142,7 +146,7 @@ class Parameters:
 def complete(payload: Any) -> dict[str, Any]:
     """The payload to store: its defaults filled in, and a seed drawn if none was given.
 
-    Penalties, biases and log-probabilities that change nothing are left out.
+    Penalties, biases and the like that change nothing are left out.
 
     Raises :class:`InvalidRequest` naming the field.
     """
@@ -168,11 +172,12 @@ def _checked(payload: Any) -> dict[str, Any]:
         raise InvalidRequest(
             "a prompt (a string), messages (a list) or token_ids (a list) must be given", field="prompt"
         )
+    max_tokens = _integer(given, "max_tokens", MAX_TOKENS, 1, _MOST)
     return {
         "prompt": _prompt(given["prompt"]) if "prompt" in given else None,
         "messages": _messages(given["messages"]) if "messages" in given else None,
         "token_ids": _token_ids(given["token_ids"]) if "token_ids" in given else None,
-        "max_tokens": _integer(given, "max_tokens", MAX_TOKENS, 1, _MOST),
+        "max_tokens": max_tokens,
         "temperature": _temperature(given),
         "top_p": _top_p(given),
         "top_k": _integer(given, "top_k", 0, 0, _MOST),
@@ -183,6 +188,7 @@ def _checked(payload: Any) -> dict[str, Any]:
         "frequency_penalty": _penalty(given, "frequency_penalty"),
         "logit_bias": _logit_bias(given.get("logit_bias", {})),
         "logprobs": _logprobs(given),
+        "min_tokens": _min_tokens(given, max_tokens),
     }
 
 
@@ -317,6 +323,13 @@ def _logit_bias(value: Any) -> dict[str, float]:
             raise InvalidRequest(f"logit_bias[{token}] must be between -100 and 100, not {bias}", field="logit_bias")
         result[token] = float(bias)
     return {str(token): result[token] for token in sorted(result)}
+
+
+def _min_tokens(given: Mapping[str, Any], max_tokens: int) -> int:
+    value = _integer(given, "min_tokens", 0, 0, _MOST)
+    if value > max_tokens:
+        raise InvalidRequest(f"min_tokens is {value}, but max_tokens is {max_tokens}", field="min_tokens")
+    return value
 
 
 def _logprobs(given: Mapping[str, Any]) -> int | None:

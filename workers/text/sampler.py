@@ -3,12 +3,12 @@
 A pure function of the row, the parameters and the tokens so far: nothing here knows the row's slot,
 its neighbours or how often the request was resumed, and nothing is carried from token to token.
 Everything runs in float64 on the host, and ties go to the lowest id. The order is fixed: bias,
-penalties (:func:`adjust`), temperature, ``top_k``, ``top_p``, noise (:func:`choose`).
+penalties, ends (:func:`adjust`), temperature, ``top_k``, ``top_p``, noise (:func:`choose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import numpy
@@ -27,11 +27,18 @@ _LARGEST: Final = 1e308
 _HEAD = 1024  # how many of the strongest tokens top_p sorts before it resorts to sorting all
 
 
-def adjust(logits: NDArray[Any], parameters: Parameters, prompt: NDArray[Any], output: Sequence[int]) -> NDArray[Any]:
+def adjust(
+    logits: NDArray[Any],
+    parameters: Parameters,
+    prompt: NDArray[Any],
+    output: Sequence[int],
+    ends: Collection[int] = (),
+) -> NDArray[Any]:
     """The logits that bias and penalties leave, in float64; ``logits`` itself when there are none.
 
     ``prompt`` holds the ids of the prompt, in any order and number; ``output`` are the tokens
-    generated so far. For a token with the logit z that occurs n times in ``output``, in this order:
+    generated so far; ``ends`` the tokens that end a text. For a token with the logit z that occurs n
+    times in ``output``, in this order:
 
     1. ``z + bias``, its entry in ``logit_bias`` (as in the API reference of OpenAI's completions).
     2. ``z / r if z > 0 else z * r`` with ``repetition_penalty`` r, if it is in the prompt or in the
@@ -39,13 +46,15 @@ def adjust(logits: NDArray[Any], parameters: Parameters, prompt: NDArray[Any], o
        sign is that of ``RepetitionPenaltyLogitsProcessor`` in transformers).
     3. ``z - frequency_penalty * n - presence_penalty * (n > 0)``, from the left. The prompt does not
        count (OpenAI's guide to frequency and presence penalties).
+    4. -∞, if it is one of ``ends`` and ``output`` is shorter than ``min_tokens``.
 
     A product beyond what float64 holds becomes the largest or the smallest number. Raises
     :class:`ArithmeticError` as :func:`choose` does.
     """
     repeats = parameters.repetition_penalty != 1
     counts = parameters.frequency_penalty != 0 or parameters.presence_penalty != 0
-    if not (repeats or counts or parameters.logit_bias):
+    early = len(output) < parameters.min_tokens and bool(ends)
+    if not (repeats or counts or early or parameters.logit_bias):
         return logits
     _strongest(logits, len(output))
     values = logits.astype(numpy.float64)
@@ -60,6 +69,8 @@ def adjust(logits: NDArray[Any], parameters: Parameters, prompt: NDArray[Any], o
     if counts and output:
         ids, numbers = numpy.unique(numpy.array(output, dtype=numpy.int64), return_counts=True)
         values[ids] = values[ids] - parameters.frequency_penalty * numbers - parameters.presence_penalty
+    if early:
+        values[[token for token in ends if token < len(values)]] = -numpy.inf
     return values
 
 

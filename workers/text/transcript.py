@@ -19,7 +19,8 @@ class Transcript:
     2. It ends with a stop token, a stop string (which is cut off) or the last token allowed; then
        ``finish_reason`` is set and :meth:`result` is complete.
 
-    The pieces returned add up to the result's text, always.
+    The pieces returned add up to the result's text, always. Stop strings are looked for in the text
+    of the tokens from number ``min_tokens`` on; nothing is held back for them before.
     """
 
     def __init__(
@@ -29,14 +30,16 @@ class Transcript:
         stops: Sequence[str],
         max_tokens: int,
         prompt_tokens: int,
+        min_tokens: int = 0,
     ) -> None:
         """``pieces``: the bytes of every token; ``ends``: the tokens that end a text."""
         self.tokens: list[int] = []
         self.finish_reason = ""
         self._pieces = pieces
-        self._ends = ends
+        self.ends = ends
         self._stops = stops
         self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
         self._prompt_tokens = prompt_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -47,7 +50,7 @@ class Transcript:
 
         A token that ends the text is not kept among the tokens.
         """
-        if token in self._ends:
+        if token in self.ends:
             self.finish_reason = "stop"
             text = self._decoder.decode(b"", final=True)
         else:
@@ -68,20 +71,21 @@ class Transcript:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        stops = self._stops if len(self.tokens) >= self._min_tokens else ()
+        found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
         if found:
             self.finish_reason = "stop"
             text = text[: min(found)]
-        held = 0 if self.finish_reason else self._beginning(text)
+        held = 0 if self.finish_reason else self._beginning(text, stops)
         self._held = text[len(text) - held :]
         shown = text[: len(text) - held]
         self._text.append(shown)
         return shown
 
-    def _beginning(self, text: str) -> int:
+    def _beginning(self, text: str, stops: Sequence[str]) -> int:
         """How many characters at the end of ``text`` may be the beginning of a stop string."""
         longest = 0
-        for stop in self._stops:
+        for stop in stops:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):
                 if text.endswith(stop[:length]):
                     longest = length
