@@ -133,6 +133,11 @@ class Store(Reads):
         values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
         return list(self._call("renew", values, {"request": rows}))
 
+    def stop(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
+        """Mark ``(id, execution)`` as stopped, before they are ended by ``cancel``. Returns ``cancel`` or ``lost``."""
+        rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
+        return list(self._call("stop", {"incarnation": incarnation}, {"request": rows}))
+
     def finish(self, incarnation: str, worker: str, requests: Sequence[Finish]) -> list[str]:
         """End requests with results. Returns per request ``ok``, ``already``, ``lost`` or ``gap <n>``."""
         rows = [

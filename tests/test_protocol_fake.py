@@ -64,7 +64,7 @@ def test_a_lost_worker_is_reaped_and_another_goes_on(pool: Pool, hand: Hand):
 
 
 def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
-    """Expire and cancel."""
+    """Expire, cancel and stop."""
     pool.submit("a", "b")
     claim = hand.take("a")
     hand.step(claim, ["x"])
@@ -74,6 +74,7 @@ def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
     claim = hand.take("a")
     assert claim.epoch == 1
     assert [pool.cancel("a"), pool.cancel("b")] == ["requested", "canceled"]
+    assert pool.store.stop(hand.incarnation, [(claim.id, claim.execution)]) == ["cancel"]
     assert hand.confirm_cancel(claim) == "canceled"
 
 

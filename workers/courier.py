@@ -100,6 +100,7 @@ class Courier:
             self._store_progress()
             self._renew()
             self._end()
+            self._stop()
             self._confirm_cancels()
             self._release()
             if not self.claimer.claim(self.incarnation):
@@ -234,6 +235,19 @@ class Courier:
                 else:
                     self.log.info("%s: OK (%s), %.2f s", holding.claim.queue, row.id, row.seconds)
             holdings.lock.notify_all()
+
+    def _stop(self) -> None:
+        """Say in Redis which requests RQ's stop commands have named; they end as canceled ones do."""
+        with self.holdings.lock:
+            held = self.holdings.held.values()
+            keys = [item.key for item in held if item.stopping and not item.canceling and not item.finishing]
+        for start in range(0, len(keys), MAX_REQUESTS):
+            part = keys[start : start + MAX_REQUESTS]
+            answers = self.store.stop(self.incarnation, part)
+            with self.holdings.lock:
+                for (name, execution), answer in zip(part, answers, strict=True):
+                    if holding := self.holdings.current(name, execution):
+                        self._hear(holding, answer)
 
     def _confirm_cancels(self) -> None:
         with self.holdings.lock:

@@ -36,6 +36,8 @@ class Holding:
     ended: Finish | Failure | None = None
     result: Any = NOTHING
     canceling: bool = False
+    stopping: bool = False
+    """One of RQ's stop commands named it; Redis does not know yet."""
     began: float = field(default_factory=time.monotonic)
 
     @classmethod

@@ -193,6 +193,18 @@ class Holdings:
         self.steps += 1
         self.moved = time.monotonic()
 
+    # --- for RQ's commands -------------------------------------------------------------------------
+
+    def stop_request(self, identifier: str, execution: str = "") -> bool:
+        """Have a request stopped that this worker holds, in the named execution or any; False if it does not."""
+        with self.lock:
+            holding = self.held.get(identifier)
+            if holding is None or holding.claim.plain or execution not in ("", holding.claim.execution):
+                return False
+            holding.stopping = self.urgent = True
+            self.lock.notify_all()
+            return True
+
     # --- for the courier (lock held) ---------------------------------------------------------------
 
     def current(self, identifier: str, execution: str) -> Holding | None:

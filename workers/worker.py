@@ -20,6 +20,7 @@ from typing import Any
 import redis
 import rq
 from rq import worker_registration
+from rq.command import parse_payload
 from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
@@ -177,6 +178,22 @@ class Worker(SimpleWorker):
         elif now - self._signals[0] >= COLD_AFTER:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.holdings.stop(cold=True)
+
+    def handle_payload(self, message: Any) -> None:
+        """RQ's commands, in RQ's pub/sub thread; the courier talks to Redis about those that name requests."""
+        try:
+            payload = parse_payload(message)
+            command, name, execution = payload["command"], payload.get("job_id", ""), payload.get("execution_id", "")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.log.warning("Worker %s: ignored a message that is no command of RQ's", self.name)
+            return
+        if command in ("stop-job", "stop-execution") and self._courier is not None:
+            if self._courier.holdings.stop_request(name, execution):
+                self.log.info("Worker %s: asked to stop request %s", self.name, name)
+                return
+            # RQ's own answer: should the job fail, it counts as stopped.
+            self.log.warning("Worker %s: cannot interrupt a plain job; if it runs %s, that goes on", self.name, name)
+        super().handle_payload(message)  # type: ignore[no-untyped-call]
 
     def _rejoined(self, incarnation: str) -> None:
         """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""

@@ -1,0 +1,27 @@
+-- Mark running requests as stopped: what RQ's stop commands ask of the worker that holds them.
+--
+-- ARGV incarnation  of the worker process
+-- EACH request: id         request id
+-- EACH request: execution  the caller's execution
+--
+-- Returns  per request 'cancel' (the caller ends it with `cancel`, which keeps the word) or 'lost'
+--
+-- In a step of its own before that cancel: should the worker be lost in between, whoever ends the request finds
+-- the wish in its status. A cancel that came first keeps its own word.
+local incarnation = arg()
+local answers = {}
+for _ = 1, tonumber(arg()) do
+  local id, execution = arg(), arg()
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin')
+  if job[1] ~= execution or execution == '' then
+    if not job[1] then forget(id) end
+    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+    count('fenced', job[4] or '')
+    answers[#answers + 1] = 'lost'
+  else
+    if job[3] ~= '1' and job[2] ~= 'canceled' then redis.call('HSET', name, 'status', 'stopped') end
+    answers[#answers + 1] = 'cancel'
+  end
+end
+return answers
