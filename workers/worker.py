@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from typing import Any
 
 import redis
@@ -33,11 +34,12 @@ from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .claimer import Claimer, Limits
-from .companion import Companion, private_connection
+from .companion import Companion, Guarded, private_connection
 from .courier import Courier
 from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
+from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
 
 TESTED_RQ = ("3.0",)
@@ -55,6 +57,7 @@ class Worker(SimpleWorker):
         super().__init__(queues, *args, **kwargs)
         self._courier: Courier | None = None
         self._companion: Companion | None = None
+        self._scheduler: SchedulerProcess | None = None
         self._signals: list[float] = []
 
     # --- RQ's entry ----------------------------------------------------------------------------------
@@ -88,16 +91,13 @@ class Worker(SimpleWorker):
         self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
         self._dequeue_strategy = dequeue_strategy
         if with_scheduler:
-            self.log.warning(
-                "Worker %s: --with-scheduler is not served by this worker yet; run RQ's own scheduler beside it",
-                self.name,
-            )
+            self._schedule(burst, logging_level)
         companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
         holdings = Holdings(settings, Mailbox())
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
         courier = Courier(
-            store, self.name, holdings, claimer, tended=companion.tend, rejoined=self._rejoined, log=self.log
+            store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log
         )
         loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
         self._companion, self._courier = companion, courier
@@ -133,6 +133,8 @@ class Worker(SimpleWorker):
     def _depart(self, courier: Courier) -> None:
         """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it."""
         assert self._companion is not None
+        if self._scheduler is not None:
+            self._scheduler.stop()
         store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
@@ -153,6 +155,22 @@ class Worker(SimpleWorker):
         self._depart(courier)
         logging.shutdown()
         os._exit(1 if courier.failed else loop.exit_code)
+
+    def _schedule(self, burst: bool, logging_level: str | None) -> None:
+        """RQ's scheduler for our queues; as with RQ, a burst has due jobs moved once, before it begins."""
+        names = self.queue_names()
+        if burst:
+            move_due(self.connection, names, self.serializer)
+            return
+        self._scheduler = SchedulerProcess(self.connection, uuid.uuid4().hex, names, self.serializer, logging_level)
+        self._scheduler.start()
+
+    def _tended(self) -> Guarded:
+        """What runs beside this worker, looked after in every round of the courier."""
+        assert self._companion is not None
+        if self._scheduler is not None:
+            self._scheduler.tend()
+        return self._companion.tend()
 
     # --- stopping ------------------------------------------------------------------------------------
 
