@@ -26,7 +26,7 @@ from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
 from rq.version import VERSION
-from rq.worker import DequeueStrategy, SimpleWorker
+from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue
@@ -114,6 +114,7 @@ class Worker(SimpleWorker):
                 self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
                 sys.exit(1)
             companion.tell(ready=True)
+            self.set_state(WorkerStatus.IDLE)
             courier.start()
             exit_watch = threading.Thread(
                 target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True

@@ -278,3 +278,13 @@ def nap(seconds: float) -> str:
     """A plain job that takes a while."""
     time.sleep(seconds)
     return "rested"
+
+
+def succeeded(job: Any, connection: Any, result: Any) -> None:
+    """A success callback of RQ's: notes the result beside the job."""
+    connection.set(f"called:{job.id}", f"success {result}", ex=600)
+
+
+def failed(job: Any, connection: Any, *error: Any) -> None:
+    """A failure callback of RQ's: notes the kind of the error."""
+    connection.set(f"called:{job.id}", f"failure {error[0].__name__}", ex=600)
