@@ -7,6 +7,7 @@ they do about an outage.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 import zlib
@@ -193,6 +194,18 @@ class Store(Reads):
         """Queue the end of a plain job's holding on RQ's own pipeline."""
         values = {"incarnation": incarnation, "queue": queue, "id": identifier, "execution": execution}
         load("settle")(pipeline, values, {})
+
+    def adopt(
+        self, incarnation: str, worker: str, identifier: str, execution: str, *, task: str, payload: bytes
+    ) -> str:
+        """Make a request of a plain job that calls a task. Returns ``"ok"`` or ``"lost"``."""
+        settings = self.settings
+        values: dict[str, str | bytes | int | float] = {
+            "incarnation": incarnation, "worker": worker, "id": identifier, "execution": execution, "task": task,
+            "data": envelope(STOCK_FUNCTION, task), "payload": payload, "max_retries": settings.max_retries,
+            "result_ttl": math.ceil(settings.result_ttl), "failure_ttl": math.ceil(settings.failure_ttl),
+        }  # fmt: skip
+        return str(self._call("adopt", values, {}))
 
     def heartbeat(
         self,

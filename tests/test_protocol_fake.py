@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import fakeredis
 import pytest
@@ -12,7 +13,7 @@ from perdure.protocol import scripts
 from perdure.protocol.keys import key
 from perdure.protocol.states import State
 
-from .test_protocol_kit import Hand, Pool
+from .test_protocol_kit import TASK, Hand, Pool
 
 
 @pytest.fixture
@@ -89,6 +90,17 @@ def test_a_plain_job_is_settled(pool: Pool, hand: Hand):
     assert pool.field("a", "execution") == ""
 
 
+def test_a_plain_job_becomes_a_request(pool: Pool, hand: Hand):
+    """Adopt: claimed again, it is a request; sent again, nothing changes."""
+    Queue("gpu", connection=pool.connection).enqueue("operator.add", 1, 2, job_id="a")
+    claim = hand.take("a")
+    adopt = partial(pool.store.adopt, hand.incarnation, hand.name, "a", claim.execution, task=TASK, payload=b"\xc0")
+    assert [adopt(), adopt()] == ["ok", "lost"]
+    hand.held.clear()
+    again = hand.take("a")
+    assert (again.plain, again.task, again.payload) == (False, TASK, b"\xc0")
+
+
 def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
     """A new script needs a plain path here too."""
     ran: set[str] = set()
@@ -105,6 +117,7 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_lost_worker_is_reaped_and_another_goes_on,
         test_a_checkpoint_expires_and_a_request_is_canceled,
         test_a_plain_job_is_settled,
+        test_a_plain_job_becomes_a_request,
     ):
         pool.connection.flushall()
         hand.held.clear()

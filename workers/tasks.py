@@ -161,6 +161,11 @@ class Task:
     def __call__(self, request: Request) -> Generator[Step, None, Any]:
         return self.function(request)
 
+    def __reduce__(self) -> str:
+        # By its name, as functions are: that is how RQ stores what Queue.enqueue(task, ...) is given.
+        path_of(self)
+        return str(self.__qualname__)  # type: ignore[attr-defined]
+
     def __repr__(self) -> str:
         return f"<task {path_of(self)}>"
 

@@ -33,6 +33,7 @@ from ..protocol.keys import check_queue
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from .adoption import payload_of, task_of
 from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
@@ -246,9 +247,23 @@ class Worker(SimpleWorker):
             job = self.job_class.fetch(claim.id, connection=self.connection, serializer=self.serializer)
         except (ValueError, KeyError, TypeError, AttributeError, NoSuchJobError) as error:
             raise InvalidRequest(f"cannot read job {claim.id}: {type(error).__name__}: {error}") from error
+        if task := task_of(job):
+            self._adopt(claim, job, task)
+            return
         execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
         self.executions[execution.id] = execution
         self.perform_job(job, queue, execution)
+
+    def _adopt(self, claim: Claim, job: Job, task: str) -> None:
+        """``Queue.enqueue(task, ...)``: make a request of it, and put it back in front."""
+        assert self._courier is not None
+        courier = self._courier
+        settings = courier.holdings.settings
+        payload = payload_of(job, task, settings)
+        store = Store(self.connection, settings)  # the courier's is the courier's
+        store.adopt(courier.incarnation, self.name, claim.id, claim.execution, task=task, payload=payload)
+        courier.claimer.claimed -= 1  # --max-jobs counts it when it is claimed as what it is
+        self.log.info("Worker %s: job %s calls the task %s and is a request now", self.name, claim.id, task)
 
     def cleanup_execution(self, job: Job, pipeline: Any, execution: Execution | None = None) -> None:
         """RQ's end of an execution, and the end of our lease in the same transaction."""

@@ -1,0 +1,45 @@
+"""Requests that come as plain RQ jobs: ``Queue.enqueue(task, n=3)`` with one of our tasks.
+
+A stock producer knows nothing of requests. What it stores is a plain job that calls the task; the worker that
+claims it makes a request of it before anything runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rq.job import Job
+
+from ..protocol.codec import pack
+from ..protocol.errors import InvalidRequest
+from ..protocol.settings import Settings
+from .tasks import RAISED, BatchTask, is_task, path_of, resolve
+
+
+def task_of(job: Job) -> str | None:
+    """The dotted path of the task that a plain job calls; ``None`` for any other function."""
+    try:
+        instance, name = job.instance, job.func_name
+        if instance is not None:
+            return path_of(instance) if name == "__call__" and is_task(instance) else None
+        resolve(name or "")
+    except RAISED:
+        return None  # whatever is wrong with it, RQ's own code will say so
+    return name
+
+
+def payload_of(job: Job, task: str, settings: Settings) -> bytes:
+    """What the job passes to its task, packed: its keywords, or its only argument.
+
+    Raises :class:`InvalidRequest` for arguments that are no payload, or that the task refuses.
+    """
+    args, kwargs = job.args, job.kwargs
+    if args and (kwargs or len(args) > 1):
+        raise InvalidRequest("a task takes keywords, or one argument, which is its payload", "payload")
+    payload: Any = args[0] if args else dict(kwargs)
+    found = resolve(task)
+    if isinstance(found, type) and found.prepare is not BatchTask.prepare:
+        found = found()
+    if isinstance(found, BatchTask):
+        payload = found.prepare(payload)
+    return pack(payload, limit=settings.max_payload, what="payload")
