@@ -73,6 +73,7 @@ NAMES: Final[dict[str, str]] = {
     "bell": f"{OURS}bell:",
     "replies": f"{OURS}replies:",
     "fingerprints": f"{OURS}fingerprints",
+    "parents": f"{OURS}parents",
     "counters": f"{OURS}counters",
     "pulse": f"{OURS}pulse",
     "schema": f"{OURS}schema",

@@ -37,6 +37,7 @@ from .adoption import payload_of, task_of
 from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
+from .dependents import Dependents
 from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
@@ -59,6 +60,7 @@ class Worker(SimpleWorker):
         self._courier: Courier | None = None
         self._companion: Companion | None = None
         self._scheduler: SchedulerProcess | None = None
+        self._dependents: Dependents | None = None
         self._signals: list[float] = []
 
     # --- RQ's entry ----------------------------------------------------------------------------------
@@ -102,6 +104,9 @@ class Worker(SimpleWorker):
         )
         loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
         self._companion, self._courier = companion, courier
+        own = private_connection(self.connection, timeout=_timeout(settings))
+        names = self.queue_names()
+        self._dependents = Dependents(own, names, self.queue_class, self.job_class, self.serializer, self.log)
         return self._run(loop, courier, companion)
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
@@ -117,6 +122,8 @@ class Worker(SimpleWorker):
             companion.tell(ready=True)
             self.set_state(WorkerStatus.IDLE)
             courier.start()
+            if self._dependents is not None and not courier.claimer.limits.burst:
+                self._dependents.start()
             exit_watch = threading.Thread(
                 target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True
             )
@@ -137,6 +144,8 @@ class Worker(SimpleWorker):
         assert self._companion is not None
         if self._scheduler is not None:
             self._scheduler.stop()
+        if self._dependents is not None:
+            self._dependents.stop()
         store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
@@ -233,7 +242,10 @@ class Worker(SimpleWorker):
     # --- queues and plain jobs -----------------------------------------------------------------------
 
     def _next_queues(self) -> list[str]:
-        """Queue names in the order that RQ's dequeue strategy asks for."""
+        """Queue names in the order that RQ's dequeue strategy asks for. Called by the courier before each claim."""
+        assert self._courier is not None
+        if self._dependents is not None and self._courier.claimer.limits.burst:
+            self._dependents.enqueue()
         if self._dequeue_strategy != DequeueStrategy.DEFAULT and self._ordered_queues:
             self.reorder_queues(self._ordered_queues[0])
         return [queue.name for queue in self._ordered_queues]

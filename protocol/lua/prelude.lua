@@ -125,6 +125,16 @@ end
 
 -- After the end, everything of a request shares one TTL (seconds; RQ's -1 keeps it for ever).
 local function share_ttl(id, ttl)
+  local dependents = KEY.job .. id .. ':dependents'
+  if redis.call('EXISTS', dependents) == 1 then
+    -- Jobs wait for this one: noted for whichever worker looks next, who reads its status then.
+    if ttl >= 0 then
+      ttl = math.max(ttl, 60)
+      redis.call('EXPIRE', dependents, ttl)
+    end
+    redis.call('SADD', KEY.parents, id)
+    redis.call('EXPIRE', KEY.parents, 7 * DAY)
+  end
   for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do
     if ttl < 0 then
       redis.call('PERSIST', name .. id)

@@ -1,0 +1,103 @@
+"""Jobs that wait for a request: RQ's ``depends_on``.
+
+The script that ends a request notes its id when jobs depend on it; whichever worker sees the note enqueues them,
+by RQ's own code. So it does not matter who ended the request, a worker, a reaper or somebody who canceled it, nor
+whether that process lived on; and a request on which nothing depends costs no call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from rq import Queue
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.registry import ReadyJobRegistry
+
+from ..protocol.keys import key
+
+INTERVAL = 1.0
+"""Seconds between two looks at the notes."""
+
+CLEANUP_INTERVAL = 60.0
+"""Seconds between two looks for jobs whose enqueuing was cut off halfway: RQ's maintenance, which we do not run."""
+
+PORTION = 100
+
+
+@dataclass(slots=True)
+class Dependents:
+    """Looks for ended requests that others wait for. Over a connection of its own, in a thread of its own.
+
+    A burst has no time to wait for the thread: it calls :meth:`enqueue` itself, before each claim.
+    """
+
+    connection: redis.Redis
+    queues: Sequence[str]
+    queue_class: type[Queue]
+    job_class: type[Job]
+    serializer: Any
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _cleaned: float = 0.0
+
+    def start(self) -> None:
+        """Look from now on."""
+        threading.Thread(target=self._run, name="dependents", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more; what is left to do, other workers find as well."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            try:
+                if time.monotonic() - self._cleaned > CLEANUP_INTERVAL:
+                    self._clean()
+                self.enqueue()
+            except redis.RedisError:
+                self.connection.connection_pool.disconnect()  # an outage: the courier logs it
+
+    def enqueue(self) -> None:
+        """Enqueue what waits for requests that have ended. Harmless when others do the same. Raises ``RedisError``."""
+        while noted := self._noted():
+            for name in noted:
+                try:
+                    self._enqueue_after(name)
+                except redis.RedisError:
+                    raise
+                except Exception:
+                    self.log.exception("cannot enqueue the jobs that depend on %s; they stay deferred", name)
+                self.connection.srem(key("parents"), name)
+            if len(noted) < PORTION:
+                break
+
+    def _noted(self) -> list[str]:
+        found: Any = self.connection.srandmember(key("parents"), PORTION)
+        return [name.decode() for name in found]
+
+    def _enqueue_after(self, name: str) -> None:
+        try:
+            job = self.job_class.fetch(name, connection=self.connection, serializer=self.serializer)
+        except NoSuchJobError:
+            return  # it was deleted, and so were those that waited for it, if that was wanted
+        queue = self.queue_class(
+            job.origin, connection=self.connection, job_class=self.job_class, serializer=self.serializer
+        )
+        moved = queue.enqueue_dependents(job)
+        number = sum(len(names) for names in moved.values())
+        if number:
+            self.log.info("%d job(s) that depend on %s are enqueued", number, name)
+
+    def _clean(self) -> None:
+        for name in self.queues:
+            ReadyJobRegistry(
+                name, connection=self.connection, job_class=self.job_class, serializer=self.serializer
+            ).cleanup()
+        self._cleaned = time.monotonic()
