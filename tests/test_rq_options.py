@@ -15,7 +15,7 @@ from rq.job import Job
 
 from perdure.protocol.keys import key
 
-from .worker_kit import Lab, eventually
+from .worker_kit import LONG, Lab, eventually
 
 
 def rq(lab: Lab, *arguments: str) -> str:
@@ -94,13 +94,14 @@ def test_requeue_all_revives_what_failed(lab: Lab) -> None:
 
 def test_empty_removes_what_waits(lab: Lab) -> None:
     """``rq empty``: what waits is gone with all its keys, what runs goes on, what comes later runs."""
-    worker = lab.worker()
-    running = lab.submit("count", {"n": 80, "sleep": 0.02})
-    lab.moved(running, 3)
+    worker = lab.worker(step_timeout=LONG)
+    running = lab.submit("gate", {"folder": str(lab.folder)})
+    eventually((lab.folder / "gate").exists)
     waiting = [lab.submit("count", {"n": 3}) for _ in range(3)]
     job = Queue("gpu", connection=lab.connection).enqueue("lab_tasks.double", 4)
     assert "4 jobs removed from gpu queue" in rq(lab, "empty", "gpu")
-    lab.check(running, 80)
+    (lab.folder / "open").touch()
+    lab.check(running, 6)
     lab.check(lab.submit("count", {"n": 3}), 3)
     for name in (*waiting, job.id):
         assert list(lab.connection.scan_iter(f"*{name}*")) == []
@@ -109,15 +110,16 @@ def test_empty_removes_what_waits(lab: Lab) -> None:
 
 def test_info_shows_a_worker_and_what_it_does(lab: Lab) -> None:
     """``rq info``: the worker's name and state, the queue's counts."""
-    worker = lab.worker()
+    worker = lab.worker(step_timeout=LONG)
     assert re.search(rf"worker {worker.name} .*idle.* gpu", rq(lab, "info", "--raw"))
-    one, two = lab.submit("count", {"n": 80, "sleep": 0.02}), lab.submit("count", {"n": 3})
-    lab.moved(one, 3)
+    one, two = lab.submit("gate", {"folder": str(lab.folder)}), lab.submit("count", {"n": 3})
+    eventually((lab.folder / "gate").exists)
     shown = rq(lab, "info", "--raw", "-w", "perdure.workers.Worker")
     assert re.search(rf"worker {worker.name} .*busy.* gpu", shown)
     assert "queue gpu 1" in shown
     assert "1 executing" in rq(lab, "info")
-    lab.check(one, 80)
+    (lab.folder / "open").touch()
+    lab.check(one, 6)
     lab.check(two, 3)
     assert "2 finished" in rq(lab, "info")
 
