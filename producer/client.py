@@ -13,7 +13,7 @@ import redis
 from ..protocol.errors import IdempotencyConflict, RedisUnavailable
 from ..protocol.keys import check_id
 from ..protocol.settings import Settings
-from ..protocol.store import Store, conflict
+from ..protocol.store import Store, conflict, key_conflict
 from .arguments import Seconds, waited
 from .handle import Handle
 from .listing import Listing, read_listing
@@ -68,6 +68,7 @@ class Client:
         *,
         queue: str = "default",
         id: str | None = None,
+        idempotency_key: str | None = None,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -78,7 +79,10 @@ class Client:
             task: a task, or its dotted path, which is not imported.
             payload: None, bool, 64-bit int, float, str, bytes, list and dict.
             queue: a worker that serves it must be running sooner or later; none is needed now.
-            id: a name of your own, ``[A-Za-z0-9_-]``.
+            id: a name of your own, ``[A-Za-z0-9_-]``. Each can be used once.
+            idempotency_key: any text instead of an id. Submitted again with the same task and payload, while the
+                first request is kept, it gives a handle of that one, whatever has become of it and whatever the
+                other options say. Keys are those of the whole pool, not of a queue.
             max_retries: retries after failures of the request's own; losses of workers are not counted.
             result_ttl: seconds to keep a finished request, its outputs and result.
             failure_ttl: seconds to keep a failed or canceled one.
@@ -87,16 +91,16 @@ class Client:
             InvalidRequest: a field is wrong; nothing was stored.
             UnknownTask: this is no task, or no worker could import it.
             PayloadTooLarge: more than ``PERDURE_MAX_PAYLOAD`` bytes.
-            IdempotencyConflict: another request has the id.
+            IdempotencyConflict: another request has the id, or the key was used with another task or payload.
             RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
         """
         request = build(
-            task, payload, self.settings, queue=queue, id=id, max_retries=max_retries, result_ttl=result_ttl,
-            failure_ttl=failure_ttl,
+            task, payload, self.settings, queue=queue, id=id, idempotency_key=idempotency_key,
+            max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
         if self._session.call(lambda store: store.enqueue([request], client=client_id)) == ["conflict"]:
-            raise conflict(request.id)
+            raise conflict(request.id) if idempotency_key is None else key_conflict(idempotency_key)
         return Handle(request.id, self._session)
 
     def submit_many(

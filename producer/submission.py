@@ -10,16 +10,16 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from ..protocol.codec import pack
-from ..protocol.errors import InvalidRequest
-from ..protocol.keys import check_id, check_queue, check_task
+from ..protocol.codec import digest_of, pack
+from ..protocol.errors import IdempotencyConflict, InvalidRequest
+from ..protocol.keys import check_id, check_queue, check_task, id_of_key
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
 from .arguments import Seconds, kept, whole
 
-OPTIONS: Final = ("queue", "id", "max_retries", "result_ttl", "failure_ttl")
+OPTIONS: Final = ("queue", "id", "idempotency_key", "max_retries", "result_ttl", "failure_ttl")
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
@@ -33,6 +33,7 @@ def build(
     *,
     queue: str = "default",
     id: str | None = None,
+    idempotency_key: str | None = None,
     max_retries: int | None = None,
     result_ttl: Seconds | None = None,
     failure_ttl: Seconds | None = None,
@@ -41,19 +42,21 @@ def build(
 
     Raises :class:`InvalidRequest` with the name of the field, ``UnknownTask`` or ``PayloadTooLarge``.
     """
-    path, payload = _prepared(task, payload)
+    path, found = _named(task)
+    identifier, digest = _identity(path, payload, id, idempotency_key, settings)
     return NewRequest(
-        id=new_id() if id is None else check_id(id),
+        id=identifier,
         nonce=uuid.uuid4().hex,
         queue=check_queue(queue),
         task=path,
-        payload=pack(payload, limit=settings.max_payload, what="payload"),
+        payload=pack(_prepared(found, payload), limit=settings.max_payload, what="payload"),
         max_retries=whole(
             settings.max_retries if max_retries is None else max_retries, "max_retries", 0, _MOST_RETRIES
         ),
         result_ttl=kept(settings.result_ttl if result_ttl is None else result_ttl, "result_ttl"),
         failure_ttl=kept(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
         description=path,
+        digest=digest,
     )
 
 
@@ -68,12 +71,15 @@ def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, An
         try:
             task, payload, options = _item(item)
             request = build(task, payload, settings, **{**common, **options})
-            if request.id in seen:
-                raise InvalidRequest(f"item {seen[request.id]} has the id {request.id} as well", "id")
+            twin = seen.get(request.id)
+            if twin is not None and not request.digest:
+                raise InvalidRequest(f"item {twin} has the id {request.id} as well", "id")
+            if twin is not None and requests[twin].digest != request.digest:
+                raise IdempotencyConflict(f"item {twin} has the same idempotency_key, but another task or payload")
         except ValueError as error:  # UsageError is one
             error.add_note(f"in item {index} (counted from 0) of submit_many; nothing was submitted")
             raise
-        seen[request.id] = index
+        seen.setdefault(request.id, index)
         requests.append(request)
     return requests
 
@@ -93,26 +99,42 @@ def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:
         yield chunk
 
 
-def _prepared(task: object, payload: Any) -> tuple[str, Any]:
-    """The task's path, and the payload as the task itself has checked and completed it, where it is at hand.
+def _identity(
+    path: str, payload: Any, id: str | None, idempotency_key: str | None, settings: Settings
+) -> tuple[str, str]:
+    """Id and digest. The body is the one that the user wrote: a seed that is drawn later makes no other request."""
+    if idempotency_key is None:
+        return (new_id() if id is None else check_id(id)), ""
+    if id is not None:
+        raise InvalidRequest("give a request either an id or an idempotency_key, which makes the id", "idempotency_key")
+    return id_of_key(idempotency_key), digest_of(path, payload, limit=settings.max_payload)
+
+
+def _named(task: object) -> tuple[str, object]:
+    """The task's path, and the task where it is at hand.
 
     A dotted path of a user's is not imported: the producer need not have the code, and importing it may load
     a model. What ships with Perdure is light.
     """
-    from ..workers.tasks import BatchTask, path_of, resolve
+    from ..workers.tasks import path_of, resolve
 
-    if isinstance(task, str):
-        path = check_task(task)
-        found: object = resolve(path) if path.startswith(_OWN) else None
-    else:
-        path, found = path_of(task), task
+    if not isinstance(task, str):
+        return path_of(task), task
+    path = check_task(task)
+    return path, resolve(path) if path.startswith(_OWN) else None
+
+
+def _prepared(found: object, payload: Any) -> Any:
+    """The payload as the task itself has checked and completed it, where it is at hand."""
+    from ..workers.tasks import BatchTask
+
     if isinstance(found, type) and issubclass(found, BatchTask):
         batch: type[BatchTask] = found
         # An instance costs whatever its author likes; without a check of its own it has nothing to say.
         found = None if batch.prepare is BatchTask.prepare else batch()
     if isinstance(found, BatchTask):
         payload = found.prepare(payload)
-    return path, payload
+    return payload
 
 
 def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:

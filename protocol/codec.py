@@ -8,6 +8,7 @@ place where it was found.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import pickle
 import zlib
@@ -40,6 +41,23 @@ def pack(value: Any, *, limit: int, what: str) -> bytes:
             "store it elsewhere and put a reference into the request, or raise the limit"
         )
     return packed
+
+
+def digest_of(task: str, payload: Any, *, limit: int) -> str:
+    """What makes two bodies the same: task and payload, whatever the order of a dict's keys. Raises as :func:`pack`."""
+    pack(payload, limit=limit, what="payload")
+    body = msgpack.packb([task, _sorted(payload)], use_bin_type=True)
+    return hashlib.sha256(body).hexdigest()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        rows = [(msgpack.packb(name, use_bin_type=True), _sorted(item)) for name, item in value.items()]
+        # Not as a dict again, and marked: a list of pairs is another body.
+        return msgpack.ExtType(1, msgpack.packb(sorted(rows, key=lambda row: row[0]), use_bin_type=True))
+    if isinstance(value, list | tuple):
+        return [_sorted(item) for item in value]
+    return value
 
 
 def unpack(data: bytes) -> Any:

@@ -8,6 +8,7 @@ cluster slot.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Final
 
@@ -97,6 +98,18 @@ def check_id(identifier: object) -> str:
             f"a request id has 1 to 200 letters, digits, '_' or '-', but this one is {_shown(identifier)}", "id"
         )
     return identifier
+
+
+def id_of_key(idempotency_key: object) -> str:
+    """The id of the request with an idempotency key: ``i`` and 39 digits of the key's SHA-256.
+
+    Raises :class:`InvalidRequest` for what is no key.
+    """
+    if not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= 1000:
+        raise InvalidRequest(
+            f"an idempotency_key is a text of 1 to 1000 characters, not {_shown(idempotency_key)}", "idempotency_key"
+        )
+    return "i" + hashlib.sha256(idempotency_key.encode(errors="surrogatepass")).hexdigest()[:39]
 
 
 def check_queue(name: object) -> str:

@@ -43,7 +43,10 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequest:
-    """What ``enqueue`` stores. ``payload`` is packed; durations are seconds."""
+    """What ``enqueue`` stores. ``payload`` is packed; durations are seconds.
+
+    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise.
+    """
 
     id: str
     nonce: str
@@ -54,6 +57,7 @@ class NewRequest:
     result_ttl: int
     failure_ttl: int
     description: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

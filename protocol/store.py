@@ -53,7 +53,7 @@ class Store(Reads):
     def enqueue(self, requests: Sequence[NewRequest], *, client: str = "") -> list[str]:
         """Store requests; at most :data:`MAX_REQUESTS` a call.
 
-        Returns per request ``"accepted"``, ``"already"`` or ``"conflict"``. Raises
+        Returns per request ``"accepted"``, ``"already"``, ``"same"`` or ``"conflict"``. Raises
         :class:`ProtocolMismatch` when Redis holds a newer protocol.
         """
         rows = [
@@ -62,6 +62,7 @@ class Store(Reads):
                 "data": envelope(STOCK_FUNCTION, request.task), "payload": request.payload,
                 "description": request.description, "max_retries": request.max_retries,
                 "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
+                "digest": request.digest,
             }
             for request in requests
         ]  # fmt: skip
@@ -304,6 +305,14 @@ def newer_protocol() -> ProtocolMismatch:
 def conflict(identifier: str) -> IdempotencyConflict:
     """The error of a submit whose id is taken."""
     return IdempotencyConflict(f"the id {identifier} belongs to another request; choose a new one")
+
+
+def key_conflict(idempotency_key: str) -> IdempotencyConflict:
+    """The error of a submit whose idempotency key is taken."""
+    return IdempotencyConflict(
+        f"the idempotency_key {idempotency_key!r} was used with another task or payload; choose another key, or send "
+        "what was sent first"
+    )
 
 
 def new_id() -> str:

@@ -26,6 +26,7 @@ Examples:
 @click.argument("payload", metavar="JSON")
 @click.option("--queue", default="default", show_default=True, metavar="NAME", help="The queue it waits in.")
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
+@click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
@@ -33,8 +34,8 @@ Examples:
 @json_option
 @url_option
 def submit(
-    task: str, payload: str, queue: str, identifier: str | None, max_retries: int | None, wait: bool, stream: bool,
-    timeout: float | None, as_json: bool, url: str | None,
+    task: str, payload: str, queue: str, identifier: str | None, idempotency_key: str | None,
+    max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
 
@@ -44,7 +45,9 @@ def submit(
     if timeout is not None and not (wait or stream):
         raise click.UsageError("--timeout goes with --wait or --stream")
     with open_client(url) as client:
-        handle = client.submit(task, value, queue=queue, id=identifier, max_retries=max_retries)
+        handle = client.submit(
+            task, value, queue=queue, id=identifier, idempotency_key=idempotency_key, max_retries=max_retries
+        )
         if wait or stream:
             click.echo(f"request {handle.id}", err=True)
             follow(handle, wait=wait, stream=stream, timeout=timeout, as_json=as_json)

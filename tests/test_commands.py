@@ -200,6 +200,7 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
         (("submit", "perdure.nothing.here", "1"), "", "cannot import"),
         (("submit", PATH, "1", "--queue", "a b"), "", "queue name"),
         (("submit", PATH, "1", "--id", "a/b"), "", "request id"),
+        (("submit", PATH, "1", "--id", "a", "--idempotency-key", "b"), "", "either an id or"),
         (("submit", PATH, "1", "--max-retries", "-2"), "", "max_retries"),
         (("submit", PATH, "1", "--timeout", "3"), "", "--wait or --stream"),
         (("submit", PATH), "", "JSON"),

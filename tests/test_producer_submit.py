@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import select
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -163,6 +165,11 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "id, umlaut": (PATH, {}, {"id": "ä"}, InvalidRequest, "request id"),
     "id, empty": (PATH, {}, {"id": ""}, InvalidRequest, "request id"),
     "id, long": (PATH, {}, {"id": "x" * 201}, InvalidRequest, "request id"),
+    "key and id": (PATH, {}, {"id": "a", "idempotency_key": "b"}, InvalidRequest, "either an id or"),
+    "key, empty": (PATH, {}, {"idempotency_key": ""}, InvalidRequest, "idempotency_key"),
+    "key, number": (PATH, {}, {"idempotency_key": 7}, InvalidRequest, "idempotency_key"),
+    "key, long": (PATH, {}, {"idempotency_key": "x" * 1001}, InvalidRequest, "idempotency_key"),
+    "key, object": (PATH, {"a": object()}, {"idempotency_key": "k"}, InvalidRequest, "is a object"),
     "retries": (PATH, {}, {"max_retries": -1}, InvalidRequest, "max_retries"),
     "retries, bool": (PATH, {}, {"max_retries": True}, InvalidRequest, "max_retries"),
     "result_ttl 0": (PATH, {}, {"result_ttl": 0}, InvalidRequest, "result_ttl"),
@@ -209,6 +216,68 @@ def test_an_id_can_be_used_once(client: Client, redis_client: redis.Redis) -> No
     with pytest.raises(IdempotencyConflict, match="the id a "):
         client.submit_many([{"task": PATH, "payload": 1, "id": name} for name in ("a", "b")])
     assert redis_client.lrange(key("queue", "default"), 0, -1) == [b"a", b"b"]
+
+
+class Drawing(BatchTask):
+    """A batch task whose payload is completed by something else each time."""
+
+    drawn = 0
+
+    def prepare(self, payload: Any) -> Any:
+        Drawing.drawn += 1
+        return {"seed": Drawing.drawn, **payload}
+
+
+def test_the_same_key_with_the_same_body_is_the_same_request(client: Client, redis_client: redis.Redis) -> None:
+    """The body is what the user wrote: neither a seed that is drawn, nor queue, nor the order of keys, nor its end."""
+    first = client.submit(Drawing, {"a": 1, "b": [2]}, idempotency_key="order 7", queue="gpu")
+    again = client.submit(Drawing, {"b": (2,), "a": 1}, idempotency_key="order 7", queue="other", max_retries=0)
+    assert first == again
+    assert re.fullmatch("i[0-9a-f]{39}", first.id)
+    assert (
+        unpack(stored(redis_client, first)[b"payload"])["seed"]
+        == unpack(stored(redis_client, again)[b"payload"])["seed"]
+    )
+    assert redis_client.lrange(key("queue", "gpu"), 0, -1) == [first.id.encode()]
+    assert first.cancel()
+    assert client.submit(Drawing, {"a": 1, "b": [2]}, idempotency_key="order 7").status() == "canceled"
+    redis_client.delete(key("job", first.id))
+    assert client.submit(Drawing, {"a": 2}, idempotency_key="order 7").status() == "queued"
+
+
+@pytest.mark.parametrize(
+    "body", [(PATH, [["a", 1]]), (PATH, {"a": 2}), (PATH, {"a": 1, "b": None}), ("app.other", {"a": 1})]
+)
+def test_a_key_with_another_body_is_a_conflict(client: Client, redis_client: redis.Redis, body: Any) -> None:
+    client.submit(PATH, {"a": 1}, idempotency_key="k")
+    with pytest.raises(IdempotencyConflict, match="idempotency_key 'k'"):
+        client.submit(*body, idempotency_key="k")
+    assert redis_client.llen(key("queue", "default")) == 1
+
+
+def test_a_key_may_stand_twice_in_one_call(client: Client, redis_client: redis.Redis) -> None:
+    same: Any = {"task": PATH, "payload": 1, "idempotency_key": "k"}
+    handles = client.submit_many([same, (PATH, 2), same])
+    assert handles[0] == handles[2]
+    assert redis_client.llen(key("queue", "default")) == 2
+    with pytest.raises(IdempotencyConflict, match="item 0 has the same idempotency_key"):
+        client.submit_many([{**same, "idempotency_key": "l"}, {**same, "payload": 3, "idempotency_key": "l"}])
+    with pytest.raises(IdempotencyConflict, match=handles[0].id):
+        client.submit_many([{**same, "payload": 3}])
+
+
+def test_a_key_is_kept_apart_from_an_id(client: Client) -> None:
+    """Whoever chooses an id that a key has made does not get the other one's request."""
+    handle = client.submit(PATH, 1, idempotency_key="k")
+    with pytest.raises(IdempotencyConflict):
+        client.submit(PATH, 1, id=handle.id)
+
+
+def test_threads_with_one_key_make_one_request(client: Client, redis_client: redis.Redis) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        handles = set(threads.map(lambda _: client.submit(PATH, 1, idempotency_key="k"), range(40)))
+    assert len(handles) == 1
+    assert redis_client.llen(key("queue", "default")) == 1
 
 
 def test_a_connection_that_decodes_is_refused() -> None:

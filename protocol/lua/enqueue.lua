@@ -12,9 +12,11 @@
 -- EACH request: max_retries  retries after the first attempt
 -- EACH request: result_ttl   s to keep a finished request
 -- EACH request: failure_ttl  s to keep a failed one
+-- EACH request: digest       of task and body, if the id was made from an idempotency key; else ''
 --
--- Returns  per request 'accepted', 'already' (this very submit was applied before) or 'conflict'
---          (the id belongs to another request); or only 'newer' if Redis holds a newer protocol.
+-- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
+--          the same idempotency key and body was) or 'conflict' (the id belongs to another request); or only
+--          'newer' if Redis holds a newer protocol.
 --
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
@@ -25,10 +27,12 @@ end
 local answers, rung = {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
-  local description, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg()
+  local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
   if redis.call('EXISTS', name) == 1 then
-    answers[#answers + 1] = redis.call('HGET', name, 'nonce') == nonce and 'already' or 'conflict'
+    local stored = redis.call('HMGET', name, 'nonce', 'digest')
+    local same = digest ~= '' and stored[2] == digest
+    answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
   else
     local date = utc()
     redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
@@ -39,6 +43,7 @@ for _ = 1, tonumber(arg()) do
       'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
       'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'payload', payload, 'nonce', nonce,
       'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
+    if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
     redis.call('RPUSH', KEY.queue .. queue, id)
     count('submitted', queue)
     rung[queue] = true
