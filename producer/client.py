@@ -67,6 +67,7 @@ class Client:
         payload: Any,
         *,
         queue: str = "default",
+        priority: str = "normal",
         id: str | None = None,
         idempotency_key: str | None = None,
         max_retries: int | None = None,
@@ -79,6 +80,10 @@ class Client:
             task: a task, or its dotted path, which is not imported.
             payload: None, bool, 64-bit int, float, str, bytes, list and dict.
             queue: a worker that serves it must be running sooner or later; none is needed now.
+            priority: ``high`` and ``low`` wait in queues of their own, ``<queue>-high`` and ``<queue>-low``. A worker
+                for ``<queue>`` takes from the three strictly in that order: while there is always something of a
+                higher priority, nothing of a lower one runs. So that this does not starve, keep ``high`` rare, or
+                run some workers with the order turned round (``rq worker … gpu-low gpu``).
             id: a name of your own, ``[A-Za-z0-9_-]``. Each can be used once.
             idempotency_key: any text instead of an id. Submitted again with the same task and payload, while the
                 first request is kept, it gives a handle of that one, whatever has become of it and whatever the
@@ -95,8 +100,8 @@ class Client:
             RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
         """
         request = build(
-            task, payload, self.settings, queue=queue, id=id, idempotency_key=idempotency_key,
-            max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
+            task, payload, self.settings, queue=queue, priority=priority, id=id,
+            idempotency_key=idempotency_key, max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
         if self._session.call(lambda store: store.enqueue([request], client=client_id)) == ["conflict"]:
@@ -108,6 +113,7 @@ class Client:
         items: Iterable[Any],
         *,
         queue: str = "default",
+        priority: str = "normal",
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -119,7 +125,8 @@ class Client:
         ``IdempotencyConflict``, all but those it names were stored.
         """
         common = {
-            "queue": queue, "max_retries": max_retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl,
+            "queue": queue, "priority": priority, "max_retries": max_retries, "result_ttl": result_ttl,
+            "failure_ttl": failure_ttl,
         }  # fmt: skip
         requests = build_many(items, self.settings, common)
         client_id = self._session.client_id
@@ -152,7 +159,7 @@ class Client:
     ) -> Listing:
         """One page of requests: running ones first, then waiting, then ended ones from the newest.
 
-        ``status`` and ``queue`` narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
+        ``status`` and ``queue`` (with its priorities) narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
         while you turn pages may be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
         """
         deadline = time.monotonic() + self._session.patience

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.keys import check_queue, key
+from ..protocol.keys import check_queue, key, served
 from ..protocol.records import RequestRecord
 from ..protocol.states import State
 from ..protocol.store import Store
@@ -53,7 +53,7 @@ def read_listing(
     """Read one page; ``call`` runs an operation on a store. Raises :class:`InvalidRequest`."""
     limit = whole(limit, "limit", 1, MOST)
     states = _states(status)
-    queues = call(Store.queues) if queue is None else [check_queue(queue)]
+    queues = call(Store.queues) if queue is None else sorted(served(check_queue(queue)))
     begin_section, begin_queue, begin = _parse(cursor)
     items: list[RequestRecord] = []
     looked = 0

@@ -12,14 +12,14 @@ from typing import Any, Final
 
 from ..protocol.codec import digest_of, pack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
-from ..protocol.keys import check_id, check_queue, check_task, id_of_key
+from ..protocol.keys import check_id, check_queue, check_task, id_of_key, with_priority
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
 from .arguments import Seconds, kept, whole
 
-OPTIONS: Final = ("queue", "id", "idempotency_key", "max_retries", "result_ttl", "failure_ttl")
+OPTIONS: Final = ("queue", "priority", "id", "idempotency_key", "max_retries", "result_ttl", "failure_ttl")
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
@@ -32,6 +32,7 @@ def build(
     settings: Settings,
     *,
     queue: str = "default",
+    priority: str = "normal",
     id: str | None = None,
     idempotency_key: str | None = None,
     max_retries: int | None = None,
@@ -47,7 +48,7 @@ def build(
     return NewRequest(
         id=identifier,
         nonce=uuid.uuid4().hex,
-        queue=check_queue(queue),
+        queue=with_priority(check_queue(queue), priority),
         task=path,
         payload=pack(_prepared(found, payload), limit=settings.max_payload, what="payload"),
         max_retries=whole(

@@ -86,6 +86,9 @@ def key(name: str, identifier: str = "") -> str:
     return NAMES[name] + identifier
 
 
+PRIORITIES: Final = ("high", "normal", "low")
+_SUFFIXES = ("-high", "-low")
+
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.@-]{1,200}")
 _TASK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
@@ -119,6 +122,28 @@ def check_queue(name: object) -> str:
             f"a queue name has 1 to 200 letters, digits, '_', '.', '@' or '-', but this one is {_shown(name)}", "queue"
         )
     return name
+
+
+def with_priority(queue: str, priority: object) -> str:
+    """The queue in which requests of a priority wait: ``<queue>-high``, ``<queue>``, ``<queue>-low``.
+
+    Raises :class:`InvalidRequest` for another word, and for a queue that is one of a priority already.
+    """
+    if priority not in PRIORITIES:
+        raise InvalidRequest(f"priority is 'high', 'normal' or 'low', not {_shown(priority)}", "priority")
+    if priority == "normal":
+        return queue
+    if queue.endswith(_SUFFIXES):
+        raise InvalidRequest(f"the queue {queue} is one of a priority already; leave out the priority", "priority")
+    return check_queue(f"{queue}-{priority}")
+
+
+def served(queue: str) -> list[str]:
+    """The queues that are served for a name, first served first: those of all priorities.
+
+    A name that is one of a priority already (``gpu-high``) stands for itself.
+    """
+    return [queue] if queue.endswith(_SUFFIXES) else [f"{queue}-high", queue, f"{queue}-low"]
 
 
 def check_task(path: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ..protocol.errors import PerdureError, RequestCanceled, RequestFailed
+from ..protocol.keys import with_priority
 from .console import json_option, open_client, print_json, print_value, timeout_option, url_option, visible
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Examples:
 @click.argument("task")
 @click.argument("payload", metavar="JSON")
 @click.option("--queue", default="default", show_default=True, metavar="NAME", help="The queue it waits in.")
+@click.option("--priority", default="normal", show_default=True, metavar="WORD", help="high, normal or low.")
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
 @click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
@@ -34,7 +36,7 @@ Examples:
 @json_option
 @url_option
 def submit(
-    task: str, payload: str, queue: str, identifier: str | None, idempotency_key: str | None,
+    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
     max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
@@ -46,13 +48,19 @@ def submit(
         raise click.UsageError("--timeout goes with --wait or --stream")
     with open_client(url) as client:
         handle = client.submit(
-            task, value, queue=queue, id=identifier, idempotency_key=idempotency_key, max_retries=max_retries
+            task,
+            value,
+            queue=queue,
+            priority=priority,
+            id=identifier,
+            idempotency_key=idempotency_key,
+            max_retries=max_retries,
         )
         if wait or stream:
             click.echo(f"request {handle.id}", err=True)
             follow(handle, wait=wait, stream=stream, timeout=timeout, as_json=as_json)
         elif as_json:
-            print_json({"id": handle.id, "queue": queue})
+            print_json({"id": handle.id, "queue": with_priority(queue, priority)})
         else:
             click.echo(handle.id)
 

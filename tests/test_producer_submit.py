@@ -165,6 +165,10 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "id, umlaut": (PATH, {}, {"id": "ä"}, InvalidRequest, "request id"),
     "id, empty": (PATH, {}, {"id": ""}, InvalidRequest, "request id"),
     "id, long": (PATH, {}, {"id": "x" * 201}, InvalidRequest, "request id"),
+    "priority": (PATH, {}, {"priority": "urgent"}, InvalidRequest, "'high', 'normal' or 'low'"),
+    "priority, list": (PATH, {}, {"priority": ["high"]}, InvalidRequest, "'high', 'normal' or 'low'"),
+    "priority twice": (PATH, {}, {"queue": "gpu-low", "priority": "high"}, InvalidRequest, "a priority already"),
+    "priority, long": (PATH, {}, {"queue": "x" * 198, "priority": "high"}, InvalidRequest, "queue name"),
     "key and id": (PATH, {}, {"id": "a", "idempotency_key": "b"}, InvalidRequest, "either an id or"),
     "key, empty": (PATH, {}, {"idempotency_key": ""}, InvalidRequest, "idempotency_key"),
     "key, number": (PATH, {}, {"idempotency_key": 7}, InvalidRequest, "idempotency_key"),
@@ -216,6 +220,19 @@ def test_an_id_can_be_used_once(client: Client, redis_client: redis.Redis) -> No
     with pytest.raises(IdempotencyConflict, match="the id a "):
         client.submit_many([{"task": PATH, "payload": 1, "id": name} for name in ("a", "b")])
     assert redis_client.lrange(key("queue", "default"), 0, -1) == [b"a", b"b"]
+
+
+def test_priorities_are_queues(client: Client, redis_client: redis.Redis) -> None:
+    handles = [client.submit(PATH, 1, queue="gpu", priority=word) for word in ("low", "normal", "high")]
+    handles += client.submit_many(
+        [(PATH, 1), {"task": PATH, "payload": 2, "priority": "low"}], queue="gpu", priority="high"
+    )
+    assert [handle.record().queue for handle in handles] == ["gpu-low", "gpu", "gpu-high", "gpu-high", "gpu-low"]
+    assert client.submit(PATH, 1, queue="gpu-high").record().queue == "gpu-high"
+    assert len(client.list(queue="gpu").items) == 6
+    assert len(client.list(queue="gpu-low").items) == 2
+    first = client.list(queue="gpu", limit=2)
+    assert len(client.list(queue="gpu", cursor=first.cursor).items) == 4
 
 
 class Drawing(BatchTask):

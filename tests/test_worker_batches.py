@@ -223,3 +223,26 @@ def test_a_request_is_an_rq_job(lab: Lab) -> None:
     assert job.return_value() == {"counted": 30}
     eventually(lambda: lab.connection.hget(key("worker", worker.name), "state") == b"idle")
     assert time.time() - job.latest_result().created_at.timestamp() < 60  # type: ignore[union-attr]
+
+
+def test_a_worker_serves_the_priorities_of_its_queue_in_order(lab: Lab) -> None:
+    """High before normal before low; RQ sees the worker under the name that it was given."""
+    names = [lab.submit("count", {"n": 1}, queue=queue) for queue in ("gpu-low", "gpu", "gpu-high")]
+    lab.worker("--burst", "--max-jobs", "3").end()
+    records = [lab.check(name, 1) for name in names]
+    assert [record.queue for record in sorted(records, key=lambda record: record.started_at)] == [
+        "gpu-high", "gpu", "gpu-low",
+    ]  # fmt: skip
+    worker = lab.worker()
+    assert lab.ready(worker.name)["queues"] == ["gpu"]  # type: ignore[index]
+    assert lab.connection.smembers(key("workers_of", "gpu")) == {key("worker", worker.name).encode()}
+    assert not lab.connection.exists(key("workers_of", "gpu-high"))
+    lab.check(lab.submit("count", {"n": 1}, queue="gpu-low"), 1)
+
+
+def test_a_queue_of_one_priority_can_be_served_alone(lab: Lab) -> None:
+    """A worker for gpu-low takes nothing else."""
+    low, normal = lab.submit("count", {"n": 1}, queue="gpu-low"), lab.submit("count", {"n": 1})
+    lab.worker("--burst", queues=("gpu-low",)).end()
+    lab.check(low, 1)
+    assert lab.waiting() == [normal]

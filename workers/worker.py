@@ -29,7 +29,7 @@ from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
-from ..protocol.keys import check_queue
+from ..protocol.keys import check_queue, served
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -242,13 +242,17 @@ class Worker(SimpleWorker):
     # --- queues and plain jobs -----------------------------------------------------------------------
 
     def _next_queues(self) -> list[str]:
-        """Queue names in the order that RQ's dequeue strategy asks for. Called by the courier before each claim."""
+        """Queue names in the order that RQ's dequeue strategy asks for, each with its priorities.
+
+        Called by the courier before each claim.
+        """
         assert self._courier is not None
         if self._dependents is not None and self._courier.claimer.limits.burst:
             self._dependents.enqueue()
         if self._dequeue_strategy != DequeueStrategy.DEFAULT and self._ordered_queues:
             self.reorder_queues(self._ordered_queues[0])
-        return [queue.name for queue in self._ordered_queues]
+        # A queue that is named by itself too (gpu gpu-low) is served where it first comes.
+        return list(dict.fromkeys(name for queue in self._ordered_queues for name in served(queue.name)))
 
     def _run_plain(self, claim: Claim) -> None:
         """Run a plain job by RQ's own code; the claim has already written what RQ's preparation writes."""

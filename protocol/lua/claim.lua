@@ -2,7 +2,7 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated, as RQ shows them
+-- ARGV queues_text  its queues, comma-separated
 -- ARGV timeout_ms   heartbeat timeout: ms until the incarnation counts as dead without a heartbeat
 -- ARGV lease_ms     length of a lease
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
@@ -213,7 +213,9 @@ end
 if number > 0 then
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
-  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'queues', queues_text)
+  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker)
+  -- Until the first heartbeat, which knows the names that the worker was started with.
+  redis.call('HSETNX', KEY.incarnation .. incarnation, 'queues', queues_text)
   if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung') end -- whoever hung here before has gone
   redis.call('EXPIRE', KEY.incarnation .. incarnation, DAY)
   show_state(worker, incarnation)
