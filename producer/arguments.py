@@ -30,6 +30,14 @@ def kept(value: object, name: str) -> int:
     return math.ceil(seconds)
 
 
+def delayed(value: object, name: str) -> float:
+    """How much later something happens, in seconds; 0 is at once."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
+        raise InvalidRequest(f"{name} is in seconds, from 0 to 100 years, but is {value!r}", name)
+    return float(seconds)
+
+
 def waited(value: object, name: str) -> float:
     """How long something is waited for, in seconds; 0 and infinity are allowed."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:

@@ -70,6 +70,7 @@ class Client:
         priority: str = "normal",
         id: str | None = None,
         idempotency_key: str | None = None,
+        delay: Seconds = 0,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -88,6 +89,7 @@ class Client:
             idempotency_key: any text instead of an id. Submitted again with the same task and payload, while the
                 first request is kept, it gives a handle of that one, whatever has become of it and whatever the
                 other options say. Keys are those of the whole pool, not of a queue.
+            delay: seconds until it may enter its queue; its status is ``scheduled`` until then.
             max_retries: retries after failures of the request's own; losses of workers are not counted.
             result_ttl: seconds to keep a finished request, its outputs and result.
             failure_ttl: seconds to keep a failed or canceled one.
@@ -101,7 +103,7 @@ class Client:
         """
         request = build(
             task, payload, self.settings, queue=queue, priority=priority, id=id,
-            idempotency_key=idempotency_key, max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
+            idempotency_key=idempotency_key, delay=delay, max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
         if self._session.call(lambda store: store.enqueue([request], client=client_id)) == ["conflict"]:
@@ -114,6 +116,7 @@ class Client:
         *,
         queue: str = "default",
         priority: str = "normal",
+        delay: Seconds = 0,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -125,7 +128,7 @@ class Client:
         ``IdempotencyConflict``, all but those it names were stored.
         """
         common = {
-            "queue": queue, "priority": priority, "max_retries": max_retries, "result_ttl": result_ttl,
+            "queue": queue, "priority": priority, "delay": delay, "max_retries": max_retries, "result_ttl": result_ttl,
             "failure_ttl": failure_ttl,
         }  # fmt: skip
         requests = build_many(items, self.settings, common)

@@ -17,9 +17,9 @@ from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
-from .arguments import Seconds, kept, whole
+from .arguments import Seconds, delayed, kept, whole
 
-OPTIONS: Final = ("queue", "priority", "id", "idempotency_key", "max_retries", "result_ttl", "failure_ttl")
+OPTIONS: Final = ("queue", "priority", "id", "idempotency_key", "delay", "max_retries", "result_ttl", "failure_ttl")
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
@@ -35,6 +35,7 @@ def build(
     priority: str = "normal",
     id: str | None = None,
     idempotency_key: str | None = None,
+    delay: Seconds = 0,
     max_retries: int | None = None,
     result_ttl: Seconds | None = None,
     failure_ttl: Seconds | None = None,
@@ -58,6 +59,7 @@ def build(
         failure_ttl=kept(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
         description=path,
         digest=digest,
+        delay=delayed(delay, "delay"),
     )
 
 

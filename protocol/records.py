@@ -45,7 +45,7 @@ class FailureKind(StrEnum):
 class NewRequest:
     """What ``enqueue`` stores. ``payload`` is packed; durations are seconds.
 
-    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise.
+    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long.
     """
 
     id: str
@@ -58,6 +58,7 @@ class NewRequest:
     failure_ttl: int
     description: str
     digest: str = ""
+    delay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ class State(StrEnum):
     QUEUED = "queued"
     """Waits in its queue. ``claim`` takes it out."""
     SCHEDULED = "scheduled"
-    """Waits for a due time (a retry's delay). ``promote`` or ``claim`` moves it to the queue."""
+    """Waits for a due time (its own delay, or a retry's). ``promote`` or ``claim`` moves it to the queue."""
     STARTED = "started"
     """Held by a worker under a lease."""
     FINISHED = "finished"
@@ -41,7 +41,7 @@ ENDED: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELED, State.ST
 
 # state -> {next state: the scripts that make the move}
 TRANSITIONS: Final[dict[State, dict[State, tuple[str, ...]]]] = {
-    State.CREATED: {State.QUEUED: ("enqueue",)},
+    State.CREATED: {State.QUEUED: ("enqueue",), State.SCHEDULED: ("enqueue",)},
     State.QUEUED: {State.STARTED: ("claim",), State.CANCELED: ("cancel",)},
     State.SCHEDULED: {State.QUEUED: ("promote", "claim"), State.CANCELED: ("cancel",)},
     State.STARTED: {

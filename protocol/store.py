@@ -62,7 +62,7 @@ class Store(Reads):
                 "data": envelope(STOCK_FUNCTION, request.task), "payload": request.payload,
                 "description": request.description, "max_retries": request.max_retries,
                 "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
-                "digest": request.digest,
+                "digest": request.digest, "delay_ms": math.ceil(request.delay * 1000),
             }
             for request in requests
         ]  # fmt: skip

@@ -29,6 +29,7 @@ Examples:
 @click.option("--priority", default="normal", show_default=True, metavar="WORD", help="high, normal or low.")
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
 @click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
+@click.option("--delay", type=float, default=0.0, metavar="SECONDS", help="Keep it out of its queue for so long.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
@@ -36,7 +37,7 @@ Examples:
 @json_option
 @url_option
 def submit(
-    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
+    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None, delay: float,
     max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
@@ -54,6 +55,7 @@ def submit(
             priority=priority,
             id=identifier,
             idempotency_key=idempotency_key,
+            delay=delay,
             max_retries=max_retries,
         )
         if wait or stream:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -169,6 +170,9 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "priority, list": (PATH, {}, {"priority": ["high"]}, InvalidRequest, "'high', 'normal' or 'low'"),
     "priority twice": (PATH, {}, {"queue": "gpu-low", "priority": "high"}, InvalidRequest, "a priority already"),
     "priority, long": (PATH, {}, {"queue": "x" * 198, "priority": "high"}, InvalidRequest, "queue name"),
+    "delay": (PATH, {}, {"delay": -1}, InvalidRequest, "delay is in seconds"),
+    "delay nan": (PATH, {}, {"delay": math.nan}, InvalidRequest, "delay is in seconds"),
+    "delay, text": (PATH, {}, {"delay": "1 s"}, InvalidRequest, "delay is in seconds"),
     "key and id": (PATH, {}, {"id": "a", "idempotency_key": "b"}, InvalidRequest, "either an id or"),
     "key, empty": (PATH, {}, {"idempotency_key": ""}, InvalidRequest, "idempotency_key"),
     "key, number": (PATH, {}, {"idempotency_key": 7}, InvalidRequest, "idempotency_key"),
@@ -233,6 +237,22 @@ def test_priorities_are_queues(client: Client, redis_client: redis.Redis) -> Non
     assert len(client.list(queue="gpu-low").items) == 2
     first = client.list(queue="gpu", limit=2)
     assert len(client.list(queue="gpu", cursor=first.cursor).items) == 4
+
+
+def test_a_delayed_request_is_scheduled_and_can_be_canceled(client: Client, redis_client: redis.Redis) -> None:
+    late = client.submit(PATH, 1, delay=timedelta(hours=1), id="late")
+    later = client.submit_many([(PATH, 1)], delay=7200.5)[0]
+    assert (late.status(), later.status()) == ("scheduled", "scheduled")
+    assert [record.id for record in client.list(status="scheduled").items] == [late.id, later.id]
+    assert redis_client.llen(key("queue", "default")) == 0
+    due: Any = redis_client.zrange(key("retries", "default"), 0, -1, withscores=True)
+    assert due[1][1] - due[0][1] == pytest.approx(3_600_500, abs=60_000)
+    assert due[0][1] / 1000 == pytest.approx(time.time() + 3600, abs=60)
+    assert late.cancel()
+    assert late.status() == "canceled"
+    assert redis_client.zcard(key("retries", "default")) == 1
+    with pytest.raises(IdempotencyConflict):
+        client.submit(PATH, 1, id="late")
 
 
 class Drawing(BatchTask):

@@ -167,6 +167,44 @@ def test_dropped_entries_are_bounded_too(pool: Pool, hand: Hand):
     assert [claim.id for claim in hand.claim().claims] == ["a"]
 
 
+def delay(pool: Pool, identifier: str, seconds: float) -> None:
+    request = dataclasses.replace(pool.new(identifier), delay=seconds)
+    assert pool.store.enqueue([request], client="me") == ["accepted"]
+    assert pool.store.enqueue([request], client="me") == ["already"]
+
+
+def test_a_delayed_request_enters_its_queue_when_it_is_due(pool: Pool, hand: Hand):
+    """Nobody can claim it before; then it stands behind what waits already. It is no attempt and no retry."""
+    delay(pool, "late", 5)
+    pool.submit("first")
+    assert pool.status("late") is State.SCHEDULED
+    assert Job.fetch("late", connection=pool.connection).enqueued_at is None
+    assert pool.due_in("late") == pytest.approx(5, abs=2)
+    assert pool.store.promote(["gpu"]) == 0
+    assert pool.waiting() == ["first"]
+    pool.make_due("late")
+    assert pool.store.promote(["gpu"]) == 1
+    assert pool.waiting() == ["first", "late"]
+    assert pool.connection.llen(key("bell", "gpu")) > 0
+    assert [(claim.id, claim.attempt) for claim in hand.claim(2).claims] == [("first", 1), ("late", 1)]
+    assert pool.events("late") == []
+    assert Job.fetch("late", connection=pool.connection).enqueued_at is not None
+
+
+def test_a_delayed_request_that_is_canceled_or_deleted_never_runs(pool: Pool, hand: Hand):
+    """Also by RQ's own hand, which knows nothing of where it waits."""
+    for name in ("ours", "theirs", "deleted"):
+        delay(pool, name, 5)
+    assert pool.cancel("ours") == "canceled"
+    fetch(pool, "theirs").cancel()
+    fetch(pool, "deleted").delete()
+    for name in ("ours", "theirs", "deleted"):
+        pool.make_due(name)
+    assert hand.claim().claims == []
+    assert pool.status("ours") is pool.status("theirs") is State.CANCELED
+    assert pool.connection.zcard(key("retries", "gpu")) == 0
+
+
 # --- ends and retries --------------------------------------------------------------------------------
 
 
@@ -765,6 +803,9 @@ def edges(pool: Pool) -> Iterator[Edge]:
         hand.confirm_cancel(claim)
 
     pool.submit("r")
+    yield State.CREATED, pool.status("r"), "enqueue"
+    pool.connection.flushall()
+    delay(pool, "r", 5)
     yield State.CREATED, pool.status("r"), "enqueue"
     yield move("claim", hand.take, claimed=False)
     yield move("cancel", cancel, claimed=False)

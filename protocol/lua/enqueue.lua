@@ -1,4 +1,4 @@
--- Store new requests and put them at the end of their queues.
+-- Store new requests and put them at the end of their queues, or aside until their time has come.
 --
 -- ARGV schema     protocol version of the caller
 -- ARGV client     channel of the producer's replies
@@ -13,6 +13,7 @@
 -- EACH request: result_ttl   s to keep a finished request
 -- EACH request: failure_ttl  s to keep a failed one
 -- EACH request: digest       of task and body, if the id was made from an idempotency key; else ''
+-- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
 --          the same idempotency key and body was) or 'conflict' (the id belongs to another request); or only
@@ -27,26 +28,30 @@ end
 local answers, rung = {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
-  local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
+  local description, max_retries, result_ttl, failure_ttl, digest, delay_ms = arg(), arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
   if redis.call('EXISTS', name) == 1 then
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
   else
-    local date = utc()
+    local date, delay = utc(), tonumber(delay_ms)
     redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
     redis.call('SADD', KEY.queues, KEY.queue .. queue)
-    redis.call('HSET', name, 'created_at', date, 'enqueued_at', date, 'started_at', '', 'ended_at', '',
+    redis.call('HSET', name, 'created_at', date, 'enqueued_at', delay > 0 and '' or date, 'started_at', '', 'ended_at', '',
       'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '',
       'failure_callback_name', '', 'stopped_callback_name', '', 'data', data, 'description', description,
       'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
       'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'payload', payload, 'nonce', nonce,
       'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
     if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
-    redis.call('RPUSH', KEY.queue .. queue, id)
+    if delay > 0 then
+      to_retries(queue, id, delay / 1000)
+    else
+      redis.call('RPUSH', KEY.queue .. queue, id)
+      rung[queue] = true
+    end
     count('submitted', queue)
-    rung[queue] = true
     answers[#answers + 1] = 'accepted'
   end
 end

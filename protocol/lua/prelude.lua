@@ -316,7 +316,7 @@ local function settle_canceled(id)
   hint(redis.call('HGET', name, 'client'), id, 'end')
 end
 
--- Move due retries to the back of their queue: they neither overtake fresh work nor starve behind it.
+-- Move due retries, and delayed requests whose time has come, to the back of their queue: they neither overtake fresh work nor starve behind it.
 -- Returns how many were moved.
 local function promote(queue, limit)
   local due = redis.call('ZRANGEBYSCORE', KEY.retries .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)

@@ -1,4 +1,4 @@
--- Move retries that are due to the end of their queues.
+-- Move retries and delayed requests that are due to the end of their queues.
 --
 -- ARGV limit         per queue, at most 128
 -- EACH queue: queue  queue names
