@@ -13,7 +13,7 @@ import redis
 from ..protocol.errors import IdempotencyConflict, RedisUnavailable
 from ..protocol.keys import check_id
 from ..protocol.settings import Settings
-from ..protocol.store import Store, conflict, key_conflict
+from ..protocol.store import Store, conflict, key_conflict, queue_full
 from .arguments import Seconds, waited
 from .handle import Handle
 from .listing import Listing, read_listing
@@ -99,6 +99,7 @@ class Client:
             UnknownTask: this is no task, or no worker could import it.
             PayloadTooLarge: more than ``PERDURE_MAX_PAYLOAD`` bytes.
             IdempotencyConflict: another request has the id, or the key was used with another task or payload.
+            QueueFull: as many requests wait in the queue as ``PERDURE_QUEUE_LIMIT`` allows; nothing was stored.
             RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
         """
         request = build(
@@ -106,7 +107,10 @@ class Client:
             idempotency_key=idempotency_key, delay=delay, max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
-        if self._session.call(lambda store: store.enqueue([request], client=client_id)) == ["conflict"]:
+        (answer,) = self._session.call(lambda store: store.enqueue([request], client=client_id))
+        if answer == "full":
+            raise queue_full(request.queue, self.settings.queue_limit)
+        if answer == "conflict":
             raise conflict(request.id) if idempotency_key is None else key_conflict(idempotency_key)
         return Handle(request.id, self._session)
 
@@ -125,7 +129,7 @@ class Client:
 
         An item is ``(task, payload)``, or a dict with ``task``, ``payload`` and any option of :meth:`submit`.
         All are checked before the first is stored. Raises as :meth:`submit` does; with
-        ``IdempotencyConflict``, all but those it names were stored.
+        ``IdempotencyConflict`` or ``QueueFull``, all but those it names were stored.
         """
         common = {
             "queue": queue, "priority": priority, "delay": delay, "max_retries": max_retries, "result_ttl": result_ttl,
@@ -133,16 +137,23 @@ class Client:
         }  # fmt: skip
         requests = build_many(items, self.settings, common)
         client_id = self._session.client_id
-        taken: list[str] = []
-        stored = 0
+        answers: list[str] = []
         for chunk in chunks(requests):
             try:
-                answers = self._session.call(partial(Store.enqueue, requests=chunk, client=client_id))
-            except RedisUnavailable as error:
-                error.add_note(f"{stored} of {len(requests)} requests were stored; the next {len(chunk)} may have been")
+                answers += self._session.call(partial(Store.enqueue, requests=chunk, client=client_id))
+            except RedisUnavailable as unavailable:
+                stored = len(answers) - answers.count("full") - answers.count("conflict")
+                unavailable.add_note(
+                    f"{stored} of {len(requests)} requests were stored; the next {len(chunk)} may have been"
+                )
                 raise
-            stored += len(chunk)
-            taken += [request.id for request, answer in zip(chunk, answers, strict=True) if answer == "conflict"]
+        taken = [request.id for request, answer in zip(requests, answers, strict=True) if answer == "conflict"]
+        if full := [index for index, answer in enumerate(answers) if answer == "full"]:
+            error = queue_full(requests[full[0]].queue, self.settings.queue_limit, full)
+            error.add_note(f"{len(requests) - len(full) - len(taken)} of {len(requests)} requests were stored")
+            if taken:
+                error.add_note(f"these ids belong to other requests: {', '.join(taken[:10])}")
+            raise error
         if len(taken) == 1:
             raise conflict(taken[0])
         if taken:

@@ -139,7 +139,18 @@ class TryAgainLater(PerdureError):
 
 
 class QueueFull(TryAgainLater):
-    """The queue holds as many requests as ``PERDURE_QUEUE_LIMIT`` allows."""
+    """The queue holds as many requests as ``PERDURE_QUEUE_LIMIT`` allows.
+
+    ``items`` are the positions of what was not stored: ``(0,)`` after ``submit``; of a ``submit_many`` all others
+    were stored.
+    """
+
+    def __init__(self, message: str, retry_after: float, items: Sequence[int] = (0,)) -> None:
+        super().__init__(message, retry_after)
+        self.items = tuple(items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after, self.items)
 
 
 class Degraded(TryAgainLater):

@@ -72,7 +72,9 @@ class Settings:
         default=86400.0, metadata={"help": "seconds that a finished request and its outputs are kept"}
     )
     failure_ttl: float = field(default=604800.0, metadata={"help": "seconds that a failed request is kept"})
-    queue_limit: int = field(default=0, metadata={"help": "most requests waiting in a queue; 0 is no limit"})
+    queue_limit: int = field(
+        default=0, metadata={"help": "most requests that submit lets wait in a queue; 0 is no limit"}
+    )
     capacity: int = field(default=0, metadata={"help": "workers expected; 0 takes the recent maximum"})
     max_payload: int = field(default=8 * 1024 * 1024, metadata={"help": "most bytes of a payload or an output, packed"})
     max_state: int = field(default=64 * 1024 * 1024, metadata={"help": "most bytes of a state, packed"})

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from .codec import envelope, pack_exception
-from .errors import IdempotencyConflict, ProtocolMismatch
+from .errors import IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
 from .reads import Reads
 from .records import (
@@ -41,6 +41,10 @@ STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
 """What a stock RQ worker runs when it takes a request of ours: see that function."""
 
 
+RETRY_AFTER = 1.0
+"""Seconds after which a producer may come again to a full queue."""
+
+
 class Store(Reads):
     """The protocol over one connection. Not for several threads at once."""
 
@@ -53,7 +57,7 @@ class Store(Reads):
     def enqueue(self, requests: Sequence[NewRequest], *, client: str = "") -> list[str]:
         """Store requests; at most :data:`MAX_REQUESTS` a call.
 
-        Returns per request ``"accepted"``, ``"already"``, ``"same"`` or ``"conflict"``. Raises
+        Returns per request ``"accepted"``, ``"already"``, ``"same"``, ``"conflict"`` or ``"full"``. Raises
         :class:`ProtocolMismatch` when Redis holds a newer protocol.
         """
         rows = [
@@ -66,7 +70,8 @@ class Store(Reads):
             }
             for request in requests
         ]  # fmt: skip
-        answers = self._call("enqueue", {"schema": SCHEMA, "client": client}, {"request": rows})
+        values = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
+        answers = self._call("enqueue", values, {"request": rows})
         if answers == ["newer"]:
             raise newer_protocol()
         return list(answers)
@@ -312,6 +317,15 @@ def key_conflict(idempotency_key: str) -> IdempotencyConflict:
     return IdempotencyConflict(
         f"the idempotency_key {idempotency_key!r} was used with another task or payload; choose another key, or send "
         "what was sent first"
+    )
+
+
+def queue_full(queue: str, limit: int, items: Sequence[int] = (0,)) -> QueueFull:
+    """The error of a submit that came to a full queue; ``items`` are the positions of what was not stored."""
+    return QueueFull(
+        f"the queue {queue} holds as many waiting requests as PERDURE_QUEUE_LIMIT allows ({limit:,}); try again later",
+        RETRY_AFTER,
+        items,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import select
@@ -28,6 +29,7 @@ from perdure.protocol.errors import (
     IdempotencyConflict,
     InvalidRequest,
     PayloadTooLarge,
+    QueueFull,
     RedisUnavailable,
     TryAgainLater,
     UnknownRequest,
@@ -253,6 +255,62 @@ def test_a_delayed_request_is_scheduled_and_can_be_canceled(client: Client, redi
     assert redis_client.zcard(key("retries", "default")) == 1
     with pytest.raises(IdempotencyConflict):
         client.submit(PATH, 1, id="late")
+
+
+def test_a_full_queue_takes_no_more(redis_client: redis.Redis) -> None:
+    """Waiting and delayed ones count; another queue, and what is there already, is none of its business."""
+    with Client(connection=redis_client, settings=Settings(queue_limit=3)) as client:
+        client.submit(PATH, 0, idempotency_key="k")
+        client.submit(PATH, 0, delay=60)
+        items = [(PATH, 1), (PATH, 2), {"task": PATH, "payload": 3, "queue": "other"}, (PATH, 4)]
+        with pytest.raises(QueueFull, match=r"the queue default .* PERDURE_QUEUE_LIMIT allows \(3\)") as many:
+            client.submit_many(items)
+        assert (many.value.items, many.value.retry_after) == ((1, 3), 1.0)
+        assert "2 of 4 requests were stored" in many.value.__notes__[0]
+        with pytest.raises(QueueFull) as one:
+            client.submit(PATH, 5, id="five")
+        copy = pickle.loads(pickle.dumps(one.value))
+        assert (copy.items, str(copy)) == ((0,), str(one.value))
+        with pytest.raises(UnknownRequest):
+            client.get("five").status()
+        assert client.submit(PATH, 0, idempotency_key="k").status() == "queued"
+        assert client.submit(PATH, 5, priority="high").status() == "queued"
+    waiting: Any = redis_client.llen(key("queue", "default"))
+    assert waiting == 2
+    assert redis_client.zcard(key("retries", "default")) == 1
+
+
+def test_concurrent_producers_never_exceed_the_limit(redis_url: str, connection: redis.Redis) -> None:
+    """Processes of their own, each in one go: exactly as many are stored as fit."""
+    code = (
+        "import sys\n"
+        "from perdure.producer import Client\n"
+        "from perdure.protocol.errors import QueueFull\n"
+        "stored = 0\n"
+        "with Client() as client:\n"
+        "    sys.stdin.readline()\n"
+        "    for index in range(50):\n"
+        "        try:\n"
+        f"            client.submit_many([({PATH!r}, 1), ({PATH!r}, 2)])\n"
+        "            stored += 2\n"
+        "        except QueueFull as error:\n"
+        "            stored += 2 - len(error.items)\n"
+        "print(stored)\n"
+    )
+    environment = {**os.environ, "PERDURE_REDIS_URL": redis_url, "PERDURE_QUEUE_LIMIT": "101"}
+    producers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for _ in range(4)
+    ]
+    for producer in producers:
+        assert producer.stdin is not None
+        producer.stdin.write("go\n")
+        producer.stdin.flush()
+    outputs = [producer.communicate(timeout=60)[0] for producer in producers]
+    assert sum(int(output) for output in outputs) == 101
+    assert connection.llen(key("queue", "default")) == 101
 
 
 class Drawing(BatchTask):

@@ -53,6 +53,14 @@ def test_an_enqueue_sent_again_after_the_end_changes_nothing(pool: Pool, hand: H
     assert dump(pool.connection, without=()) == before
 
 
+def test_an_enqueue_sent_again_is_known_although_the_queue_is_full_by_now(connection: redis.Redis):
+    """Identity comes before admission."""
+    pool = Pool.over(connection, queue_limit=1)
+    assert pool.store.enqueue([pool.new("a")]) == ["accepted"]
+    assert pool.store.enqueue([pool.new("a"), pool.new("b")]) == ["already", "full"]
+    assert pool.waiting() == ["a"]
+
+
 def test_an_id_that_is_taken_is_a_conflict_and_the_others_are_accepted(pool: Pool):
     """The id of another request, or of a plain RQ job, is never overwritten."""
     pool.submit("a")

@@ -2,6 +2,7 @@
 --
 -- ARGV schema     protocol version of the caller
 -- ARGV client     channel of the producer's replies
+-- ARGV limit      most requests that may wait in a queue; 0 for any number
 -- EACH request: id           request id, [A-Za-z0-9_-]
 -- EACH request: nonce        one per submit; the same again when a call is sent again
 -- EACH request: queue        queue name
@@ -16,12 +17,13 @@
 -- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
---          the same idempotency key and body was) or 'conflict' (the id belongs to another request); or only
---          'newer' if Redis holds a newer protocol.
+--          the same idempotency key and body was) or 'conflict' (the id belongs to another request) or 'full'
+--          (as many wait as the limit allows; nothing was stored); or only 'newer' if Redis holds a newer protocol.
 --
+-- What waits is what stands in the queue's list or aside for its time, also canceled ones that no claim has met.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
-local schema, client = arg(), arg()
+local schema, client, limit = arg(), arg(), tonumber(arg())
 if redis.call('SET', KEY.schema, schema, 'NX') == false and tonumber(redis.call('GET', KEY.schema)) > tonumber(schema) then
   return { 'newer' }
 end
@@ -34,6 +36,8 @@ for _ = 1, tonumber(arg()) do
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
+  elseif limit > 0 and redis.call('LLEN', KEY.queue .. queue) + redis.call('ZCARD', KEY.retries .. queue) >= limit then
+    answers[#answers + 1] = 'full'
   else
     local date, delay = utc(), tonumber(delay_ms)
     redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
