@@ -22,6 +22,13 @@ def whole(value: object, name: str, least: int, most: int | None = None) -> int:
     return value  # type: ignore[return-value]
 
 
+def flag(value: object, name: str) -> bool:
+    """True or False, and nothing that only counts as one."""
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is True or False, not {value!r}", name)
+    return value
+
+
 def kept(value: object, name: str) -> int:
     """How long something is kept: whole seconds, rounded up."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
 
-from ..protocol.errors import IdempotencyConflict, RedisUnavailable
+from ..protocol.errors import DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.keys import check_id
 from ..protocol.settings import Settings
 from ..protocol.store import Store, conflict, key_conflict, queue_full
@@ -71,6 +71,8 @@ class Client:
         id: str | None = None,
         idempotency_key: str | None = None,
         delay: Seconds = 0,
+        durable: bool = False,
+        meta: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -90,6 +92,9 @@ class Client:
                 first request is kept, it gives a handle of that one, whatever has become of it and whatever the
                 other options say. Keys are those of the whole pool, not of a queue.
             delay: seconds until it may enter its queue; its status is ``scheduled`` until then.
+            durable: return only once the request is on disk (``WAITAOF``; about a second with Redis' default
+                ``appendfsync everysec``).
+            meta: a dict for people and tools; ``Job.fetch(id).meta`` shows it, tasks do not see it.
             max_retries: retries after failures of the request's own; losses of workers are not counted.
             result_ttl: seconds to keep a finished request, its outputs and result.
             failure_ttl: seconds to keep a failed or canceled one.
@@ -100,11 +105,13 @@ class Client:
             PayloadTooLarge: more than ``PERDURE_MAX_PAYLOAD`` bytes.
             IdempotencyConflict: another request has the id, or the key was used with another task or payload.
             QueueFull: as many requests wait in the queue as ``PERDURE_QUEUE_LIMIT`` allows; nothing was stored.
+            DurabilityUnavailable: ``durable``, and Redis cannot confirm it. The request is stored all the same.
             RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
         """
         request = build(
             task, payload, self.settings, queue=queue, priority=priority, id=id,
-            idempotency_key=idempotency_key, delay=delay, max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
+            idempotency_key=idempotency_key, delay=delay, durable=durable, meta=meta,
+            max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
         (answer,) = self._session.call(lambda store: store.enqueue([request], client=client_id))
@@ -121,6 +128,8 @@ class Client:
         queue: str = "default",
         priority: str = "normal",
         delay: Seconds = 0,
+        durable: bool = False,
+        meta: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -132,7 +141,7 @@ class Client:
         ``IdempotencyConflict`` or ``QueueFull``, all but those it names were stored.
         """
         common = {
-            "queue": queue, "priority": priority, "delay": delay, "max_retries": max_retries, "result_ttl": result_ttl,
+            "queue": queue, "priority": priority, "delay": delay, "durable": durable, "meta": meta, "max_retries": max_retries, "result_ttl": result_ttl,
             "failure_ttl": failure_ttl,
         }  # fmt: skip
         requests = build_many(items, self.settings, common)
@@ -141,6 +150,10 @@ class Client:
         for chunk in chunks(requests):
             try:
                 answers += self._session.call(partial(Store.enqueue, requests=chunk, client=client_id))
+            except DurabilityUnavailable as error:
+                stored = len(answers) - answers.count("full") - answers.count("conflict") + len(error.request_ids)
+                error.add_note(f"{stored} of {len(requests)} requests were stored")
+                raise
             except RedisUnavailable as unavailable:
                 stored = len(answers) - answers.count("full") - answers.count("conflict")
                 unavailable.add_note(
@@ -149,11 +162,11 @@ class Client:
                 raise
         taken = [request.id for request, answer in zip(requests, answers, strict=True) if answer == "conflict"]
         if full := [index for index, answer in enumerate(answers) if answer == "full"]:
-            error = queue_full(requests[full[0]].queue, self.settings.queue_limit, full)
-            error.add_note(f"{len(requests) - len(full) - len(taken)} of {len(requests)} requests were stored")
+            refusal = queue_full(requests[full[0]].queue, self.settings.queue_limit, full)
+            refusal.add_note(f"{len(requests) - len(full) - len(taken)} of {len(requests)} requests were stored")
             if taken:
-                error.add_note(f"these ids belong to other requests: {', '.join(taken[:10])}")
-            raise error
+                refusal.add_note(f"these ids belong to other requests: {', '.join(taken[:10])}")
+            raise refusal
         if len(taken) == 1:
             raise conflict(taken[0])
         if taken:

@@ -10,20 +10,32 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from ..protocol.codec import digest_of, pack
+from ..protocol.codec import RestrictedPickle, digest_of, pack, unpack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
 from ..protocol.keys import check_id, check_queue, check_task, id_of_key, with_priority
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
-from .arguments import Seconds, delayed, kept, whole
+from .arguments import Seconds, delayed, flag, kept, whole
 
-OPTIONS: Final = ("queue", "priority", "id", "idempotency_key", "delay", "max_retries", "result_ttl", "failure_ttl")
+OPTIONS: Final = (
+    "queue",
+    "priority",
+    "id",
+    "idempotency_key",
+    "delay",
+    "durable",
+    "meta",
+    "max_retries",
+    "result_ttl",
+    "failure_ttl",
+)
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
 _MOST_RETRIES = 1000
+_MOST_META = 64 * 1024  # bytes; RQ's tools read it with every job
 
 
 def build(
@@ -36,6 +48,8 @@ def build(
     id: str | None = None,
     idempotency_key: str | None = None,
     delay: Seconds = 0,
+    durable: bool = False,
+    meta: Mapping[str, Any] | None = None,
     max_retries: int | None = None,
     result_ttl: Seconds | None = None,
     failure_ttl: Seconds | None = None,
@@ -60,6 +74,8 @@ def build(
         description=path,
         digest=digest,
         delay=delayed(delay, "delay"),
+        durable=flag(durable, "durable"),
+        meta=_meta(meta),
     )
 
 
@@ -92,7 +108,7 @@ def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:
     chunk: list[NewRequest] = []
     size = 0
     for request in requests:
-        weight = len(request.payload) + _ROW
+        weight = len(request.payload) + len(request.meta) + _ROW
         if chunk and (len(chunk) == MAX_REQUESTS or size + weight > MAX_BYTES):
             yield chunk
             chunk, size = [], 0
@@ -111,6 +127,17 @@ def _identity(
     if id is not None:
         raise InvalidRequest("give a request either an id or an idempotency_key, which makes the id", "idempotency_key")
     return id_of_key(idempotency_key), digest_of(path, payload, limit=settings.max_payload)
+
+
+def _meta(meta: object) -> bytes:
+    """RQ's ``meta`` as RQ stores it. Only plain values: nobody should have to unpickle anything else."""
+    if meta is None:
+        return b""
+    if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in meta):
+        raise InvalidRequest(f"meta is a dict whose keys are texts, not {type(meta).__name__}: {meta!r:.60}", "meta")
+    # Through msgpack: what comes out is of no class but Python's own.
+    plain = unpack(pack(dict(meta), limit=_MOST_META, what="meta"))
+    return RestrictedPickle.dumps(plain) if plain else b""
 
 
 def _named(task: object) -> tuple[str, object]:

@@ -176,7 +176,22 @@ class RedisUnavailable(PerdureError):
 
 
 class DurabilityUnavailable(PerdureError):
-    """Redis cannot confirm that the request is on disk (no AOF, or older than 7.2)."""
+    """Redis cannot confirm that the request is on disk (no AOF, or older than 7.2).
+
+    It is stored all the same and will run: ``client.get(id)`` gives its handle, ``request_ids`` has the ids. Do not
+    send it again; turn AOF on, or submit without ``durable``.
+    """
+
+    def __init__(self, reason: str, request_ids: Sequence[str] = ()) -> None:
+        shown = ", ".join(request_ids[:10]) + (", …" if len(request_ids) > 10 else "")
+        super().__init__(
+            f"Redis does not confirm that {shown} is on disk: {reason}. It is stored all the same and will run"
+        )
+        self.reason = reason
+        self.request_ids = tuple(request_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.request_ids)
 
 
 class ProtocolMismatch(PerdureError):

@@ -45,7 +45,8 @@ class FailureKind(StrEnum):
 class NewRequest:
     """What ``enqueue`` stores. ``payload`` is packed; durations are seconds.
 
-    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long.
+    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long;
+    ``durable`` waits until it is on disk; ``meta`` is RQ's field of that name, pickled.
     """
 
     id: str
@@ -59,6 +60,8 @@ class NewRequest:
     description: str
     digest: str = ""
     delay: float = 0.0
+    durable: bool = False
+    meta: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

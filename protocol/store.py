@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from .codec import envelope, pack_exception
-from .errors import IdempotencyConflict, ProtocolMismatch, QueueFull
+from .errors import DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
 from .reads import Reads
 from .records import (
@@ -45,6 +45,10 @@ RETRY_AFTER = 1.0
 """Seconds after which a producer may come again to a full queue."""
 
 
+DISK_TIMEOUT = 3.0
+"""Seconds that a durable submit waits for the disk, which is synced every second by default."""
+
+
 class Store(Reads):
     """The protocol over one connection. Not for several threads at once."""
 
@@ -58,7 +62,8 @@ class Store(Reads):
         """Store requests; at most :data:`MAX_REQUESTS` a call.
 
         Returns per request ``"accepted"``, ``"already"``, ``"same"``, ``"conflict"`` or ``"full"``. Raises
-        :class:`ProtocolMismatch` when Redis holds a newer protocol.
+        :class:`ProtocolMismatch` when Redis holds a newer protocol. If any is ``durable``, returns once all are on
+        disk, or raises :class:`DurabilityUnavailable`: then they are stored all the same.
         """
         rows = [
             {
@@ -67,13 +72,28 @@ class Store(Reads):
                 "description": request.description, "max_retries": request.max_retries,
                 "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
                 "digest": request.digest, "delay_ms": math.ceil(request.delay * 1000),
+                "durable": int(request.durable), "meta": request.meta,
             }
             for request in requests
         ]  # fmt: skip
         values = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
-        answers = self._call("enqueue", values, {"request": rows})
-        if answers == ["newer"]:
-            raise newer_protocol()
+        if not any(request.durable for request in requests):
+            answers = self._call("enqueue", values, {"request": rows})
+            if answers == ["newer"]:
+                raise newer_protocol()
+            return list(answers)
+        # One connection for both: each waits for its own writes.
+        with self.connection.client() as connection:  # type: ignore[no-untyped-call]
+            answers = self._call("enqueue", values, {"request": rows}, connection)
+            if answers == ["newer"]:
+                raise newer_protocol()
+            here = [
+                request.id
+                for request, answer in zip(requests, answers, strict=True)
+                if request.durable and answer in ("accepted", "already", "same")
+            ]
+            if here and (reason := _not_on_disk(connection)):
+                raise DurabilityUnavailable(reason, here)
         return list(answers)
 
     def cancel(
@@ -285,8 +305,8 @@ class Store(Reads):
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _call(self, name: str, values: Any, groups: Any) -> Any:
-        return _text(load(name)(self.connection, values, groups))
+    def _call(self, name: str, values: Any, groups: Any, connection: redis.Redis | None = None) -> Any:
+        return _text(load(name)(connection or self.connection, values, groups))
 
     def _limits(self) -> dict[str, str | int | float]:
         settings = self.settings
@@ -298,6 +318,17 @@ class Store(Reads):
     def _pulse_ms(self) -> int:
         # Without a reaper process the guardians sweep, and they wake only once per heartbeat.
         return _ms(max(4 * self.settings.reap_interval, 3 * self.settings.heartbeat))
+
+
+def _not_on_disk(connection: redis.Redis) -> str:
+    """Wait until what this connection wrote is on disk; why that cannot be confirmed, or an empty text."""
+    try:
+        reply: Any = connection.execute_command("WAITAOF", 1, 0, _ms(DISK_TIMEOUT))  # type: ignore[no-untyped-call]
+    except redis.ResponseError as error:
+        if "unknown command" in str(error).lower():
+            return "this server has no WAITAOF, which came with Redis 7.2"
+        return str(error)
+    return "" if int(reply[0]) >= 1 else f"it was not synced within {DISK_TIMEOUT:g} s"
 
 
 def newer_protocol() -> ProtocolMismatch:

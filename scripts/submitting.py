@@ -30,6 +30,8 @@ Examples:
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
 @click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
 @click.option("--delay", type=float, default=0.0, metavar="SECONDS", help="Keep it out of its queue for so long.")
+@click.option("--durable", is_flag=True, help="Return once it is on disk.")
+@click.option("--meta", metavar="JSON", help="An object for people and RQ's tools.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
@@ -38,7 +40,7 @@ Examples:
 @url_option
 def submit(
     task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None, delay: float,
-    max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
+    durable: bool, meta: str | None, max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
 
@@ -56,6 +58,8 @@ def submit(
             id=identifier,
             idempotency_key=idempotency_key,
             delay=delay,
+            durable=durable,
+            meta=None if meta is None else _read_json(meta, "--meta"),
             max_retries=max_retries,
         )
         if wait or stream:
@@ -114,14 +118,14 @@ def _ending(handle: Handle, error: PerdureError) -> dict[str, Any]:
     return {"id": handle.id, "status": error.status, "error": None}
 
 
-def _read_json(argument: str) -> Any:
+def _read_json(argument: str, what: str = "the payload") -> Any:
     """The payload. Raises ``click.UsageError`` that shows where it is wrong."""
     text = argument
     if argument == "-":
         try:
             text = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
-            raise click.UsageError(f"the payload on stdin is not UTF-8: byte {error.start}") from None
+            raise click.UsageError(f"{what} on stdin is not UTF-8: byte {error.start}") from None
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -130,12 +134,12 @@ def _read_json(argument: str) -> Any:
         shown, place = visible(line[begin : error.colno + 30]), " " * (error.colno - 1 - begin)
         picture = f"\n  {shown}\n  {place}^" if line else ""
         raise click.UsageError(
-            f"the payload is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{picture}"
+            f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{picture}"
         ) from None
     except RecursionError:
-        raise click.UsageError("the payload is nested too deeply") from None
+        raise click.UsageError(f"{what} is nested too deeply") from None
     except ValueError as error:
-        raise click.UsageError(f"the payload is not JSON: {error}") from None
+        raise click.UsageError(f"{what} is not JSON: {error}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

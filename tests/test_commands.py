@@ -183,6 +183,21 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
     assert client.get(identifier).record().queue == "gpu"
     done = perdure("submit", PATH, "-", "--id", "mine", "--json", stdin="[1, 2]")
     assert json.loads(done.stdout) == {"id": "mine", "queue": "default"}
+    options = (
+        "--priority",
+        "high",
+        "--delay",
+        "60",
+        "--idempotency-key",
+        "k",
+        "--meta",
+        '{"a": 1}',
+        "--json",
+    )
+    done = perdure("submit", PATH, "1", *options)
+    assert json.loads(done.stdout)["queue"] == "default-high"
+    assert perdure("submit", PATH, "1", *options).stdout == done.stdout
+    assert client.get(json.loads(done.stdout)["id"]).status() == "scheduled"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +216,10 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
         (("submit", PATH, "1", "--queue", "a b"), "", "queue name"),
         (("submit", PATH, "1", "--id", "a/b"), "", "request id"),
         (("submit", PATH, "1", "--id", "a", "--idempotency-key", "b"), "", "either an id or"),
+        (("submit", PATH, "1", "--priority", "urgent"), "", "'high', 'normal' or 'low'"),
+        (("submit", PATH, "1", "--meta", "{"), "", "--meta is not JSON"),
+        (("submit", PATH, "1", "--meta", "[]"), "", "meta is a dict"),
+        (("submit", PATH, "1", "--delay", "-1"), "", "delay is in seconds"),
         (("submit", PATH, "1", "--max-retries", "-2"), "", "max_retries"),
         (("submit", PATH, "1", "--timeout", "3"), "", "--wait or --stream"),
         (("submit", PATH), "", "JSON"),

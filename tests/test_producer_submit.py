@@ -16,16 +16,20 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import fakeredis
 import pytest
 import redis
+from rq.job import Job
 
 from perdure.producer import Client, Handle
 from perdure.producer.submission import chunks
-from perdure.protocol.codec import unpack
+from perdure.protocol.codec import RestrictedPickle, unpack
+from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
+    DurabilityUnavailable,
     IdempotencyConflict,
     InvalidRequest,
     PayloadTooLarge,
@@ -39,6 +43,8 @@ from perdure.protocol.errors import (
 from perdure.protocol.keys import key
 from perdure.protocol.records import NewRequest
 from perdure.protocol.settings import Settings
+from perdure.protocol.states import State
+from perdure.scripts.server import Server
 from perdure.workers.tasks import BatchTask, Request, Step, task
 
 PATH = "app.tasks.count"
@@ -175,6 +181,11 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "delay": (PATH, {}, {"delay": -1}, InvalidRequest, "delay is in seconds"),
     "delay nan": (PATH, {}, {"delay": math.nan}, InvalidRequest, "delay is in seconds"),
     "delay, text": (PATH, {}, {"delay": "1 s"}, InvalidRequest, "delay is in seconds"),
+    "durable": (PATH, {}, {"durable": 1}, InvalidRequest, "durable is True or False"),
+    "meta": (PATH, {}, {"meta": [1]}, InvalidRequest, "meta is a dict"),
+    "meta, key": (PATH, {}, {"meta": {1: 2}}, InvalidRequest, "meta is a dict"),
+    "meta, object": (PATH, {}, {"meta": {"a": object()}}, InvalidRequest, r"meta\['a'\] is a object"),
+    "meta, large": (PATH, {}, {"meta": {"a": "x" * 70_000}}, PayloadTooLarge, "the meta has"),
     "key and id": (PATH, {}, {"id": "a", "idempotency_key": "b"}, InvalidRequest, "either an id or"),
     "key, empty": (PATH, {}, {"idempotency_key": ""}, InvalidRequest, "idempotency_key"),
     "key, number": (PATH, {}, {"idempotency_key": 7}, InvalidRequest, "idempotency_key"),
@@ -311,6 +322,57 @@ def test_concurrent_producers_never_exceed_the_limit(redis_url: str, connection:
     outputs = [producer.communicate(timeout=60)[0] for producer in producers]
     assert sum(int(output) for output in outputs) == 101
     assert connection.llen(key("queue", "default")) == 101
+
+
+def test_meta_is_rqs_meta(client: Client, redis_client: redis.Redis) -> None:
+    """Of plain values only: the pickle names no class, whatever was given."""
+    handle = client.submit(PATH, 1, meta={"user": "ä", "tags": (1, 2), "word": State.QUEUED})
+    job = Job.fetch(handle.id, connection=redis_client, serializer=RestrictedPickle)
+    assert job.meta == {"user": "ä", "tags": [1, 2], "word": "queued"}
+    assert b"meta" not in stored(redis_client, client.submit(PATH, 1, meta={}))
+
+
+def test_a_durable_submit_waits_for_the_disk(server_binary: Path, tmp_path: Path) -> None:
+    """WAITAOF on the connection that wrote, also when the request was stored by an earlier call."""
+    with Server(tmp_path, binary=server_binary, die_with_parent=True) as server, connect(server.url) as connection:
+        if tuple(int(part) for part in connection.info("server")["redis_version"].split(".")[:2]) < (7, 2):
+            pytest.skip("WAITAOF came with Redis 7.2")
+        with Client(server.url, settings=Settings()) as client:
+            calls: Any = connection.info("commandstats").get("cmdstat_waitaof")
+            assert calls is None
+            first = client.submit(PATH, 1, durable=True, idempotency_key="k")
+            assert client.submit(PATH, 1, durable=True, idempotency_key="k") == first
+            others = client.submit_many([(PATH, 1), {"task": PATH, "payload": 2, "durable": True}])
+            assert connection.info("commandstats")["cmdstat_waitaof"]["calls"] == 3
+            server.kill()
+            server.restart()
+            assert [client.get(handle.id).status() for handle in (first, *others)] == ["queued"] * 3
+
+
+def test_durability_that_is_not_to_be_had_is_told_and_the_request_is_stored(redis_url: str) -> None:
+    with connect(redis_url) as connection, Client(redis_url, settings=Settings()) as client:
+        aof = connection.config_get("appendonly")["appendonly"]
+        connection.config_set("appendonly", "no")
+        try:
+            with pytest.raises(DurabilityUnavailable, match="stored all the same") as caught:
+                client.submit(PATH, 1, durable=True, id="a")
+            with pytest.raises(DurabilityUnavailable) as many:
+                client.submit_many([{"task": PATH, "payload": 1, "id": name} for name in "bc"], durable=True)
+        finally:
+            connection.config_set("appendonly", aof)
+        assert caught.value.request_ids == ("a",)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+        assert many.value.__notes__ == ["2 of 2 requests were stored"]
+        assert [client.get(name).status() for name in "abc"] == ["queued"] * 3
+        with pytest.raises(IdempotencyConflict):
+            client.submit(PATH, 1, durable=True, id="a")
+
+
+def test_a_server_without_waitaof_is_told() -> None:
+    with Client(connection=fakeredis.FakeRedis(), settings=Settings()) as client:
+        with pytest.raises(DurabilityUnavailable, match=r"Redis 7\.2"):
+            client.submit(PATH, 1, durable=True, id="a")
+        assert client.get("a").status() == "queued"
 
 
 class Drawing(BatchTask):

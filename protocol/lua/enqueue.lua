@@ -14,6 +14,8 @@
 -- EACH request: result_ttl   s to keep a finished request
 -- EACH request: failure_ttl  s to keep a failed one
 -- EACH request: digest       of task and body, if the id was made from an idempotency key; else ''
+-- EACH request: meta         RQ's meta field, pickled; '' for none
+-- EACH request: durable      '1' if the caller waits until it is on disk
 -- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
@@ -30,7 +32,10 @@ end
 local answers, rung = {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
-  local description, max_retries, result_ttl, failure_ttl, digest, delay_ms = arg(), arg(), arg(), arg(), arg(), arg()
+  local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
+  local meta, durable, delay_ms = arg(), arg(), arg()
+  -- Always a write: WAITAOF waits for those of its own connection, also for a request that another call stored.
+  if durable == '1' then count('durable', queue) end
   local name = KEY.job .. id
   if redis.call('EXISTS', name) == 1 then
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
@@ -49,6 +54,7 @@ for _ = 1, tonumber(arg()) do
       'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'payload', payload, 'nonce', nonce,
       'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
     if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
+    if meta ~= '' then redis.call('HSET', name, 'meta', meta) end
     if delay > 0 then
       to_retries(queue, id, delay / 1000)
     else
