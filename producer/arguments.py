@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from ..protocol.errors import InvalidRequest
 
@@ -43,6 +43,32 @@ def delayed(value: object, name: str) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
         raise InvalidRequest(f"{name} is in seconds, from 0 to 100 years, but is {value!r}", name)
     return float(seconds)
+
+
+def due(value: object) -> tuple[float, float]:
+    """A deadline: seconds from now, and seconds since 1970; the one that was not given is 0."""
+    if value is None:
+        return 0.0, 0.0
+    if isinstance(value, datetime):
+        if value.utcoffset() is None:
+            raise InvalidRequest(
+                f"deadline is a date without a time zone ({value}); give one, as in datetime.now(UTC) + "
+                "timedelta(minutes=5), or a number of seconds",
+                "deadline",
+            )
+        # One that has passed is left to the server's clock, which may think otherwise.
+        return 0.0, max(0.001, value.timestamp())
+    return lasting(value, "deadline"), 0.0
+
+
+def lasting(value: object, name: str) -> float:
+    """A limit in seconds, more than 0; ``None`` is none and gives 0."""
+    if value is None:
+        return 0.0
+    seconds = delayed(value, name)
+    if seconds == 0:
+        raise InvalidRequest(f"{name} is in seconds and more than 0, but is {value!r}", name)
+    return seconds
 
 
 def waited(value: object, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -71,6 +72,8 @@ class Client:
         id: str | None = None,
         idempotency_key: str | None = None,
         delay: Seconds = 0,
+        deadline: Seconds | datetime | None = None,
+        queue_timeout: Seconds | None = None,
         durable: bool = False,
         meta: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
@@ -92,6 +95,10 @@ class Client:
                 first request is kept, it gives a handle of that one, whatever has become of it and whatever the
                 other options say. Keys are those of the whole pool, not of a queue.
             delay: seconds until it may enter its queue; its status is ``scheduled`` until then.
+            deadline: seconds from now, or a date with a time zone, by which it must have ended. Later it is ended as
+                failed, kind ``DEADLINE``, and ``result()`` raises ``DeadlineExceeded``: waiting within a second,
+                running when its worker next writes. It is not retried; an answer that comes first wins.
+            queue_timeout: seconds that it may wait in its queue until a worker first takes it; later, as above.
             durable: return only once the request is on disk (``WAITAOF``; about a second with Redis' default
                 ``appendfsync everysec``).
             meta: a dict for people and tools; ``Job.fetch(id).meta`` shows it, tasks do not see it.
@@ -110,7 +117,8 @@ class Client:
         """
         request = build(
             task, payload, self.settings, queue=queue, priority=priority, id=id,
-            idempotency_key=idempotency_key, delay=delay, durable=durable, meta=meta,
+            idempotency_key=idempotency_key, delay=delay, deadline=deadline,
+            queue_timeout=queue_timeout, durable=durable, meta=meta,
             max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
@@ -128,6 +136,8 @@ class Client:
         queue: str = "default",
         priority: str = "normal",
         delay: Seconds = 0,
+        deadline: Seconds | datetime | None = None,
+        queue_timeout: Seconds | None = None,
         durable: bool = False,
         meta: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
@@ -141,8 +151,9 @@ class Client:
         ``IdempotencyConflict`` or ``QueueFull``, all but those it names were stored.
         """
         common = {
-            "queue": queue, "priority": priority, "delay": delay, "durable": durable, "meta": meta, "max_retries": max_retries, "result_ttl": result_ttl,
-            "failure_ttl": failure_ttl,
+            "queue": queue, "priority": priority, "delay": delay, "deadline": deadline,
+            "queue_timeout": queue_timeout, "durable": durable, "meta": meta, "max_retries": max_retries,
+            "result_ttl": result_ttl, "failure_ttl": failure_ttl,
         }  # fmt: skip
         requests = build_many(items, self.settings, common)
         client_id = self._session.client_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 from ..protocol.codec import RestrictedPickle, digest_of, pack, unpack
@@ -17,7 +18,7 @@ from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
-from .arguments import Seconds, delayed, flag, kept, whole
+from .arguments import Seconds, delayed, due, flag, kept, lasting, whole
 
 OPTIONS: Final = (
     "queue",
@@ -25,6 +26,8 @@ OPTIONS: Final = (
     "id",
     "idempotency_key",
     "delay",
+    "deadline",
+    "queue_timeout",
     "durable",
     "meta",
     "max_retries",
@@ -48,6 +51,8 @@ def build(
     id: str | None = None,
     idempotency_key: str | None = None,
     delay: Seconds = 0,
+    deadline: Seconds | datetime | None = None,
+    queue_timeout: Seconds | None = None,
     durable: bool = False,
     meta: Mapping[str, Any] | None = None,
     max_retries: int | None = None,
@@ -59,6 +64,7 @@ def build(
     Raises :class:`InvalidRequest` with the name of the field, ``UnknownTask`` or ``PayloadTooLarge``.
     """
     path, found = _named(task)
+    from_now, at = due(deadline)
     identifier, digest = _identity(path, payload, id, idempotency_key, settings)
     return NewRequest(
         id=identifier,
@@ -76,6 +82,9 @@ def build(
         delay=delayed(delay, "delay"),
         durable=flag(durable, "durable"),
         meta=_meta(meta),
+        deadline=from_now,
+        deadline_at=at,
+        queue_timeout=lasting(queue_timeout, "queue_timeout"),
     )
 
 

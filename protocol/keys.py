@@ -64,6 +64,7 @@ NAMES: Final[dict[str, str]] = {
     # ours
     "leases": f"{OURS}leases:",
     "retries": f"{OURS}retries:",
+    "deadlines": f"{OURS}deadlines:",
     "beats": f"{OURS}beats",
     "incarnation": f"{OURS}incarnation:",
     "held": f"{OURS}held:",

@@ -47,6 +47,7 @@ class NewRequest:
 
     ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long;
     ``durable`` waits until it is on disk; ``meta`` is RQ's field of that name, pickled.
+    ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
     """
 
     id: str
@@ -62,6 +63,9 @@ class NewRequest:
     delay: float = 0.0
     durable: bool = False
     meta: bytes = b""
+    deadline: float = 0.0
+    deadline_at: float = 0.0
+    queue_timeout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

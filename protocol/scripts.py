@@ -16,6 +16,7 @@ from typing import Any
 
 import redis
 
+from .codec import pack_exception
 from .keys import NAMES
 
 Argument = str | bytes | int | float
@@ -83,9 +84,11 @@ class Script:
 
 
 def _lua_names() -> str:
-    """The key table as Lua source. Names of keys hold only characters that need no escape."""
+    """The key table, and a text, as Lua source. Names of keys hold only characters that need no escape."""
     rows = ", ".join(f"{name} = '{value}'" for name, value in NAMES.items())
-    return f"local KEY = {{ {rows} }}\n"
+    # What RQ's result stream holds of a missed deadline: the scripts end such a request, and cannot compress.
+    late = pack_exception("DEADLINE: the deadline passed before the request ended")
+    return f"local KEY = {{ {rows} }}\nlocal LATE = '{late}'\n"
 
 
 @cache

@@ -42,11 +42,15 @@ ENDED: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELED, State.ST
 # state -> {next state: the scripts that make the move}
 TRANSITIONS: Final[dict[State, dict[State, tuple[str, ...]]]] = {
     State.CREATED: {State.QUEUED: ("enqueue",), State.SCHEDULED: ("enqueue",)},
-    State.QUEUED: {State.STARTED: ("claim",), State.CANCELED: ("cancel",)},
-    State.SCHEDULED: {State.QUEUED: ("promote", "claim"), State.CANCELED: ("cancel",)},
+    State.QUEUED: {State.STARTED: ("claim",), State.FAILED: ("promote", "claim"), State.CANCELED: ("cancel",)},
+    State.SCHEDULED: {
+        State.QUEUED: ("promote", "claim"),
+        State.FAILED: ("promote", "claim"),
+        State.CANCELED: ("cancel",),
+    },
     State.STARTED: {
         State.FINISHED: ("finish",),
-        State.FAILED: ("fail", "reap", "release"),
+        State.FAILED: ("fail", "reap", "release", "progress", "renew"),
         State.CANCELED: ("cancel", "fail", "reap", "release"),
         State.STOPPED: ("cancel", "fail", "reap", "release"),
         State.QUEUED: ("release", "fail", "reap"),

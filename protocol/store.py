@@ -72,7 +72,8 @@ class Store(Reads):
                 "description": request.description, "max_retries": request.max_retries,
                 "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
                 "digest": request.digest, "delay_ms": math.ceil(request.delay * 1000),
-                "durable": int(request.durable), "meta": request.meta,
+                "durable": int(request.durable), "meta": request.meta, "deadline_ms": math.ceil(request.deadline * 1000),
+                "deadline_at": math.ceil(request.deadline_at * 1000), "queue_ms": math.ceil(request.queue_timeout * 1000),
             }
             for request in requests
         ]  # fmt: skip
@@ -142,7 +143,7 @@ class Store(Reads):
         return Claims(reply[0].decode(), [_claim(row) for row in rows])
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
-        """Store outputs and states and renew. Returns per request ``ok``, ``lost``, ``cancel`` or ``gap <n>``."""
+        """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``."""
         rows = [
             {
                 "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
@@ -155,7 +156,7 @@ class Store(Reads):
         return list(self._call("progress", values, {"request": rows}))
 
     def renew(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
-        """Renew the leases of ``(id, execution)``. Returns per request ``ok``, ``lost`` or ``cancel``."""
+        """Renew the leases of ``(id, execution)``. Returns per request ``ok``, ``lost``, ``cancel``, ``deadline``."""
         rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
         values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
         return list(self._call("renew", values, {"request": rows}))
@@ -287,7 +288,7 @@ class Store(Reads):
         return Sweep(reply[0] == "1", reply[1] == "1", rows)
 
     def promote(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
-        """Move due retries to their queues; returns how many."""
+        """Move what is due to its queue, end what waits past its deadline; returns how many were moved."""
         return int(self._call("promote", {"limit": limit}, {"queue": [{"queue": queue} for queue in queues]}))
 
     def expire(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:

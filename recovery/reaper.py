@@ -49,7 +49,7 @@ class Reaper:
         self._outages = 0
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
-        """One round over all queues: reap, promote due retries, and now and then expire checkpoints.
+        """One round over all queues: reap, promote what is due, end what is late, and now and then expire checkpoints.
 
         ``expire`` asks for the last (or forbids it); by default it is done every :data:`EXPIRE_INTERVAL`.
         Returns what was taken from the dead. Raises what redis-py raises, and ``ProtocolMismatch`` when Redis

@@ -30,6 +30,8 @@ Examples:
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
 @click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
 @click.option("--delay", type=float, default=0.0, metavar="SECONDS", help="Keep it out of its queue for so long.")
+@click.option("--deadline", type=float, metavar="SECONDS", help="End it as failed if it has not ended by then.")
+@click.option("--queue-timeout", type=float, metavar="SECONDS", help="The same if no worker has taken it by then.")
 @click.option("--durable", is_flag=True, help="Return once it is on disk.")
 @click.option("--meta", metavar="JSON", help="An object for people and RQ's tools.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
@@ -39,8 +41,10 @@ Examples:
 @json_option
 @url_option
 def submit(
-    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None, delay: float,
-    durable: bool, meta: str | None, max_retries: int | None, wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
+    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
+    delay: float,
+    deadline: float | None, queue_timeout: float | None, durable: bool, meta: str | None, max_retries: int | None,
+    wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
 
@@ -58,6 +62,8 @@ def submit(
             id=identifier,
             idempotency_key=idempotency_key,
             delay=delay,
+            deadline=deadline,
+            queue_timeout=queue_timeout,
             durable=durable,
             meta=None if meta is None else _read_json(meta, "--meta"),
             max_retries=max_retries,

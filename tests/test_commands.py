@@ -220,6 +220,8 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
         (("submit", PATH, "1", "--meta", "{"), "", "--meta is not JSON"),
         (("submit", PATH, "1", "--meta", "[]"), "", "meta is a dict"),
         (("submit", PATH, "1", "--delay", "-1"), "", "delay is in seconds"),
+        (("submit", PATH, "1", "--deadline", "0"), "", "deadline is in seconds"),
+        (("submit", PATH, "1", "--queue-timeout", "0"), "", "queue_timeout is in seconds"),
         (("submit", PATH, "1", "--max-retries", "-2"), "", "max_retries"),
         (("submit", PATH, "1", "--timeout", "3"), "", "--wait or --stream"),
         (("submit", PATH), "", "JSON"),

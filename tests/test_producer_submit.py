@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from perdure.producer.submission import chunks
 from perdure.protocol.codec import RestrictedPickle, unpack
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
+    DeadlineExceeded,
     DurabilityUnavailable,
     IdempotencyConflict,
     InvalidRequest,
@@ -44,6 +45,7 @@ from perdure.protocol.keys import key
 from perdure.protocol.records import NewRequest
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
+from perdure.protocol.store import Store
 from perdure.scripts.server import Server
 from perdure.workers.tasks import BatchTask, Request, Step, task
 
@@ -181,6 +183,12 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "delay": (PATH, {}, {"delay": -1}, InvalidRequest, "delay is in seconds"),
     "delay nan": (PATH, {}, {"delay": math.nan}, InvalidRequest, "delay is in seconds"),
     "delay, text": (PATH, {}, {"delay": "1 s"}, InvalidRequest, "delay is in seconds"),
+    "deadline": (PATH, {}, {"deadline": 0}, InvalidRequest, "deadline is in seconds"),
+    "deadline, past": (PATH, {}, {"deadline": -5}, InvalidRequest, "deadline is in seconds"),
+    "deadline, bool": (PATH, {}, {"deadline": True}, InvalidRequest, "deadline is in seconds"),
+    "deadline, text": (PATH, {}, {"deadline": "1 s"}, InvalidRequest, "deadline is in seconds"),
+    "deadline, naive": (PATH, {}, {"deadline": datetime(2040, 1, 1)}, InvalidRequest, "without a time zone"),
+    "queue_timeout": (PATH, {}, {"queue_timeout": 0}, InvalidRequest, "queue_timeout is in seconds"),
     "durable": (PATH, {}, {"durable": 1}, InvalidRequest, "durable is True or False"),
     "meta": (PATH, {}, {"meta": [1]}, InvalidRequest, "meta is a dict"),
     "meta, key": (PATH, {}, {"meta": {1: 2}}, InvalidRequest, "meta is a dict"),
@@ -373,6 +381,36 @@ def test_a_server_without_waitaof_is_told() -> None:
         with pytest.raises(DurabilityUnavailable, match=r"Redis 7\.2"):
             client.submit(PATH, 1, durable=True, id="a")
         assert client.get("a").status() == "queued"
+
+
+def test_deadlines_are_stored_by_the_servers_clock(client: Client, redis_client: redis.Redis) -> None:
+    date = datetime(2040, 1, 1, tzinfo=timezone(timedelta(hours=2)))
+    dated = client.submit(PATH, 1, deadline=date)
+    both = client.submit(PATH, 1, deadline=timedelta(minutes=2), queue_timeout=30, delay=20)
+    assert int(stored(redis_client, dated)[b"deadline"]) == round(date.timestamp() * 1000)
+    fields = stored(redis_client, both)
+    assert int(fields[b"queue_deadline"]) - int(fields[b"deadline"]) == -70_000
+    scores: Any = redis_client.zrange(key("deadlines", "default"), 0, -1, withscores=True)
+    assert dict(scores) == {
+        dated.id.encode(): date.timestamp() * 1000,
+        both.id.encode(): float(fields[b"queue_deadline"]),
+    }
+    assert both.cancel()
+    assert redis_client.zcard(key("deadlines", "default")) == 1
+
+
+def test_a_missed_deadline_is_raised_where_the_result_is_awaited(client: Client, redis_client: redis.Redis) -> None:
+    """A date that has passed is no mistake of the call: clocks differ, and the server's decides."""
+    handle = client.submit(PATH, 1, deadline=datetime.now(UTC) - timedelta(seconds=5))
+    Store(redis_client, Settings()).promote(["default"])
+    with pytest.raises(DeadlineExceeded, match="its deadline passed while it waited") as caught:
+        handle.result()
+    assert caught.value.kind == "DEADLINE"
+    job = Job.fetch(handle.id, connection=redis_client)
+    assert job.is_failed
+    result = job.latest_result()
+    assert result is not None
+    assert "DEADLINE" in str(result.exc_string)
 
 
 class Drawing(BatchTask):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import fakeredis
@@ -62,6 +63,25 @@ def test_a_lost_worker_is_reaped_and_another_goes_on(pool: Pool, hand: Hand):
     assert claim.offset == 1
     pool.stop_heart(other.incarnation)
     assert [item.outcome for item in pool.sweep().reaped] == ["scheduled", "gone"]
+
+
+def test_options_of_a_submit():
+    """Delay, deadline, idempotency and the bound of a queue, in enqueue, promote, claim and progress."""
+    with fakeredis.FakeRedis() as connection:
+        pool = Pool.over(connection, queue_limit=3)
+        hand = Hand(pool)
+        once = replace(pool.new("once"), digest="d", deadline=60, queue_timeout=60)
+        late, missed = replace(pool.new("late"), delay=60), replace(pool.new("missed"), deadline_at=1)
+        assert pool.store.enqueue([once, late, missed, pool.new("more")]) == ["accepted"] * 3 + ["full"]
+        assert pool.store.enqueue([replace(once, nonce="other"), replace(once, nonce="x", digest="e")]) == [
+            "same", "conflict",
+        ]  # fmt: skip
+        assert pool.store.promote(["gpu"]) == 0
+        assert (pool.status("missed"), pool.status("late")) == (State.FAILED, State.SCHEDULED)
+        claim = hand.take("once")
+        connection.hset(key("job", "once"), "deadline", 1)
+        assert hand.step(claim, ["x"]) == "deadline"
+        assert pool.field("once", "error_kind") == "DEADLINE"
 
 
 def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):

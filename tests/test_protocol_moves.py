@@ -205,6 +205,126 @@ def test_a_delayed_request_that_is_canceled_or_deleted_never_runs(pool: Pool, ha
     assert pool.connection.zcard(key("retries", "gpu")) == 0
 
 
+# --- deadlines ---------------------------------------------------------------------------------------
+
+
+def limited(pool: Pool, identifier: str, **limits: Any) -> None:
+    assert pool.store.enqueue([dataclasses.replace(pool.new(identifier), **limits)], client="me") == ["accepted"]
+
+
+def miss_deadline(pool: Pool, identifier: str, field: str = "deadline") -> None:
+    """The time is over; where it waits, the sweep's set knows it too."""
+    pool.connection.hset(key("job", identifier), field, 1)
+    if not pool.field(identifier, "execution"):
+        pool.connection.zadd(key("deadlines", "gpu"), {identifier: 1})
+
+
+def assert_late(pool: Pool, identifier: str, reason: str) -> None:
+    record = pool.store.fetch(identifier)
+    assert record is not None
+    assert (record.status, record.error_kind, record.ended) == (State.FAILED, "DEADLINE", True)
+    assert reason in record.error_reason
+    assert "DEADLINE" in pool.store.traceback(identifier)
+    assert pool.events(identifier)[-1] == "failed"
+    assert pool.connection.zcard(key("deadlines", "gpu")) == 0
+    assert FailedJobRegistry("gpu", connection=pool.connection).get_job_ids() == [identifier]
+
+
+@pytest.mark.parametrize("how", ["sweep", "claim"])
+@pytest.mark.parametrize(
+    ("field", "reason"), [("deadline", "its deadline passed"), ("queue_deadline", "queue_timeout")]
+)
+def test_a_waiting_request_ends_at_its_deadline(pool: Pool, hand: Hand, how: str, field: str, reason: str):
+    """By the reaper; and without any, by the claim that pops it. The next in the queue is served."""
+    limited(pool, "late", deadline=60, queue_timeout=50)
+    pool.submit("next")
+    assert pool.store.promote(["gpu"]) == 0
+    assert pool.status("late") is State.QUEUED
+    miss_deadline(pool, "late", field)
+    if how == "sweep":
+        pool.store.promote(["gpu"])
+        assert_late(pool, "late", reason)
+    assert [claim.id for claim in hand.claim().claims] == ["next"]
+    assert_late(pool, "late", reason)
+    assert pool.field("late", "last") == "-:failed"
+
+
+def test_a_queue_timeout_is_over_once_a_worker_has_it(pool: Pool, hand: Hand):
+    """Handed back, it waits as long as its deadline allows; that stands in the set again."""
+    limited(pool, "a", deadline=60, queue_timeout=50)
+    claim = hand.take("a")
+    assert pool.connection.zcard(key("deadlines", "gpu")) == 0
+    assert hand.release(claim) == ["queued"]
+    assert pool.field("a", "queue_deadline") == ""
+    assert pool.connection.zscore(key("deadlines", "gpu"), "a") == float(pool.field("a", "deadline"))
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_a_scheduled_request_ends_at_its_deadline(pool: Pool, hand: Hand, delayed: bool):
+    """Whether it waits for its first time or for a retry."""
+    limited(pool, "a", deadline=60, delay=5.0 if delayed else 0.0)
+    if not delayed:
+        assert hand.fail(hand.take("a")) == "scheduled"
+    miss_deadline(pool, "a")
+    assert pool.store.promote(["gpu"]) == 0
+    assert_late(pool, "a", "its deadline passed while it waited")
+    assert pool.connection.zcard(key("retries", "gpu")) == 0
+
+
+@pytest.mark.parametrize("sign", ["progress", "renew"])
+def test_a_running_request_ends_at_its_next_sign(pool: Pool, hand: Hand, sign: str):
+    """What it has put out is kept; a resend hears that it is lost; nothing is retried."""
+    limited(pool, "a", deadline=60)
+    claim = hand.take("a")
+    assert hand.step(claim, ["x"]) == "ok"
+    miss_deadline(pool, "a")
+    pool.store.promote(["gpu"])
+    assert pool.status("a") is State.STARTED
+    answer = hand.step(claim, ["y"], offset=1, seq=2) if sign == "progress" else hand.renew(claim)
+    assert answer == "deadline"
+    assert_late(pool, "a", "its deadline passed while it ran")
+    assert pool.store.all_outputs("a") == (["x", "y"] if sign == "progress" else ["x"])
+    assert hand.step(claim, ["y"], offset=1, seq=2) == "lost"
+    left = dump(pool.connection)
+    for name in ("leases", "wip"):
+        assert key(name, "gpu") not in left
+    assert key("held", hand.incarnation) not in left
+
+
+def test_an_answer_that_comes_first_wins_over_the_deadline(pool: Pool, hand: Hand):
+    """Throwing it away helps nobody."""
+    limited(pool, "a", deadline=60)
+    claim = hand.take("a")
+    miss_deadline(pool, "a")
+    assert hand.finish(claim, "answer") == "ok"
+    assert pool.store.result("a") == "answer"
+
+
+def test_a_requeue_takes_the_deadline_away(pool: Pool, hand: Hand):
+    """Somebody wants it all the same."""
+    limited(pool, "a", deadline=60)
+    miss_deadline(pool, "a")
+    pool.store.promote(["gpu"])
+    FailedJobRegistry("gpu", connection=pool.connection).requeue("a")
+    assert hand.take("a").attempt == 1
+    assert pool.field("a", "deadline") == ""
+
+
+def test_a_deleted_or_canceled_request_leaves_the_deadlines(pool: Pool):
+    """Also what RQ's own hand ended, which knows nothing of them."""
+    for name in ("deleted", "theirs", "ours"):
+        limited(pool, name, deadline=60)
+    fetch(pool, "deleted").delete()
+    fetch(pool, "theirs").cancel()
+    assert pool.cancel("ours") == "canceled"
+    for name in ("deleted", "theirs"):
+        pool.connection.zadd(key("deadlines", "gpu"), {name: 1})
+    pool.store.promote(["gpu"])
+    assert pool.connection.zcard(key("deadlines", "gpu")) == 0
+    assert pool.status("theirs") is pool.status("ours") is State.CANCELED
+    assert not pool.connection.exists(key("job", "deleted"))
+
+
 # --- ends and retries --------------------------------------------------------------------------------
 
 
@@ -792,6 +912,9 @@ def edges(pool: Pool) -> Iterator[Edge]:
     def due(claim: Any) -> None:
         pool.make_due("r")
 
+    def miss(claim: Any) -> None:
+        miss_deadline(pool, "r")
+
     def invalid(claim: Any) -> None:
         hand.fail(claim, FailureKind.INVALID_REQUEST)
 
@@ -809,6 +932,12 @@ def edges(pool: Pool) -> Iterator[Edge]:
     yield State.CREATED, pool.status("r"), "enqueue"
     yield move("claim", hand.take, claimed=False)
     yield move("cancel", cancel, claimed=False)
+    yield move("promote", lambda _: pool.store.promote(["gpu"]), miss, claimed=False)
+    yield move("claim", lambda _: hand.claim(), miss, claimed=False)
+    yield move("promote", lambda _: pool.store.promote(["gpu"]), hand.fail, miss)
+    yield move("claim", lambda _: hand.claim(), hand.fail, due, miss)
+    yield move("progress", lambda claim: hand.step(claim, ["x"]), miss)
+    yield move("renew", hand.renew, miss)
     yield move("promote", lambda _: pool.store.promote(["gpu"]), hand.fail, due)
     yield move("cancel", cancel, hand.fail)
     yield move("finish", hand.finish)

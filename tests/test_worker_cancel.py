@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from rq.job import Job
 
+from perdure.producer import Client
+from perdure.protocol.errors import DeadlineExceeded
 from perdure.protocol.keys import key
+from perdure.protocol.settings import Settings
 
 from .worker_kit import Lab, eventually
 
@@ -43,6 +46,29 @@ def test_a_deleted_request_is_dropped(lab: Lab) -> None:
     lab.check(two, 3)
     eventually(lab.nothing_held)
     eventually(lambda: [name for name in lab.connection.scan_iter(f"*{one}*") if b"execution:" not in name] == [])
+
+
+def test_a_running_request_is_dropped_at_its_deadline(lab: Lab) -> None:
+    """Its slot is free for the next one, and it is not run again."""
+    lab.worker()
+    with Client(lab.url, settings=Settings()) as client:
+        handle = client.submit("lab_tasks.count", FOREVER, queue="gpu", deadline=1.5)
+        two = lab.submit("count", {"n": 3})
+        with pytest.raises(DeadlineExceeded, match="while it ran"):
+            list(handle.stream(timeout=30))
+    lab.check(two, 3)
+    record = lab.record(handle.id)
+    assert (record.status, record.error_kind, record.executions) == ("failed", "DEADLINE", 1)
+    assert lab.nothing_held()
+
+
+def test_a_request_that_nobody_takes_is_ended_by_the_reaper(lab: Lab) -> None:
+    """Also when no worker is there at all."""
+    lab.reaper()
+    with Client(lab.url, settings=Settings()) as client:
+        handle = client.submit("lab_tasks.count", FOREVER, queue="gpu", queue_timeout=0.2)
+        with pytest.raises(DeadlineExceeded, match="queue_timeout"):
+            handle.result(30)
 
 
 def test_a_canceled_request_that_waits_is_never_run(lab: Lab) -> None:

@@ -195,6 +195,9 @@ class Courier:
         elif answer == "lost":
             self.log.warning("request %s was given to another worker; dropped here", name)
             self.holdings.let_go(name)
+        elif answer == "deadline":
+            self.log.warning("request %s: its deadline has passed; it was ended", name)
+            self.holdings.let_go(name)
         elif answer.startswith("gap"):
             # Redis has lost its last second: what it has is the truth, and a new claim goes on from there.
             self.log.warning("request %s: Redis holds fewer outputs than it had confirmed; handed back", name)

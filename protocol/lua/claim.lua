@@ -113,12 +113,18 @@ local function runnable(id, queue)
     end
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
-    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason')
+    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason',
+      'deadline', 'queue_deadline')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
   elseif job[1] == 'canceled' or job[1] == 'stopped' then
     settle_canceled(id)
+    return false
+  end
+  local reason = late(id)
+  if reason then
+    bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
     return false
   end
   redis.call('ZREM', KEY.retries .. queue, id)
@@ -132,6 +138,7 @@ local function take(id, queue, execution, plain_timeout)
   redis.call('HSET', name, 'status', 'started', 'started_at', date, 'last_heartbeat', date, 'worker_name', worker,
     'execution', execution, 'claimed', int(now_ms), 'holder', incarnation)
   redis.call('HINCRBY', name, 'executions', 1)
+  if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
   local length = lease_ms
   -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
   if plain_timeout then length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000 end

@@ -16,6 +16,9 @@
 -- EACH request: digest       of task and body, if the id was made from an idempotency key; else ''
 -- EACH request: meta         RQ's meta field, pickled; '' for none
 -- EACH request: durable      '1' if the caller waits until it is on disk
+-- EACH request: deadline_ms  ms from now until it must have ended; 0 for no limit
+-- EACH request: deadline_at  the same as ms since 1970; 0 for no limit
+-- EACH request: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
 -- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
@@ -33,7 +36,7 @@ local answers, rung = {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
   local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
-  local meta, durable, delay_ms = arg(), arg(), arg()
+  local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms = arg(), arg(), arg(), arg(), arg(), arg()
   -- Always a write: WAITAOF waits for those of its own connection, also for a request that another call stored.
   if durable == '1' then count('durable', queue) end
   local name = KEY.job .. id
@@ -55,12 +58,21 @@ for _ = 1, tonumber(arg()) do
       'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
     if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
     if meta ~= '' then redis.call('HSET', name, 'meta', meta) end
+    local deadline, queue_deadline = tonumber(deadline_at), tonumber(queue_ms)
+    if tonumber(deadline_ms) > 0 then deadline = now_ms + tonumber(deadline_ms) end
+    if deadline > 0 then redis.call('HSET', name, 'deadline', int(deadline)) end
     if delay > 0 then
       to_retries(queue, id, delay / 1000)
     else
       redis.call('RPUSH', KEY.queue .. queue, id)
       rung[queue] = true
     end
+    if queue_deadline > 0 then
+      queue_deadline = now_ms + delay + queue_deadline
+      redis.call('HSET', name, 'queue_deadline', int(queue_deadline))
+      if deadline == 0 or queue_deadline < deadline then deadline = queue_deadline end
+    end
+    if deadline > 0 then redis.call('ZADD', KEY.deadlines .. queue, int(deadline), id) end
     count('submitted', queue)
     answers[#answers + 1] = 'accepted'
   end

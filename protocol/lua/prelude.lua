@@ -171,6 +171,13 @@ local function leave_registries(queue, id)
     redis.call('ZREM', name .. queue, id)
   end
   redis.call('ZREM', KEY.retries .. queue, id)
+  redis.call('ZREM', KEY.deadlines .. queue, id)
+end
+
+-- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
+local function watch_deadline(queue, id)
+  local deadline = redis.call('HGET', KEY.job .. id, 'deadline')
+  if deadline then redis.call('ZADD', KEY.deadlines .. queue, deadline, id) end
 end
 
 -- Seconds before retry number n (1 is the first): base * 2^(n-1), at most cap, then spread over its last
@@ -191,6 +198,7 @@ end
 local function to_front(queue, id)
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
   redis.call('LPUSH', KEY.queue .. queue, id)
+  watch_deadline(queue, id)
   ring(queue)
 end
 
@@ -198,6 +206,7 @@ end
 local function to_retries(queue, id, delay)
   redis.call('HSET', KEY.job .. id, 'status', 'scheduled')
   redis.call('ZADD', KEY.retries .. queue, int(now_ms + delay * 1000), id)
+  watch_deadline(queue, id)
 end
 
 -- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
@@ -206,7 +215,7 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   local job = redis.call('HMGET', name, 'failure_ttl', 'client')
   local ttl = tonumber(job[1]) or 7 * DAY
   leave_registries(queue, id)
-  redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', execution .. ':failed',
+  redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', (execution ~= '' and execution or '-') .. ':failed',
     'error_kind', kind, 'error_reason', reason)
   redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
   add_result(id, '2', worker, execution, started, 'exc_string', exception)
@@ -217,6 +226,43 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
     redis.call('HINCRBY', KEY.worker .. worker, 'failed_job_count', 1)
   end
   hint(job[2], id, 'end')
+end
+
+-- Why a waiting request has missed its time; nil if it has not.
+local function late(id)
+  local due = redis.call('HMGET', KEY.job .. id, 'deadline', 'queue_deadline')
+  if due[1] and tonumber(due[1]) <= now_ms then return 'its deadline passed while it waited' end
+  if due[2] and tonumber(due[2]) <= now_ms then return 'no worker took it within its queue_timeout' end
+end
+
+-- End a held request whose deadline (as its hash has it) has passed. Returns whether it was so.
+local function end_running(queue, id, execution, incarnation, deadline)
+  if not deadline or tonumber(deadline) > now_ms then return false end
+  local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
+  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  detach(queue, id, execution, incarnation, worker)
+  bury(queue, id, execution, worker, started, 'DEADLINE', 'its deadline passed while it ran', LATE)
+  show_state(worker, incarnation)
+  return true
+end
+
+-- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it.
+local function end_late(queue, limit)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.deadlines .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)) do
+    redis.call('ZREM', KEY.deadlines .. queue, id)
+    local job = redis.call('HMGET', KEY.job .. id, 'status', 'execution')
+    local waits = job[1] ~= 'finished' and job[1] ~= 'failed' and job[1] ~= 'canceled' and job[1] ~= 'stopped'
+    if not job[1] then
+      forget(id)
+    elseif waits and (job[2] or '') == '' then
+      local reason = late(id)
+      if reason then
+        bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
+      else
+        watch_deadline(queue, id)
+      end
+    end
+  end
 end
 
 -- Progress gives the budget back: at least 1 s of stepping, and a checkpoint beyond the best of all earlier

@@ -13,10 +13,10 @@
 -- EACH request: crc          CRC-32 of state, decimal
 -- EACH request: fingerprint  of the task that computed this
 --
--- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`) or
---          'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
+-- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
+--          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
 --
--- A deadline never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
+-- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
 local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
@@ -24,7 +24,7 @@ for _ = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
   local blob, has_state, state, crc, fingerprint = arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline')
   if job[1] ~= execution or execution == '' then
     if not job[1] then forget(id) end
     if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
@@ -39,7 +39,7 @@ for _ = 1, tonumber(arg()) do
     local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint)
     if stored then
       if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
-      answers[#answers + 1] = 'ok'
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)
     end

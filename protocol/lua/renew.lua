@@ -5,12 +5,12 @@
 -- EACH request: id         request id
 -- EACH request: execution  the caller's execution
 --
--- Returns  per request 'ok', 'lost' or 'cancel', as progress does
+-- Returns  per request 'ok', 'lost', 'cancel' or 'deadline', as progress does
 local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin')
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline')
   if job[1] ~= execution or execution == '' then
     if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
     count('fenced', job[4] or '')
@@ -24,7 +24,11 @@ for _ = 1, tonumber(arg()) do
       refresh(id)
     end
     local stopped = job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped'
-    answers[#answers + 1] = stopped and 'cancel' or 'ok'
+    if stopped then
+      answers[#answers + 1] = 'cancel'
+    else
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[5]) and 'deadline' or 'ok'
+    end
   end
 end
 return answers
