@@ -8,10 +8,13 @@
             ...
         handle.result()
 
+``as_completed(handles)`` yields handles as their requests end.
+
 Neither torch nor any task of a user is imported from here.
 """
 
 from .client import Client
+from .gathering import as_completed
 from .handle import Handle
 
-__all__ = ["Client", "Handle"]
+__all__ = ["Client", "Handle", "as_completed"]

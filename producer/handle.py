@@ -6,37 +6,52 @@ grow old, and a request can have any number of handles in any number of processe
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator
-from functools import partial
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any, Generic, TypeVar
 
-from ..protocol.errors import (
-    DeadlineExceeded,
-    PerdureError,
-    RequestCanceled,
-    RequestFailed,
-    UnknownRequest,
-    UsageError,
-)
-from ..protocol.records import Checkpoint, Event, FailureKind, RequestRecord
-from ..protocol.states import State
-from ..protocol.store import Store
+from ..protocol.errors import PerdureError, UsageError
+from ..protocol.records import Checkpoint, Event, RequestRecord
+from . import questions
 from .arguments import waited, whole
 from .outputs import OutputReader
-from .replies import Watch
+from .questions import Call, Fetch, Give, Join, Question, Sleep, Step
 from .session import Session
-from .timeline import attempts_of, complete
+from .timeline import attempts_of
 
-STREAM_SILENCE: Final = 1.0
-RESULT_SILENCE: Final = 5.0
-"""Seconds without a hint after which the keys are read anyhow."""
-
-PAGE: Final = 256
-"""Entries of the output log that are read at once."""
+Answer = TypeVar("Answer")
+SessionT = TypeVar("SessionT")
 
 
-class Handle:
+class Reference(Generic[SessionT]):
+    """What every handle is: an id, bound to a client's session or not."""
+
+    __slots__ = ("_session_or_none", "id")
+
+    def __init__(self, id: str, session: SessionT | None) -> None:
+        self.id = id
+        self._session_or_none = session
+
+    @property
+    def _session(self) -> SessionT:
+        if self._session_or_none is None:
+            raise UsageError(f"this handle was pickled and knows its id only; use client.get({self.id!r})")
+        return self._session_or_none
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.id, None)
+
+
+class Handle(Reference[Session]):
     """One request: ``id``, and questions about it. Made by a client; usable by several threads.
 
     Equal handles have equal ids. A pickled handle is its id alone; ``client.get(handle.id)`` binds it again.
@@ -46,17 +61,13 @@ class Handle:
     timeout.
     """
 
-    __slots__ = ("_session_or_none", "id")
-
-    def __init__(self, id: str, session: Session | None) -> None:
-        self.id = id
-        self._session_or_none = session
+    __slots__ = ()
 
     # --- questions -------------------------------------------------------------------------------
 
     def record(self) -> RequestRecord:
         """Everything but payload, outputs and result, as it stands now."""
-        return self._record(None)
+        return self._ask(questions.fetched(self.id))
 
     def status(self) -> str:
         """RQ's word: queued, scheduled, started, finished, failed, canceled or stopped."""
@@ -72,34 +83,19 @@ class Handle:
 
     def history(self) -> list[Event]:
         """What happened to it, oldest first."""
-        record = self.record()
-        return complete(record, self._session.call(lambda store: store.history(self.id)))
+        return self._ask(questions.history(self.id))
 
     def checkpoint(self) -> Checkpoint | None:
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""
-        return self._session.call(lambda store: store.checkpoint(self.id))
+        return self._ask(questions.checkpoint(self.id))
 
     def offset(self) -> int:
         """How many outputs are stored."""
-
-        def read(store: Store) -> int:
-            last = store.outputs(self.id, entry=-1, limit=1)
-            return last[0][1] + len(last[0][2]) if last else 0
-
-        return self._session.call(read)
+        return self._ask(questions.offset(self.id))
 
     def outputs(self) -> list[Any]:
         """All outputs so far; does not wait."""
-        reader = OutputReader(self.id, restarts=True)
-        reader.notice(self.record().epoch)
-        outputs: list[Any] = []
-        while True:
-            entries = self._session.call(partial(Store.outputs, identifier=self.id, entry=reader.entry, limit=PAGE))
-            if not entries:
-                return outputs
-            outputs += reader.feed(entries)
-            if reader.entry == 0:  # it began again while we read, so do we
-                reader, outputs = OutputReader(self.id, restarts=True), []
+        return self._ask(questions.outputs(self.id))
 
     # --- waiting ---------------------------------------------------------------------------------
 
@@ -109,23 +105,31 @@ class Handle:
         ``timeout`` in seconds; ``None`` takes ``PERDURE_RESPONSE_TIMEOUT``, ``math.inf`` waits for ever. Raises
         :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the request goes on then.
         """
-        limit = self._limit(timeout)
-        deadline = time.monotonic() + limit
-        record = self._wait(limit, deadline)
-        if error := self._error(record):
-            raise error
-        try:
-            return self._session.call(lambda store: store.result(self.id), deadline=max(deadline, self._patience()))
-        except ValueError as error:
-            raise PerdureError(f"request {self.id} has finished, but its result cannot be read: {error}") from None
+        return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
 
     def exception(self, timeout: float | None = None) -> PerdureError | None:
         """Wait for the end and return what :meth:`result` would raise; ``None`` if it has finished.
 
         ``timeout`` and ``TimeoutError`` are those of :meth:`result`.
         """
-        limit = self._limit(timeout)
-        return self._error(self._wait(limit, time.monotonic() + limit))
+        return self._ask(questions.exception(self.id, self._limit(timeout)))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, whatever it is; False if it has not come within ``timeout`` (as in :meth:`result`)."""
+        try:
+            self._ask(questions.ended(self.id, self._limit(timeout)))
+        except TimeoutError:
+            return False
+        return True
+
+    def add_done_callback(self, callback: Callable[[Handle], object]) -> None:
+        """Have ``callback(handle)`` called once when the request has ended, or is no longer known.
+
+        A thread of the client calls it, also when it has ended already, and one callback at a time: hand long
+        work on. An exception is logged. Callbacks that are due after the client was closed are not called.
+        """
+        session = self._session
+        session.callbacks.add(self.id, lambda: callback(Handle(self.id, session)))
 
     def stream(self, start: int = 0, *, restarts: bool = False, timeout: float | None = None) -> Iterator[Any]:
         """Yield each output once and in order, as soon as it is stored, until the request ends.
@@ -140,147 +144,52 @@ class Handle:
         :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.
         """
         reader = OutputReader(self.id, start=whole(start, "start", 0), restarts=restarts)
-        return self._stream(reader, self._limit(timeout))
+        return self._steps(questions.stream(reader, self.id, self._limit(timeout), self._session.patience))
 
     def cancel(self, reason: str = "") -> bool:
         """Cancel it: a waiting request ends now, a running one when its worker next writes (it may finish first).
 
         Returns False if it had ended otherwise. ``reason`` goes into the history.
         """
-        line = " ".join(reason.split()) or "canceled by its producer"
-        answer = self._session.call(lambda store: store.cancel([(self.id, "")], reason=line))[0]
-        if answer == "unknown":
-            raise UnknownRequest(self.id)
-        return answer in ("canceled", "requested")
+        return self._ask(questions.cancel(self.id, reason))
 
     # --- within ----------------------------------------------------------------------------------
-
-    @property
-    def _session(self) -> Session:
-        if self._session_or_none is None:
-            raise UsageError(f"this handle was pickled and knows its id only; use client.get({self.id!r})")
-        return self._session_or_none
-
-    def _patience(self) -> float:
-        return time.monotonic() + self._session.patience
 
     def _limit(self, timeout: float | None) -> float:
         return waited(self._session.settings.response_timeout if timeout is None else timeout, "timeout")
 
-    def _record(self, deadline: float | None) -> RequestRecord:
-        record = self._session.call(lambda store: store.fetch(self.id), deadline=deadline)
-        if record is None:
-            raise UnknownRequest(self.id)
-        return record
-
-    def _wait(self, limit: float, deadline: float) -> RequestRecord:
-        """Wait until it has ended."""
-        record = self._record(deadline)
-        if record.ended:
-            return record
-        with self._session.replies.watch(self.id, record.client) as watch:
-            while True:
-                record = self._record(deadline)
-                if record.ended:
-                    return record
-                if not _sleep(watch, RESULT_SILENCE, deadline):
-                    raise TimeoutError(
-                        f"request {self.id} has not ended within {limit:g} s: it is {_state(record)}. It goes on; wait "
-                        f"again with result(), or look at it with: perdure show {self.id}"
-                    )
-
-    def _stream(self, reader: OutputReader, limit: float) -> Generator[Any, None, None]:
-        deadline = time.monotonic() + limit
-        record = self._record(deadline)
-        reader.notice(record.epoch)
-        with self._session.replies.watch(self.id, record.client) as watch:
-            while True:
-                moved = yield from self._drain(reader, limit, deadline)
-                if moved:
-                    deadline = time.monotonic() + limit
-                if not moved or watch.look:
-                    watch.look = False
-                    record = self._record(deadline)
-                    if reader.notice(record.epoch):
-                        continue
-                    if record.ended:
-                        ended = yield from self._close(reader, limit, deadline)
-                        if ended:
-                            return
-                        deadline, watch.look = time.monotonic() + limit, True
-                        continue
-                if not _sleep(watch, STREAM_SILENCE, deadline):
-                    raise TimeoutError(
-                        f"request {self.id} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
-                        f"on; read on with stream(start={reader.count}), or look at it with: perdure show {self.id}"
-                    )
-
-    def _drain(self, reader: OutputReader, limit: float, deadline: float) -> Generator[Any, None, bool]:
-        """Yield what the log has and the reader has not; returns whether there was anything."""
-        moved = False
+    def _ask(self, question: Question[Answer]) -> Answer:
+        steps = self._steps(question)
         while True:
-            entry = reader.entry
-            page = partial(Store.outputs, identifier=self.id, entry=entry, limit=PAGE)
-            entries = self._session.call(page, deadline=deadline)
-            for output in reader.feed(entries):
-                moved = True
-                yield output
-            if len(entries) < PAGE and reader.entry == entry + len(entries):
-                return moved
-            # The caller may have taken its time over them.
-            deadline = time.monotonic() + limit
+            try:
+                next(steps)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
 
-    def _close(self, reader: OutputReader, limit: float, deadline: float) -> Generator[Any, None, bool]:
-        """Yield the rest after the end was seen; returns False if it goes on after all. Raises how it ended."""
-        # What was written before the end is there now; and a request that was requeued meanwhile has not ended.
-        yield from self._drain(reader, limit, deadline)
-        record = self._record(max(deadline, self._patience()))
-        if not record.ended or reader.notice(record.epoch):
-            return False
-        if error := self._error(record):
-            raise error
-        return reader.complete()
+    def _steps(self, question: Question[Answer]) -> Generator[Any, None, Answer]:
+        """Go through a question step by step; yields what it gives, returns its answer."""
+        with closing(question):
+            answer = None
+            while True:
+                try:
+                    step = question.send(answer)
+                except StopIteration as end:
+                    final: Answer = end.value
+                    return final
+                if isinstance(step, Give):
+                    answer = yield step.output
+                else:
+                    answer = self._do(step)
 
-    def _error(self, record: RequestRecord) -> PerdureError | None:
-        """What its end says, if that is not a result."""
-        if record.status is State.FINISHED:
-            return None
-        if record.status is not State.FAILED:
-            return RequestCanceled(self.id, str(record.status))
-        history, trace = self._session.call(
-            lambda store: (store.history(self.id), "" if record.error_reason else store.traceback(self.id))
-        )
-        # RQ itself fails a request only where none of our workers had it, and writes no more than a traceback.
-        lines = trace.strip().splitlines() or ["no reason was stored"]
-        kind = record.error_kind or str(FailureKind.UNKNOWN)
-        error = DeadlineExceeded if kind == FailureKind.DEADLINE else RequestFailed
-        return error(self.id, kind, record.error_reason or lines[-1], [event.as_dict() for event in history])
-
-    def __repr__(self) -> str:
-        return f"<Handle {self.id}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Handle) and other.id == self.id
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Handle, (self.id, None)
-
-
-def _sleep(watch: Watch, silence: float, deadline: float) -> bool:
-    """Wait for a hint; False if the deadline has passed already."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return False
-    watch.wait(min(silence, left))
-    return True
-
-
-def _state(record: RequestRecord) -> str:
-    if record.execution:
-        return f"running on {record.worker}"
-    if record.status is State.QUEUED:
-        return f"waiting in the queue {record.queue} (does a worker serve it?)"
-    return f"{record.status} in the queue {record.queue}"
+    def _do(self, step: Step) -> Any:
+        match step:
+            case Fetch(id, deadline):
+                return self._session.call(lambda store: store.fetch(id), deadline=deadline)
+            case Call(operation, deadline):
+                return self._session.call(operation, deadline=deadline)
+            case Join(id, channel):
+                return self._session.replies.watch(id, channel)
+            case Sleep(watch, seconds):
+                return watch.wait(seconds)
+        raise TypeError(f"no step: {step!r}")

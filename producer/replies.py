@@ -48,12 +48,17 @@ class Watch:
         self._replies = replies
         self._event = threading.Event()
 
+    @property
+    def heard(self) -> bool:
+        """Whether hints about it arrive now, as far as anybody can know."""
+        return self._replies.hears(self.channel)
+
     def wait(self, seconds: float) -> None:
         """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.
 
         Read the keys afterwards, whatever the reason: what comes while they are read ends the next wait.
         """
-        if not self._replies.hears(self.channel):
+        if not self.heard:
             seconds = min(seconds, DEAF_POLL)
         # Spread, so that waiters who all heard nothing do not all ask in the same moment.
         if not self._event.wait(max(0.0, seconds * random.uniform(0.9, 1))):
@@ -65,6 +70,9 @@ class Watch:
         if not what.isdigit():
             self.look = True
         self._event.set()
+
+    def subscribed(self) -> None:
+        """Hints begin to arrive. Nothing to do for a waiter that came by :meth:`Replies.watch`: it waited for this."""
 
     def __enter__(self) -> Self:
         return self
@@ -103,27 +111,39 @@ class Replies:
 
         Read the keys after this: what happened before it is not told.
         """
+        watch = Watch(self, identifier, channel)
+        tell = self.register(watch)
+        try:
+            if tell:
+                self.tell()
+            if channel and channel not in self._heard:
+                with self._changed:
+                    self._changed.wait_for(lambda: channel in self._heard or self._deaf or self._closed, CONFIRM)
+        except BaseException:  # Ctrl-C
+            self.forget(watch)
+            raise
+        return watch
+
+    def register(self, watch: Watch) -> bool:
+        """Take up an interest without waiting for anything; if it returns True, :meth:`tell` has to be called.
+
+        Once subscribed, :meth:`Watch.subscribed` is called, unless it is heard already: read the keys then.
+        """
         if self._process != os.getpid():
             self._reset()  # forked: the listener stayed behind, and with it perhaps a lock that was held
-        watch = Watch(self, identifier, channel)
+        channel = watch.channel
         if not channel:
-            return watch  # put there by somebody who listens to nothing
+            return False  # put there by somebody who listens to nothing
         with self._changed:
-            self._watches.setdefault(identifier, set()).add(watch)
+            self._watches.setdefault(watch.identifier, set()).add(watch)
             self._wanted[channel] += 1
-            heard, running = channel in self._heard, self._thread is not None
+            running = self._thread is not None
             if not running and not self._closed:
                 self._deaf = False
                 self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
                 self._thread.start()
             # The first to want a channel tells the listener; one that is just starting sees it by itself.
-            tell = running and not heard and self._wanted[channel] == 1
-        if tell:
-            self._wake_listener()
-        if not heard:
-            with self._changed:
-                self._changed.wait_for(lambda: channel in self._heard or self._deaf or self._closed, CONFIRM)
-        return watch
+            return running and channel not in self._heard and self._wanted[channel] == 1
 
     def forget(self, watch: Watch) -> None:
         """End an interest. The channel is left when the listener next looks around."""
@@ -152,7 +172,7 @@ class Replies:
             self._wake_waiters()
             self._changed.notify_all()
         if thread is not None and self._process == os.getpid():
-            self._wake_listener()
+            self.tell()
             thread.join(2 * SLICE)
 
     # --- the listener ----------------------------------------------------------------------------
@@ -212,7 +232,12 @@ class Replies:
         name = channel.decode(errors="replace") if isinstance(channel, bytes) else str(channel)
         if message["type"] == "subscribe":
             with self._changed:
-                self._heard.add(name.removeprefix(key("replies")))
+                subscribed = name.removeprefix(key("replies"))
+                self._heard.add(subscribed)
+                for watches in self._watches.values():
+                    for watch in watches:
+                        if watch.channel == subscribed:
+                            watch.subscribed()
                 if self._deaf:
                     self._deaf = False
                     self._wake_waiters()  # they may have read just before this, and missed what came between
@@ -232,7 +257,8 @@ class Replies:
             for watch in watches:
                 watch.wake()
 
-    def _wake_listener(self) -> None:
+    def tell(self) -> None:
+        """Have the listener look around now."""
         try:
             self._connection.publish(key("replies", self._own), _WAKE)
         except redis.RedisError:

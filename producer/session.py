@@ -19,6 +19,7 @@ from ..protocol.connection import connect, explain, resolve_url
 from ..protocol.errors import RedisUnavailable, TryAgainLater, UsageError
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from .gathering import Callbacks
 from .replies import Replies
 
 Answer = TypeVar("Answer")
@@ -36,7 +37,11 @@ LANES: Final = 8
 LANE_WAIT: Final = 60.0
 """Seconds; a call is a millisecond, or a timeout when Redis is away."""
 
-_TRANSIENT = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+TRANSIENT: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+"""What a call that may be sent again can end with."""
+
+CLOSED: Final = "this Client is closed; make a new one"
+
 _FINAL = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
 
 
@@ -63,6 +68,7 @@ class Session:
         # Each call takes a connection of its own from the pool, and a store keeps nothing between two calls.
         self._store = Store(connection, self.settings)
         self.replies = Replies(connection, self.client_id)
+        self.callbacks = Callbacks(self)
         self._lanes = threading.BoundedSemaphore(LANES)
         self._closed = False
 
@@ -76,45 +82,54 @@ class Session:
             deadline = time.monotonic() + self.patience
         tries = 0
         while True:
-            if self._closed:
-                raise UsageError("this Client is closed; make a new one")
             try:
-                left = deadline - time.monotonic()
-                if not self._lanes.acquire(timeout=min(max(left, PAUSE_CAP), LANE_WAIT)):
-                    raise redis.TimeoutError("all connections wait for answers")
-                try:
-                    return operation(self._store)
-                finally:
-                    self._lanes.release()
-            except _FINAL as error:
-                raise self._unavailable(error) from None
-            except redis.exceptions.OutOfMemoryError:
-                raise TryAgainLater(
-                    "Redis is at its maxmemory and takes no new requests; free some memory or raise the limit",
-                    retry_after=1.0,
-                ) from None
-            except _TRANSIENT as error:
+                return self.attempt(operation, wait=deadline - time.monotonic())
+            except TRANSIENT as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise self._unavailable(error) from None
+                    raise self.unavailable(error) from None
                 time.sleep(min(left, pause(tries)))
             tries += 1
+
+    def attempt(self, operation: Callable[[Store], Answer], *, wait: float = LANE_WAIT) -> Answer:
+        """Run ``operation`` once. Raises one of :data:`TRANSIENT` if it may be run again.
+
+        ``wait``: seconds for one of the :data:`LANES`, within bounds.
+        """
+        if self._closed:
+            raise UsageError(CLOSED)
+        try:
+            if not self._lanes.acquire(timeout=min(max(wait, PAUSE_CAP), LANE_WAIT)):
+                raise redis.TimeoutError("all connections wait for answers")
+            try:
+                return operation(self._store)
+            finally:
+                self._lanes.release()
+        except _FINAL as error:
+            raise self.unavailable(error) from None
+        except redis.exceptions.OutOfMemoryError:
+            raise TryAgainLater(
+                "Redis is at its maxmemory and takes no new requests; free some memory or raise the limit",
+                retry_after=1.0,
+            ) from None
 
     def ping(self) -> None:
         """Raise :class:`RedisUnavailable` unless Redis answers now; nothing is tried twice."""
         try:
             self._connection.ping()
         except redis.RedisError as error:
-            raise self._unavailable(error) from None
+            raise self.unavailable(error) from None
 
     def close(self) -> None:
         """End the listener and the connections. What waits raises :class:`UsageError`. Harmless when repeated."""
         self._closed = True
+        self.callbacks.close()
         self.replies.close()
         if self._owned:
             self._connection.close()
 
-    def _unavailable(self, error: Exception) -> RedisUnavailable:
+    def unavailable(self, error: Exception) -> RedisUnavailable:
+        """What to tell the user about this error of redis-py."""
         # Raised "from None" by the callers: the original error's text may hold the password.
         return explain(error, self._url)
 

@@ -1,0 +1,229 @@
+"""Waiting for many requests at once: ``as_completed``, and the thread that calls the callbacks.
+
+Hints say which of them to look at. All are looked at, many in one round trip, whenever hints may have been
+lost; so ten thousand cost a handful of calls every few seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from ..protocol.errors import PerdureError, RedisUnavailable, UnknownRequest, UsageError
+from ..protocol.records import RequestRecord
+from ..protocol.store import Store
+from .arguments import waited
+from .questions import RESULT_SILENCE
+from .replies import DEAF_POLL, Replies, Watch
+
+if TYPE_CHECKING:
+    from .handle import Handle
+    from .session import Session
+
+MOST: Final = 512
+"""Records that are read in one round trip."""
+
+_log = logging.getLogger("perdure.producer")
+
+
+class Gathering:
+    """Requests of one client, of which the next to end is waited for. One thread waits; any may add."""
+
+    def __init__(self, session: Session, bell: threading.Event) -> None:
+        self._session = session
+        self._bell = bell
+        self._waiting: dict[str, Interest | None] = {}
+        self._hints: deque[str] = deque()
+        self._lost = False
+        self._poll = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def due(self) -> float:
+        """When to look again at the latest (monotonic)."""
+        return self._poll
+
+    def add(self, identifier: str) -> None:
+        self._waiting.setdefault(identifier, None)
+        self.hint(identifier)
+
+    def hint(self, identifier: str, *, lost: bool = False) -> None:
+        """Look at this one next; ``lost``: others may have been missed."""
+        self._hints.append(identifier)
+        self._lost = self._lost or lost
+        self._bell.set()
+
+    def look(self, deadline: float | None) -> Iterator[tuple[str, RequestRecord | None]]:
+        """Give those that have ended, or are not known (``None``); they are waited for no longer."""
+        now = time.monotonic()
+        if self._lost:
+            self._lost, self._poll = False, min(self._poll, now + DEAF_POLL)
+        if now >= self._poll:
+            self._hints.clear()
+            wanted = list(self._waiting)
+            heard = all(interest is not None and interest.heard for interest in list(self._waiting.values()))
+            self._poll = now + (RESULT_SILENCE if heard else DEAF_POLL) * random.uniform(0.9, 1)
+        else:
+            hints = [self._hints.popleft() for _ in range(len(self._hints))]
+            wanted = [identifier for identifier in dict.fromkeys(hints) if identifier in self._waiting]
+        for start in range(0, len(wanted), MOST):
+            page = wanted[start : start + MOST]
+            try:
+                records = self._session.call(partial(Store.fetch_many, identifiers=page), deadline=deadline)
+            except PerdureError:
+                self._hints.extend(wanted[start:])
+                raise
+            for identifier, record in zip(page, records, strict=True):
+                if record is None or record.ended:
+                    self._leave(identifier)
+                    yield identifier, record
+                elif self._waiting[identifier] is None:
+                    self._join(identifier, record.client)
+
+    def close(self) -> None:
+        for identifier in list(self._waiting):
+            self._leave(identifier)
+
+    def _join(self, identifier: str, channel: str) -> None:
+        interest = Interest(self, self._session.replies, identifier, channel)
+        self._waiting[identifier] = interest
+        if self._session.replies.register(interest):
+            self._session.replies.tell()
+        if interest.heard:
+            self.hint(identifier)  # what came between reading and registering
+
+    def _leave(self, identifier: str) -> None:
+        interest = self._waiting.pop(identifier, None)
+        if interest is not None:
+            self._session.replies.forget(interest)
+
+
+class Interest(Watch):
+    """One request of a gathering."""
+
+    def __init__(self, gathering: Gathering, replies: Replies, identifier: str, channel: str) -> None:
+        super().__init__(replies, identifier, channel)
+        self._gathering = gathering
+
+    def wake(self, what: bytes = b"") -> None:
+        if not what.isdigit():  # new outputs are no end
+            self._gathering.hint(self.identifier, lost=not what)
+
+    def subscribed(self) -> None:
+        self._gathering.hint(self.identifier)
+
+
+def as_completed(handles: Iterable[Handle], timeout: float | None = None) -> Iterator[Handle]:
+    """Yield handles in the order in which their requests end, in whatever way; each once.
+
+    As with ``concurrent.futures``, ``timeout`` is for all of them together, and ``None`` waits for ever; they may
+    be of several clients. Raises ``TimeoutError`` (the requests go on), :class:`UnknownRequest` and
+    :class:`RedisUnavailable`.
+    """
+    wanted = list(dict.fromkeys(handles))
+    limit = None if timeout is None else waited(timeout, "timeout")
+    sessions = {handle.id: handle._session for handle in wanted}
+    return _as_completed({handle.id: handle for handle in wanted}, sessions, limit)
+
+
+def _as_completed(handles: dict[str, Handle], sessions: dict[str, Session], limit: float | None) -> Iterator[Handle]:
+    deadline = float("inf") if limit is None else time.monotonic() + limit
+    bell = threading.Event()
+    gatherings: dict[Session, Gathering] = {}
+    left = len(handles)
+    try:
+        for identifier, session in sessions.items():
+            gatherings.setdefault(session, Gathering(session, bell)).add(identifier)
+        while True:
+            bell.clear()
+            for gathering in gatherings.values():
+                for identifier, record in gathering.look(deadline):
+                    if record is None:
+                        raise UnknownRequest(identifier)
+                    left -= 1
+                    yield handles[identifier]
+            if not left:
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError(f"{left} of {len(handles)} requests have not ended within {limit:g} s; they go on")
+            due = min(gathering.due for gathering in gatherings.values() if len(gathering))
+            bell.wait(max(0.0, min(due, deadline) - now))
+    finally:
+        for gathering in gatherings.values():
+            gathering.close()
+
+
+class Callbacks:
+    """Calls what waits for the end of requests: one thread for a client, from the first until none is left."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._bell = threading.Event()
+        self._gathering = Gathering(self._session, self._bell)
+        self._calls: dict[str, list[Callable[[], object]]] = {}
+        self._thread: threading.Thread | None = None
+
+    def add(self, identifier: str, call: Callable[[], object]) -> None:
+        """Have ``call()`` called once the request has ended."""
+        if self._process != os.getpid():
+            self._reset()  # forked: the thread and its callbacks stayed behind
+        with self._lock:
+            if self._closed:
+                raise UsageError("this Client is closed; make a new one")
+            self._calls.setdefault(identifier, []).append(call)
+            self._gathering.add(identifier)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="perdure-callbacks", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Call no more of them. The one that is being called goes on."""
+        self._closed = True
+        self._bell.set()
+
+    def _run(self) -> None:
+        while True:
+            self._bell.clear()
+            try:
+                for identifier, _ in self._gathering.look(None):
+                    self._call(identifier)
+            except RedisUnavailable:
+                self._bell.wait(DEAF_POLL)  # it may be back some time; nobody is there to be told
+            except UsageError:
+                pass  # closed
+            except Exception:
+                _log.exception("waiting for the ends of requests failed; it goes on")
+                self._bell.wait(DEAF_POLL)
+            with self._lock:
+                if self._closed or not self._calls:
+                    self._gathering.close()
+                    self._thread = None
+                    return
+            self._bell.wait(max(0.0, self._gathering.due - time.monotonic()))
+
+    def _call(self, identifier: str) -> None:
+        with self._lock:
+            calls = self._calls.pop(identifier, [])
+        for call in calls:
+            if self._closed:
+                return
+            try:
+                call()
+            except Exception:
+                _log.exception("a callback of request %s raised", identifier)

@@ -1,0 +1,250 @@
+"""What a handle asks, in which order, and what it makes of the answers.
+
+Each question is a generator: it yields steps, is sent what came of them, and returns the answer. Who drives it
+does the input and output: :class:`~perdure.producer.Handle` in the calling thread,
+:class:`~perdure.producer.AsyncHandle` on an event loop. So both ask the same.
+
+A step that fails ends the question with its error; no question handles one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from ..protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
+from ..protocol.records import Checkpoint, Event, FailureKind, RequestRecord
+from ..protocol.states import State
+from ..protocol.store import Store
+from .outputs import OutputReader
+from .replies import Watch
+from .timeline import complete
+
+STREAM_SILENCE: Final = 1.0
+RESULT_SILENCE: Final = 5.0
+"""Seconds without a hint after which the keys are read anyhow."""
+
+PAGE: Final = 256
+"""Entries of the output log that are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Read a request's record (or ``None``). ``deadline``: monotonic; ``None`` is the client's patience."""
+
+    id: str
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Run an operation on a store."""
+
+    operation: Callable[[Store], Any]
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`Watch`."""
+
+    id: str
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait for a hint, or so many seconds."""
+
+    watch: Watch
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Give:
+    """An output for the caller."""
+
+    output: Any
+
+
+Step = Fetch | Call | Join | Sleep | Give
+Answer = TypeVar("Answer")
+Question = Generator[Step, Any, Answer]
+
+
+def fetched(identifier: str, deadline: float | None = None) -> Question[RequestRecord]:
+    record: RequestRecord | None = yield Fetch(identifier, deadline)
+    if record is None:
+        raise UnknownRequest(identifier)
+    return record
+
+
+def history(identifier: str) -> Question[list[Event]]:
+    record = yield from fetched(identifier)
+    return complete(record, (yield Call(lambda store: store.history(identifier))))
+
+
+def checkpoint(identifier: str) -> Question[Checkpoint | None]:
+    found: Checkpoint | None = yield Call(lambda store: store.checkpoint(identifier))
+    return found
+
+
+def offset(identifier: str) -> Question[int]:
+    last = yield Call(lambda store: store.outputs(identifier, entry=-1, limit=1))
+    return last[0][1] + len(last[0][2]) if last else 0
+
+
+def outputs(identifier: str) -> Question[list[Any]]:
+    reader = OutputReader(identifier, restarts=True)
+    reader.notice((yield from fetched(identifier)).epoch)
+    found: list[Any] = []
+    while True:
+        entries = yield Call(_page(identifier, reader.entry))
+        if not entries:
+            return found
+        found += reader.feed(entries)
+        if reader.entry == 0:  # it began again while we read, so do we
+            reader, found = OutputReader(identifier, restarts=True), []
+
+
+def cancel(identifier: str, reason: str) -> Question[bool]:
+    line = " ".join(reason.split()) or "canceled by its producer"
+    (answer,) = yield Call(lambda store: store.cancel([(identifier, "")], reason=line))
+    if answer == "unknown":
+        raise UnknownRequest(identifier)
+    return answer in ("canceled", "requested")
+
+
+def ended(identifier: str, limit: float) -> Question[RequestRecord]:
+    """Wait until it has ended. Raises ``TimeoutError`` after ``limit`` seconds."""
+    deadline = time.monotonic() + limit
+    record = yield from fetched(identifier, deadline)
+    if record.ended:
+        return record
+    watch: Watch = yield Join(identifier, record.client)
+    with watch:
+        while True:
+            record = yield from fetched(identifier, deadline)
+            if record.ended:
+                return record
+            if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
+                raise TimeoutError(
+                    f"request {identifier} has not ended within {limit:g} s: it is {_state(record)}. It goes on; wait "
+                    f"again with result(), or look at it with: perdure show {identifier}"
+                )
+
+
+def error(record: RequestRecord) -> Question[PerdureError | None]:
+    """What its end says, if that is not a result."""
+    if record.status is State.FINISHED:
+        return None
+    if record.status is not State.FAILED:
+        return RequestCanceled(record.id, str(record.status))
+
+    def read(store: Store) -> tuple[list[Event], str]:
+        return store.history(record.id), "" if record.error_reason else store.traceback(record.id)
+
+    events, trace = yield Call(read)
+    # RQ itself fails a request only where none of our workers had it, and writes no more than a traceback.
+    lines = trace.strip().splitlines() or ["no reason was stored"]
+    kind = record.error_kind or str(FailureKind.UNKNOWN)
+    raised = DeadlineExceeded if kind == FailureKind.DEADLINE else RequestFailed
+    return raised(record.id, kind, record.error_reason or lines[-1], [event.as_dict() for event in events])
+
+
+def exception(identifier: str, limit: float) -> Question[PerdureError | None]:
+    return (yield from error((yield from ended(identifier, limit))))
+
+
+def result(identifier: str, limit: float, patience: float) -> Question[Any]:
+    """``patience``: seconds that are left for reading the result even when it came in the last moment."""
+    deadline = time.monotonic() + limit
+    if problem := (yield from exception(identifier, limit)):
+        raise problem
+
+    def read(store: Store) -> Any:
+        try:
+            return store.result(identifier)
+        except ValueError as reason:
+            raise PerdureError(f"request {identifier} has finished, but its result cannot be read: {reason}") from None
+
+    return (yield Call(read, max(deadline, time.monotonic() + patience)))
+
+
+def stream(reader: OutputReader, identifier: str, limit: float, patience: float) -> Question[None]:
+    """Give each output once, until it ends. ``limit``: seconds without a new one; ``patience`` as in :func:`result`."""
+    deadline = time.monotonic() + limit
+    record = yield from fetched(identifier, deadline)
+    reader.notice(record.epoch)
+    watch: Watch = yield Join(identifier, record.client)
+    with watch:
+        while True:
+            moved = yield from _drain(reader, identifier, limit, deadline)
+            if moved:
+                deadline = time.monotonic() + limit
+            if not moved or watch.look:
+                watch.look = False
+                record = yield from fetched(identifier, deadline)
+                if reader.notice(record.epoch):
+                    continue
+                if record.ended:
+                    if (yield from _close(reader, identifier, limit, deadline, patience)):
+                        return
+                    deadline, watch.look = time.monotonic() + limit, True
+                    continue
+            if not (yield from _sleep(watch, STREAM_SILENCE, deadline)):
+                raise TimeoutError(
+                    f"request {identifier} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
+                    f"on; read on with stream(start={reader.count}), or look at it with: perdure show {identifier}"
+                )
+
+
+def _drain(reader: OutputReader, identifier: str, limit: float, deadline: float) -> Question[bool]:
+    """Give what the log has and the reader has not; returns whether there was anything."""
+    moved = False
+    while True:
+        entry = reader.entry
+        entries = yield Call(_page(identifier, entry), deadline)
+        for output in reader.feed(entries):
+            moved = True
+            yield Give(output)
+        if len(entries) < PAGE and reader.entry == entry + len(entries):
+            return moved
+        # The caller may have taken its time over them.
+        deadline = time.monotonic() + limit
+
+
+def _close(reader: OutputReader, identifier: str, limit: float, deadline: float, patience: float) -> Question[bool]:
+    """Give the rest after the end was seen; returns False if it goes on after all. Raises how it ended."""
+    # What was written before the end is there now; and a request that was requeued meanwhile has not ended.
+    yield from _drain(reader, identifier, limit, deadline)
+    record = yield from fetched(identifier, max(deadline, time.monotonic() + patience))
+    if not record.ended or reader.notice(record.epoch):
+        return False
+    if problem := (yield from error(record)):
+        raise problem
+    return reader.complete()
+
+
+def _sleep(watch: Watch, silence: float, deadline: float) -> Question[bool]:
+    """Wait for a hint; False if the deadline has passed already."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return False
+    yield Sleep(watch, min(silence, left))
+    return True
+
+
+def _page(identifier: str, entry: int) -> Callable[[Store], list[tuple[int, int, list[Any]]]]:
+    return partial(Store.outputs, identifier=identifier, entry=entry, limit=PAGE)
+
+
+def _state(record: RequestRecord) -> str:
+    if record.execution:
+        return f"running on {record.worker}"
+    if record.status is State.QUEUED:
+        return f"waiting in the queue {record.queue} (does a worker serve it?)"
+    return f"{record.status} in the queue {record.queue}"
