@@ -8,13 +8,15 @@
             ...
         handle.result()
 
-``as_completed(handles)`` yields handles as their requests end.
+``AsyncClient`` is the same for event loops: ``await client.submit(…)``, ``async for output in handle.stream()``,
+``await handle``. ``as_completed(handles)`` and ``as_completed_async(handles)`` yield handles as their requests end.
 
 Neither torch nor any task of a user is imported from here.
 """
 
+from .async_client import AsyncClient, AsyncHandle, as_completed_async
 from .client import Client
 from .gathering import as_completed
 from .handle import Handle
 
-__all__ = ["Client", "Handle", "as_completed"]
+__all__ = ["Client", "Handle", "AsyncClient", "AsyncHandle", "as_completed", "as_completed_async"]
