@@ -140,7 +140,7 @@ class AsyncSession:
         due = _Due(identifier, deadline, loop.create_future())
         self._due.append(due)
         if self._reading is None:
-            self._reading = loop.create_task(self._read_due(), name="perdure-records")
+            self._read(loop)
         return await due.future
 
     def watch(self, identifier: str, channel: str) -> LoopWatch:
@@ -156,7 +156,7 @@ class AsyncSession:
         """Close the session; whatever waits raises :class:`UsageError`. Harmless when repeated."""
         if self._closed:
             return
-        loop = self._enter()
+        loop = asyncio.get_running_loop()  # another one may have to clean up behind the client's own
         self._closed = True
         try:
             await loop.run_in_executor(self._attempts, self._session.close)
@@ -178,37 +178,46 @@ class AsyncSession:
     async def _attempt(self, operation: Callable[[Store], Answer]) -> Answer:
         return await self._enter().run_in_executor(self._attempts, self._session.attempt, operation)
 
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._reading = loop.create_task(self._read_due(), name="perdure-records")
+        self._reading.add_done_callback(self._read_again)
+
+    def _read_again(self, task: asyncio.Task[None]) -> None:
+        """Go on if something is wanted still: it came in the last moment, or somebody canceled what is not theirs."""
+        self._reading = None
+        self._forget_canceled()
+        if self._due:
+            self._read(task.get_loop())
+
     async def _read_due(self) -> None:
         """Read all records that are wanted; ends when none is. Each wish lasts until its own deadline."""
         tries = 0
-        try:
-            while self._due:
-                page, self._due = self._due[:MOST], self._due[MOST:]
-                page = [due for due in page if not due.future.done()]  # whose task was canceled
-                if not page:
-                    continue
-                identifiers = list(dict.fromkeys(due.id for due in page))
-                try:
-                    records = await self._attempt(partial(Store.fetch_many, identifiers=identifiers))
-                except TRANSIENT as error:
-                    self._due = page + self._due
-                    nearest = self._give_up(error)
-                    await asyncio.sleep(min(nearest, pause(tries)))
-                    tries += 1
-                except Exception as error:
-                    for due in page:
-                        _refuse(due, error)
-                else:
-                    tries = 0
-                    found = dict(zip(identifiers, records, strict=True))
-                    for due in page:
-                        if not due.future.done():
-                            due.future.set_result(found[due.id])
-        finally:
-            self._reading = None
-            for due in self._due:  # only if this task was canceled, as all are when a loop ends
-                due.future.cancel()
-            self._due = []
+        while True:
+            self._forget_canceled()
+            if not self._due:
+                return
+            page = self._due[:MOST]
+            identifiers = list(dict.fromkeys(due.id for due in page))
+            try:
+                records = await self._attempt(partial(Store.fetch_many, identifiers=identifiers))
+            except TRANSIENT as error:
+                nearest = self._give_up(error)
+                await asyncio.sleep(min(nearest, pause(tries)))
+                tries += 1
+                continue
+            except Exception as error:
+                for due in page:
+                    _refuse(due, error)
+            else:
+                tries = 0
+                found = dict(zip(identifiers, records, strict=True))
+                for due in page:
+                    if not due.future.done():
+                        due.future.set_result(found[due.id])
+            del self._due[: len(page)]  # what came meanwhile stands behind it
+
+    def _forget_canceled(self) -> None:
+        self._due = [due for due in self._due if not due.future.done()]
 
     def _give_up(self, error: Exception) -> float:
         """Tell those whose deadline has passed; returns seconds until the next one's does."""
@@ -216,7 +225,7 @@ class AsyncSession:
         for due in self._due:
             if due.deadline <= now:
                 _refuse(due, self._session.unavailable(error))
-        self._due = [due for due in self._due if not due.future.done()]
+        self._forget_canceled()
         return min((due.deadline for due in self._due), default=now) - now
 
 

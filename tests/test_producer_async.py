@@ -384,6 +384,21 @@ def test_a_canceled_task_leaves_nothing_behind(play: Any, hands: Hands) -> None:
     play(scene)
 
 
+def test_canceling_what_is_not_theirs_takes_no_answer_from_others(play: Any) -> None:
+    async def scene(client: AsyncClient) -> None:
+        handle = await client.submit(PATH, 1)
+        for turns in range(5):
+            asking = asyncio.ensure_future(handle.status())
+            await asyncio.sleep(0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if client._session._reading is not None:
+                client._session._reading.cancel()
+            assert await asking == "queued"
+
+    play(scene)
+
+
 def test_a_stream_may_be_left_early(play: Any, hands: Hands) -> None:
     async def scene(client: AsyncClient) -> None:
         handle = await client.submit(PATH, 1)
@@ -427,7 +442,9 @@ def test_a_client_belongs_to_one_loop(redis_url: str) -> None:
         asyncio.run(client.submit(PATH, 2))
     with pytest.raises(UsageError, match="another event loop"):
         asyncio.run(handle.result())
-    client._client.close()
+    asyncio.run(client.close())
+    with pytest.raises(UsageError, match="closed"):
+        asyncio.run(handle.result())
 
 
 # --- Redis goes away -----------------------------------------------------------------------------
@@ -504,7 +521,7 @@ def test_ctrl_c_ends_the_waiting_without_a_word(connection: redis.Redis, redis_u
         "except KeyboardInterrupt: print('interrupted')\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code, redis_url],
+        [sys.executable, "-W", "error", "-c", code, redis_url],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until(lambda: subscribers(connection))

@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import redis
 
 from perdure.producer import Client, Handle, as_completed
 from perdure.producer import gathering as gathering_module
-from perdure.protocol.errors import InvalidRequest, UnknownRequest, UsageError
+from perdure.protocol.connection import connect
+from perdure.protocol.errors import InvalidRequest, RedisUnavailable, UnknownRequest, UsageError
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
+from perdure.scripts.server import Server
 
 from .test_producer_streams import LONG, PATH, Hands, subscribers, until
 
@@ -185,6 +188,26 @@ def test_callbacks_outlast_a_connection_that_is_cut_off(client: Client, hands: H
     connection.client_kill(subscribers(connection)[0]["addr"])
     hands.finish(hands.claim()[0], 0)
     assert called.get(timeout=LONG) == handle
+
+
+def test_callbacks_outlast_an_outage_longer_than_the_patience(server_binary: Path) -> None:
+    called: queue.Queue[Handle] = queue.Queue()
+    with Server(binary=server_binary, die_with_parent=True) as server:
+        with connect(server.url) as connection:
+            connection.config_set("appendfsync", "always")
+        with Client(server.url, settings=Settings(), patience=0) as client:
+            handle = client.submit(PATH, 1)
+            handle.add_done_callback(called.put)
+            until(lambda: client._session.replies._watches)
+            server.kill()
+            with pytest.raises(RedisUnavailable):
+                handle.status()
+            until(lambda: client._session.replies._deaf)
+            server.restart()
+            with connect(server.url) as connection:
+                hands = Hands(connection)
+                hands.finish(hands.claim()[0], 0)
+            assert called.get(timeout=LONG) == handle
 
 
 def test_a_callback_may_add_another(client: Client, hands: Hands) -> None:
