@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rq import Queue
 from rq import Worker as StockWorker
 
@@ -32,6 +33,7 @@ def test_the_class_may_come_from_the_environment(lab: Lab) -> None:
     assert worker.end() == 0
 
 
+@pytest.mark.slow
 def test_rqs_worker_pool_runs_and_drains(lab: Lab) -> None:
     """``rq worker-pool -n 2``: both work, one that is killed is replaced, SIGTERM hands everything back unharmed."""
     pool = start(lab, "worker-pool", "-w", "perdure.workers.Worker", "-n", "2", "gpu")

@@ -67,6 +67,7 @@ def test_a_scheduler_that_dies_is_replaced(lab: Lab) -> None:
     worker.kill_tree()
 
 
+@pytest.mark.slow
 def test_a_scheduler_dies_with_its_worker(lab: Lab) -> None:
     """SIGKILL to the worker: its scheduler leaves, and the one of another worker takes over in seconds."""
     first = lab.worker("--with-scheduler")

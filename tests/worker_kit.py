@@ -27,7 +27,7 @@ from perdure.protocol.store import Store, new_id
 TASKS = Path(__file__).with_name("worker_tasks")
 """On PYTHONPATH of the workers, and of nobody else."""
 
-QUICK: dict[str, Any] = {"heartbeat": 0.1, "heartbeat_timeout": 0.8, "checkpoint_interval": 0.02, "retry_base": 0.05}
+QUICK: dict[str, Any] = {"heartbeat": 0.1, "heartbeat_timeout": 1.5, "checkpoint_interval": 0.02, "retry_base": 0.05}
 """Settings under which nothing is waited for long. The law that a test states holds with any."""
 
 LONG = 30.0
