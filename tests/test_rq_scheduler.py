@@ -7,7 +7,6 @@ import signal
 import time
 from datetime import timedelta
 
-import psutil
 import pytest
 from rq import Queue
 from rq.job import Job
@@ -15,14 +14,14 @@ from rq.registry import ScheduledJobRegistry
 
 from perdure.protocol.keys import key
 
-from .worker_kit import Lab, Process, eventually, gone
+from .worker_kit import Lab, Process, command_of, eventually, gone
 
 
 def scheduler_of(worker: Process) -> int:
     """Process id of a worker's scheduler, once it runs."""
 
     def found() -> list[int]:
-        names = {pid: psutil.Process(pid).cmdline() for pid in worker.children() if not gone(pid)}
+        names = {pid: command_of(pid) for pid in worker.children()}
         return [pid for pid, line in names.items() if "perdure.workers.scheduler" in line]
 
     (pid,) = eventually(found)
@@ -47,7 +46,7 @@ def test_jobs_are_run_when_they_are_due(lab: Lab) -> None:
     finished(job)
     lab.check(request, 50)
     # Spawned: nothing of the worker's is in it.
-    assert "perdure.workers.worker" not in " ".join(psutil.Process(process).cmdline())
+    assert "perdure.workers.worker" not in " ".join(command_of(process))
     worker.send(signal.SIGTERM)
     assert worker.end() == 0
     eventually(lambda: gone(process))

@@ -109,6 +109,14 @@ def gone(pid: int) -> bool:
         return True
 
 
+def command_of(pid: int) -> list[str]:
+    """The command line of a process; nothing of one that has ended, or ends in this moment."""
+    try:
+        return list(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return []
+
+
 @dataclass
 class Lab:
     """A Redis, and worker and reaper processes around it."""
@@ -242,7 +250,7 @@ class Lab:
                 self.seen.update(process.children())
         for pid in self.seen:
             # A number may belong to somebody else by now.
-            if not gone(pid) and "perdure.workers.guardian" in psutil.Process(pid).cmdline():
+            if "perdure.workers.guardian" in command_of(pid):
                 send(pid, signal.SIGCONT)
                 send(pid, signal.SIGKILL)
         for process in self.processes:
