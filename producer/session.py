@@ -103,6 +103,11 @@ class Session:
                 raise redis.TimeoutError("all connections wait for answers")
             try:
                 return operation(self._store)
+            except Exception:
+                if self._closed:
+                    # close() took the connection away in the middle of the call: redis-py may raise nearly anything.
+                    raise UsageError(CLOSED) from None
+                raise
             finally:
                 self._lanes.release()
         except _FINAL as error:

@@ -137,6 +137,17 @@ def test_closing_the_client_ends_the_waiting(client: Client) -> None:
     assert "closed" in str(error)
 
 
+def test_a_call_that_the_close_cuts_short_says_so(client: Client) -> None:
+    """redis-py raises nearly anything when its connection is taken away in the middle of a call."""
+
+    def cut(store: Any) -> None:
+        client.close()
+        raise AttributeError("'NoneType' object has no attribute 'readline'")
+
+    with pytest.raises(UsageError, match="closed"):
+        client._session.attempt(cut)
+
+
 # --- callbacks -----------------------------------------------------------------------------------
 
 
