@@ -19,7 +19,7 @@ local data, payload, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(),
 local name = KEY.job .. id
 local job = redis.call('HMGET', name, 'execution', 'origin', 'retries_left', 'result_ttl', 'failure_ttl')
 if job[1] ~= execution or execution == '' then
-  if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+  unhold(id, execution, incarnation)
   return 'lost'
 end
 local retries = job[3] or max_retries

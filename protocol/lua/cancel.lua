@@ -26,7 +26,7 @@ for _ = 1, tonumber(arg()) do
     forget(id)
     answers[#answers + 1] = 'unknown'
   elseif execution ~= '' and job[1] ~= execution then
-    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+    unhold(id, execution, incarnation)
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'
   elseif execution == '' and job[1] and job[1] ~= '' then

@@ -31,10 +31,7 @@ for _ = 1, tonumber(arg()) do
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[#answers + 1] = 'already'
     else
-      if not job[1] then forget(id) end
-      if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
-      count('fenced', job[3] or '')
-      answers[#answers + 1] = 'lost'
+      answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[3])
     end
   else
     answers[#answers + 1] = decide(job[3], id, execution, incarnation, {

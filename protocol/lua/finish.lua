@@ -24,10 +24,7 @@ for _ = 1, tonumber(arg()) do
     if job[2] == execution .. ':finished' then
       answers[#answers + 1] = 'already'
     else
-      if not job[1] then forget(id) end
-      if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
-      count('fenced', job[3] or '')
-      answers[#answers + 1] = 'lost'
+      answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[3])
     end
   else
     local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq')

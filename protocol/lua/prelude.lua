@@ -80,13 +80,16 @@ local function show_state(worker, incarnation)
   redis.call('HSET', KEY.worker .. worker, 'state', busy and 'busy' or 'idle')
 end
 
+-- The holder's index forgets this execution; a newer one of the same request stays.
+local function unhold(id, execution, incarnation)
+  if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+end
+
 -- End a holding: lease, holder's index, and all of RQ's traces of the execution.
 local function detach(queue, id, execution, incarnation, worker)
   local composite = id .. ':' .. execution
   redis.call('ZREM', KEY.leases .. queue, id)
-  if redis.call('HGET', KEY.held .. incarnation, id) == execution then
-    redis.call('HDEL', KEY.held .. incarnation, id)
-  end
+  unhold(id, execution, incarnation)
   redis.call('ZREM', KEY.wip .. queue, composite)
   redis.call('DEL', KEY.execution .. composite)
   redis.call('ZREM', KEY.executions .. id, execution)
@@ -97,6 +100,14 @@ end
 local function forget(id)
   redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id)
   redis.call('ZREM', KEY.checkpoints, id)
+end
+
+-- A write by an execution that is not the current one is refused. current: the hash's, nil without a hash.
+local function refuse(id, execution, incarnation, current, queue)
+  if not current then forget(id) end
+  unhold(id, execution, incarnation)
+  count('fenced', queue or '')
+  return 'lost'
 end
 
 -- What a living request has written does not expire while it runs, however long that takes.

@@ -26,10 +26,7 @@ for _ = 1, tonumber(arg()) do
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline')
   if job[1] ~= execution or execution == '' then
-    if not job[1] then forget(id) end
-    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
-    count('fenced', job[4] or '')
-    answers[#answers + 1] = 'lost'
+    answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
     answers[#answers + 1] = 'cancel'

@@ -32,10 +32,7 @@ for i = #rows, 1, -1 do
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[i] = 'already'
     else
-      if not job[1] then forget(id) end
-      if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
-      count('fenced', queue)
-      answers[i] = 'lost'
+      answers[i] = refuse(id, execution, incarnation, job[1], queue)
     end
   elseif job[4] == '1' or job[8] == 'canceled' or job[8] == 'stopped' then
     detach(queue, id, execution, incarnation, worker)

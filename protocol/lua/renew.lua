@@ -12,9 +12,7 @@ for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline')
   if job[1] ~= execution or execution == '' then
-    if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
-    count('fenced', job[4] or '')
-    answers[#answers + 1] = 'lost'
+    answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   else
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
     -- A checkpoint does not grow stale while its request runs.

@@ -9,7 +9,7 @@
 --
 -- With result_ttl 0, RQ has deleted the job's hash just before; writing to it would bring it back for ever.
 local incarnation, queue, id, execution = arg(), arg(), arg(), arg()
-if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+unhold(id, execution, incarnation)
 local current = redis.call('HGET', KEY.job .. id, 'execution')
 if current and current ~= execution then return 'lost' end
 if current then redis.call('HSET', KEY.job .. id, 'execution', '') end
