@@ -12,11 +12,13 @@ import hashlib
 import re
 from typing import Final
 
+from redis import Redis
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job
 from rq.queue import Queue
+from rq.rate_limit import RateLimitRegistry
 from rq.registry import (
     CanceledJobRegistry,
     DeferredJobRegistry,
@@ -61,6 +63,8 @@ NAMES: Final[dict[str, str]] = {
     "results": Result.get_key(""),
     "suspended": WORKERS_SUSPENDED,
     "commands": PUBSUB_CHANNEL_TEMPLATE % "",
+    "limited": RateLimitRegistry.rl_keys_key,
+    "limit": RateLimitRegistry("", Redis()).config_key,
     # ours
     "leases": f"{OURS}leases:",
     "retries": f"{OURS}retries:",
@@ -76,6 +80,8 @@ NAMES: Final[dict[str, str]] = {
     "replies": f"{OURS}replies:",
     "fingerprints": f"{OURS}fingerprints",
     "parents": f"{OURS}parents",
+    "notices": f"{OURS}notices",
+    "notice": f"{OURS}notice:",
     "counters": f"{OURS}counters",
     "pulse": f"{OURS}pulse",
     "schema": f"{OURS}schema",

@@ -252,7 +252,7 @@ class RequestRecord:
 
         return cls(
             id=identifier,
-            status=State(text("status")),
+            status=_state(text("status")),
             queue=text("origin"),
             task=text("task"),
             attempt=number("attempt"),
@@ -269,3 +269,8 @@ class RequestRecord:
             error_reason=text("error_reason"),
             verdict=text("last").rpartition(":")[2],
         )
+
+
+def _state(word: str) -> State:
+    """RQ's word as a state. RQ has more words for what waits elsewhere than in its queue (under a rate limit, say)."""
+    return State.SCHEDULED if word in ("rate_limited", "deferred", "ready_to_enqueue") else State(word)

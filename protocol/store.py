@@ -223,14 +223,26 @@ class Store(Reads):
         load("settle")(pipeline, values, {})
 
     def adopt(
-        self, incarnation: str, worker: str, identifier: str, execution: str, *, task: str, payload: bytes
+        self,
+        incarnation: str,
+        worker: str,
+        identifier: str,
+        execution: str,
+        *,
+        task: str,
+        payload: bytes,
+        left_out: str = "",
     ) -> str:
-        """Make a request of a plain job that calls a task. Returns ``"ok"`` or ``"lost"``."""
+        """Make a request of a plain job that calls a task. Returns ``"ok"`` or ``"lost"``.
+
+        ``left_out`` says what of the job the request will not do; it goes into the history.
+        """
         settings = self.settings
         values: dict[str, str | bytes | int | float] = {
             "incarnation": incarnation, "worker": worker, "id": identifier, "execution": execution, "task": task,
             "data": envelope(STOCK_FUNCTION, task), "payload": payload, "max_retries": settings.max_retries,
             "result_ttl": math.ceil(settings.result_ttl), "failure_ttl": math.ceil(settings.failure_ttl),
+            "left_out": left_out,
         }  # fmt: skip
         return str(self._call("adopt", values, {}))
 

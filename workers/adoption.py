@@ -43,3 +43,20 @@ def payload_of(job: Job, task: str, settings: Settings) -> bytes:
     if isinstance(found, BatchTask):
         payload = found.prepare(payload)
     return pack(payload, limit=settings.max_payload, what="payload")
+
+
+def left_out_of(job: Job, default_timeout: int) -> list[str]:
+    """What a job asks for that its request will not do, and what does instead; for people.
+
+    A ``job_timeout`` that equals RQ's default (in seconds) cannot be told from none.
+    """
+    found = []
+    if job.repeats_left:
+        found.append("repeat: a request runs once, so it is not repeated (use rq cron)")
+    if job.timeout is not None and job.timeout not in (-1, default_timeout):
+        found.append(
+            f"job_timeout={job.timeout}: the task's step_timeout watches each step, a deadline the whole request"
+        )
+    if any(job.retry_intervals or ()):
+        found.append("Retry(interval): a request's retries wait by PERDURE_RETRY_BASE and PERDURE_RETRY_CAP")
+    return found

@@ -47,6 +47,8 @@ class Claimer:
     resume: bool
     log: logging.Logger
     claimed: int = 0
+    settled: Callable[[], bool] = lambda: True
+    """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     _idle_since: float = field(default_factory=time.monotonic)
 
     def claim(self, incarnation: str) -> bool:
@@ -160,6 +162,8 @@ class Claimer:
     def _nothing_found(self, status: str) -> None:
         idle = time.monotonic() - self._idle_since
         if self.limits.burst and status in ("ok", "suspended"):
+            if not self.settled():
+                return
             self.log.info("Worker %s: done, quitting", self.worker)
             self.holdings.stop()
         elif self.limits.max_idle_time is not None and idle >= self.limits.max_idle_time:

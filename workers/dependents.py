@@ -1,7 +1,7 @@
-"""Jobs that wait for a request: RQ's ``depends_on``.
+"""Jobs that wait for another one's end: RQ's ``depends_on``, and its rate limits.
 
-The script that ends a request notes its id when jobs depend on it; whichever worker sees the note enqueues them,
-by RQ's own code. So it does not matter who ended the request, a worker, a reaper or somebody who canceled it, nor
+The script that ends a request notes its id when jobs depend on it, or when it had a slot under a rate limit;
+whichever worker sees the note enqueues who waits, by RQ's own code. So does the one that takes a plain job from the dead. So it does not matter who ended the request, a worker, a reaper or somebody who canceled it, nor
 whether that process lived on; and a request on which nothing depends costs no call.
 """
 
@@ -17,8 +17,11 @@ from typing import Any
 import redis
 from rq import Queue
 from rq.exceptions import NoSuchJobError
-from rq.job import Job
+from rq.group import Group
+from rq.job import Job, JobStatus
+from rq.rate_limit import RateLimitRegistry
 from rq.registry import ReadyJobRegistry
+from rq.worker_registration import clean_worker_registry
 
 from ..protocol.keys import key
 
@@ -26,9 +29,14 @@ INTERVAL = 1.0
 """Seconds between two looks at the notes."""
 
 CLEANUP_INTERVAL = 60.0
-"""Seconds between two looks for jobs whose enqueuing was cut off halfway: RQ's maintenance, which we do not run."""
+"""Seconds between two looks for what was cut off halfway: the parts of RQ's maintenance that judge no execution."""
+
+GROUPS_INTERVAL = 600
+"""Seconds between two looks for groups whose jobs are all gone, in the whole pool; RQ's own number."""
 
 PORTION = 100
+
+WAITING = (JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.RATE_LIMITED, JobStatus.STARTED)
 
 
 @dataclass(slots=True)
@@ -90,14 +98,36 @@ class Dependents:
         queue = self.queue_class(
             job.origin, connection=self.connection, job_class=self.job_class, serializer=self.serializer
         )
-        moved = queue.enqueue_dependents(job)
+        if job.get_status(refresh=False) in WAITING:
+            moved = {}  # a retry: nobody's turn has come but that of those who want its slot
+        else:
+            moved = queue.enqueue_dependents(job)
+        if job.has_rate_limit:
+            self._pass_slot_on(job)
         number = sum(len(names) for names in moved.values())
         if number:
             self.log.info("%d job(s) that depend on %s are enqueued", number, name)
+
+    def _pass_slot_on(self, job: Job) -> None:
+        """Give back the slot of a job that neither waits in its queue nor runs, and fill what is free."""
+        assert job.rate_limit_concurrency is not None
+        registry = RateLimitRegistry.from_job(job)
+        # By the status at that moment: somebody may requeue the job right now.
+        promoted = registry.release_stale_and_enqueue(job.id)
+        promoted += registry.acquire_and_enqueue(job.rate_limit_concurrency)
+        if promoted:
+            self.log.info("%d job(s) under the rate limit %s are enqueued", len(promoted), registry.key)
 
     def _clean(self) -> None:
         for name in self.queues:
             ReadyJobRegistry(
                 name, connection=self.connection, job_class=self.job_class, serializer=self.serializer
             ).cleanup()
+            clean_worker_registry(
+                self.queue_class(name, connection=self.connection, job_class=self.job_class, serializer=self.serializer)
+            )
+        for registry in RateLimitRegistry.all(self.connection):
+            registry.cleanup()
+        if Group.acquire_maintenance_lock(self.connection, GROUPS_INTERVAL - 1):
+            Group.clean_registries(self.connection)
         self._cleaned = time.monotonic()

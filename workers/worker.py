@@ -33,7 +33,7 @@ from ..protocol.keys import check_queue, served
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
-from .adoption import payload_of, task_of
+from .adoption import left_out_of, payload_of, task_of
 from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
@@ -41,6 +41,7 @@ from .dependents import Dependents
 from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
+from .notices import LAST_PATIENCE, Notices
 from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
 
@@ -61,6 +62,7 @@ class Worker(SimpleWorker):
         self._companion: Companion | None = None
         self._scheduler: SchedulerProcess | None = None
         self._dependents: Dependents | None = None
+        self._notices: Notices | None = None
         self._signals: list[float] = []
 
     # --- RQ's entry ----------------------------------------------------------------------------------
@@ -104,9 +106,11 @@ class Worker(SimpleWorker):
         )
         loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
         self._companion, self._courier = companion, courier
-        own = private_connection(self.connection, timeout=_timeout(settings))
+        own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
         names = self.queue_names()
-        self._dependents = Dependents(own, names, self.queue_class, self.job_class, self.serializer, self.log)
+        self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
+        self._notices = Notices(own[1], self.job_class, self.serializer, self._exc_handlers, self.log)
+        claimer.settled = self._notices.settled
         return self._run(loop, courier, companion)
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
@@ -124,6 +128,8 @@ class Worker(SimpleWorker):
             courier.start()
             if self._dependents is not None and not courier.claimer.limits.burst:
                 self._dependents.start()
+            if self._notices is not None:
+                self._notices.start()
             exit_watch = threading.Thread(
                 target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True
             )
@@ -146,6 +152,12 @@ class Worker(SimpleWorker):
             self._scheduler.stop()
         if self._dependents is not None:
             self._dependents.stop()
+        if self._notices is not None:
+            if not self._signals:
+                self._notices.settled(
+                    LAST_PATIENCE
+                )  # --max-jobs, --max-idle-time: who else would tell of the last one?
+            self._notices.stop()
         store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
@@ -277,7 +289,14 @@ class Worker(SimpleWorker):
         settings = courier.holdings.settings
         payload = payload_of(job, task, settings)
         store = Store(self.connection, settings)  # the courier's is the courier's
-        store.adopt(courier.incarnation, self.name, claim.id, claim.execution, task=task, payload=payload)
+        left_out = "; ".join(left_out_of(job, self.queue_class.DEFAULT_TIMEOUT))
+        store.adopt(
+            courier.incarnation, self.name, claim.id, claim.execution, task=task, payload=payload, left_out=left_out
+        )
+        if left_out:
+            self.log.warning(
+                "Worker %s: job %s was enqueued with what a request has not: %s", self.name, claim.id, left_out
+            )
         courier.claimer.claimed -= 1  # --max-jobs counts it when it is claimed as what it is
         self.log.info("Worker %s: job %s calls the task %s and is a request now", self.name, claim.id, task)
 

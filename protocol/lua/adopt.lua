@@ -10,12 +10,13 @@
 -- ARGV max_retries  retries after the first attempt, if the job has no Retry of RQ's
 -- ARGV result_ttl   s to keep it when it has finished, if the job does not say
 -- ARGV failure_ttl  s to keep it when it has failed, if the job does not say
+-- ARGV left_out     what of the job the request will not do, for people; '' for nothing
 --
 -- Returns  'ok', or 'lost' (the job was reaped, or this was done before: a reply was lost)
 --
 -- It goes to the front of its queue, as it has waited its turn; whoever claims it next claims a request.
 local incarnation, worker, id, execution, task = arg(), arg(), arg(), arg(), arg()
-local data, payload, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg(), arg()
+local data, payload, max_retries, result_ttl, failure_ttl, left_out = arg(), arg(), arg(), arg(), arg(), arg()
 local name = KEY.job .. id
 local job = redis.call('HMGET', name, 'execution', 'origin', 'retries_left', 'result_ttl', 'failure_ttl')
 if job[1] ~= execution or execution == '' then
@@ -28,6 +29,7 @@ detach(job[2], id, execution, incarnation, worker)
 redis.call('HSET', name, 'task', task, 'data', data, 'payload', payload, 'nonce', '', 'client', '', 'timeout', '-1',
   'retries_left', retries, 'max_retries', retries, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0',
   'executions', '0', 'result_ttl', job[4] or result_ttl, 'failure_ttl', job[5] or failure_ttl)
+if left_out ~= '' then history(id, 'adopted', worker, execution, '0', '', left_out) end
 count('submitted', job[2])
 to_front(job[2], id)
 show_state(worker, incarnation)

@@ -134,17 +134,40 @@ local function restart(id, reason, execution)
   count('restarts', redis.call('HGET', name, 'origin') or '')
 end
 
+-- Jobs may wait for this one, or for its slot under a rate limit: noted for whichever worker looks next, who
+-- reads its status then and does what RQ's own code does. Returns whether it was noted.
+local function note_waited_for(id)
+  local name = KEY.job .. id
+  if redis.call('EXISTS', name .. ':dependents') == 0 and redis.call('HEXISTS', name, 'rate_limit_key') == 0 then return false end
+  redis.call('SADD', KEY.parents, id)
+  redis.call('EXPIRE', KEY.parents, 7 * DAY)
+  return true
+end
+
+local CALLBACKS = { finished = 'success_callback_name', failed = 'failure_callback_name', retried = 'failure_callback_name',
+  stopped = 'stopped_callback_name' }
+
+-- Webhooks and callbacks of RQ's that an end calls for: noted for a worker, one note for each end. A note is what
+-- `last` holds, and the id. Returns whether it was noted.
+local function note_to_tell(id, last)
+  local field = CALLBACKS[string.match(last, ':(%a+)$')]
+  if not field then return false end
+  -- RQ writes '' for a callback that nobody has asked for.
+  local asked = redis.call('HMGET', KEY.job .. id, field, 'webhooks')
+  if (asked[1] or '') == '' and (asked[2] or '') == '' then return false end
+  redis.call('SADD', KEY.notices, last .. ':' .. id)
+  redis.call('EXPIRE', KEY.notices, 7 * DAY)
+  return true
+end
+
 -- After the end, everything of a request shares one TTL (seconds; RQ's -1 keeps it for ever).
 local function share_ttl(id, ttl)
-  local dependents = KEY.job .. id .. ':dependents'
-  if redis.call('EXISTS', dependents) == 1 then
-    -- Jobs wait for this one: noted for whichever worker looks next, who reads its status then.
-    if ttl >= 0 then
-      ttl = math.max(ttl, 60)
-      redis.call('EXPIRE', dependents, ttl)
-    end
-    redis.call('SADD', KEY.parents, id)
-    redis.call('EXPIRE', KEY.parents, 7 * DAY)
+  local waited_for = note_waited_for(id)
+  local told = note_to_tell(id, redis.call('HGET', KEY.job .. id, 'last') or '')
+  -- Whoever acts upon a note still finds the job.
+  if (waited_for or told) and ttl >= 0 then
+    ttl = math.max(ttl, 60)
+    redis.call('EXPIRE', KEY.job .. id .. ':dependents', ttl)
   end
   for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do
     if ttl < 0 then
@@ -218,6 +241,23 @@ local function to_retries(queue, id, delay)
   redis.call('HSET', KEY.job .. id, 'status', 'scheduled')
   redis.call('ZADD', KEY.retries .. queue, int(now_ms + delay * 1000), id)
   watch_deadline(queue, id)
+  note_waited_for(id) -- as in RQ, a slot under a rate limit is for what is queued or runs
+end
+
+-- To the back of its queue; under a rate limit of RQ's, it first has to get a slot again. Registered as RQ's
+-- `enqueue` does, so that RQ's own code too gives it the next one that is free.
+local function to_back(queue, id)
+  local limit = redis.call('HMGET', KEY.job .. id, 'rate_limit_key', 'rate_limit_concurrency')
+  if limit[1] and limit[2] then
+    redis.call('SADD', KEY.limited, limit[1])
+    redis.call('HSET', KEY.limit .. limit[1], 'concurrency', limit[2])
+    redis.call('ZADD', KEY.limit .. limit[1] .. ':rate_limited', timestamp(), id)
+    redis.call('HSET', KEY.job .. id, 'status', 'rate_limited')
+    note_waited_for(id)
+  else
+    redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
+    redis.call('RPUSH', KEY.queue .. queue, id)
+  end
 end
 
 -- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
@@ -388,8 +428,11 @@ local function promote(queue, limit)
     elseif status == 'canceled' or status == 'stopped' then
       settle_canceled(id)
     else
-      if status == 'scheduled' then redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc()) end
-      redis.call('RPUSH', KEY.queue .. queue, id)
+      if status == 'scheduled' then
+        to_back(queue, id)
+      else
+        redis.call('RPUSH', KEY.queue .. queue, id)
+      end
       moved = moved + 1
     end
   end

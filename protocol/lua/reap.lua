@@ -43,13 +43,18 @@ local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
   local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
   detach(queue, id, execution, holder, worker)
   redis.call('HSET', name, 'execution', '')
-  if job[1] ~= 'started' then return 'ended' end
+  if job[1] ~= 'started' then
+    -- RQ has ended it, and its worker may have been lost right after: before it saw to those who wait.
+    note_waited_for(id)
+    return 'ended'
+  end
   local retries = tonumber(job[2]) or 0
   if retries < 1 then
     bury(queue, id, execution, worker, started, why, text, blob)
     return 'failed'
   end
   redis.call('HSET', name, 'last', execution .. ':retried', 'retries_left', int(retries - 1))
+  note_to_tell(id, execution .. ':retried')
   local intervals = {}
   for seconds in string.gmatch(job[3] or '', '%d+') do intervals[#intervals + 1] = tonumber(seconds) end
   local delay = intervals[math.max(#intervals - retries, 0) + 1] or 0
@@ -103,9 +108,10 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   redis.call('DEL', KEY.held .. holder)
   redis.call('ZREM', KEY.beats, holder)
   if worker ~= '' then
-    -- A successor may already use the name: only the registration of this incarnation goes.
-    local pid = redis.call('HGET', record, 'pid')
-    if pid and redis.call('HGET', KEY.worker .. worker, 'pid') == pid then
+    -- A successor may already use the name: only the registration of this incarnation goes, or one that nobody
+    -- has (its hash has expired, as after an outage). A worker that lives is registered again by its heartbeat.
+    local pid, there = redis.call('HGET', record, 'pid'), redis.call('HGET', KEY.worker .. worker, 'pid')
+    if not there or there == pid then
       redis.call('SREM', KEY.workers, KEY.worker .. worker)
       for queue in string.gmatch(redis.call('HGET', record, 'queues') or '', '[^,]+') do
         redis.call('SREM', KEY.workers_of .. queue, KEY.worker .. worker)

@@ -288,3 +288,15 @@ def succeeded(job: Any, connection: Any, result: Any) -> None:
 def failed(job: Any, connection: Any, *error: Any) -> None:
     """A failure callback of RQ's: notes the kind of the error."""
     connection.set(f"called:{job.id}", f"failure {error[0].__name__}", ex=600)
+
+
+def second_time(folder: str) -> str:
+    """A plain job that runs on for a minute the first time, and returns at once from then on."""
+    if _once(folder, "first"):
+        time.sleep(60)
+    return "done"
+
+
+def stopped(job: Any, connection: Any) -> None:
+    """A callback of RQ's for a job that was stopped."""
+    connection.set(f"called:{job.id}", f"stopped {job.func_name}", ex=600)
