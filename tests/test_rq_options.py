@@ -14,7 +14,9 @@ from rq.group import Group
 from rq.job import Job
 
 from perdure.protocol.keys import key
+from perdure.workers.dependents import Dependents
 
+from .test_protocol_kit import Hand, Pool
 from .worker_kit import LONG, Lab, eventually
 
 
@@ -122,6 +124,30 @@ def test_info_shows_a_worker_and_what_it_does(lab: Lab) -> None:
     lab.check(one, 6)
     lab.check(two, 3)
     assert "2 finished" in rq(lab, "info")
+
+
+def test_a_name_that_nobody_has_is_not_shown(lab: Lab) -> None:
+    """Redis lost its last second, or its worker's record ran out: neither ``rq info`` nor a list of workers shows it."""
+    pool = Pool.over(lab.connection)
+    hand = Hand(pool, "lost")
+    pool.submit("a")
+    hand.take("a")
+    hand.beat()
+    stale = [key("worker", name) for name in ("ghost", "lost")]
+    for name in (key("workers"), key("workers_of", "gpu")):
+        lab.connection.sadd(name, *stale)
+    shown = rq(lab, "info")
+    assert "0 workers" in shown
+    assert "ghost" not in shown
+    assert not lab.connection.exists(key("workers"), key("workers_of", "gpu"))
+    # Without anybody who looks, the reaper takes away what it knows of, and a worker's maintenance the rest.
+    for name in (key("workers"), key("workers_of", "gpu")):
+        lab.connection.sadd(name, *stale)
+    pool.reap(hand.incarnation)
+    assert lab.connection.smembers(key("workers")) == {stale[0].encode()}
+    assert lab.connection.smembers(key("workers_of", "gpu")) == {stale[0].encode()}
+    Dependents(lab.connection, ["gpu"], Queue, Job, None)._clean()
+    assert not lab.connection.exists(key("workers"), key("workers_of", "gpu"))
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])

@@ -131,3 +131,12 @@ def test_a_job_that_repeats_and_one_that_retries_come_again(lab: Lab) -> None:
     assert fails.get_status() == "failed"
     worker.send(signal.SIGTERM)
     assert worker.end() == 0
+
+
+def test_a_task_may_be_enqueued_for_later(lab: Lab) -> None:
+    """``enqueue_in`` with a task: the scheduler moves the job, and the worker makes a request of it."""
+    queue = Queue("gpu", connection=lab.connection)
+    job = queue.enqueue_in(timedelta(milliseconds=1), "lab_tasks.count", n=3)
+    eventually(lambda: ScheduledJobRegistry("gpu", connection=lab.connection).get_jobs_to_schedule())
+    assert lab.worker("--with-scheduler", "--burst").end() == 0
+    lab.check(job.id, 3)

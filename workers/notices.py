@@ -23,6 +23,7 @@ from rq.job_lifecycle import call_exception_handlers
 from rq.results import Result
 from rq.timeouts import TimerDeathPenalty
 
+from ..protocol.codec import RestrictedPickle
 from ..protocol.errors import RequestFailed
 from ..protocol.keys import key
 
@@ -127,7 +128,8 @@ class Notices:
             self.log.exception("a callback of job %s (%s) failed", name, verdict)
 
     def _call(self, job: Job, execution: str, verdict: str, *, request: bool) -> None:
-        result = _result_of(job, execution)
+        # A request's result is a plain pickle, whatever the worker's serializer.
+        result = _result_of(job, execution, RestrictedPickle if request else self.serializer)
         try:
             if verdict == "finished":
                 execute_success_callback(job, TimerDeathPenalty, result.return_value if result else None)
@@ -143,9 +145,9 @@ class Notices:
                 job.send_webhooks(verdict, exc_string=(result.exc_string if result else None) or "")
 
 
-def _result_of(job: Job, execution: str) -> Result | None:
+def _result_of(job: Job, execution: str, serializer: Any) -> Result | None:
     """What the execution left in RQ's result stream."""
-    results = job.results()
+    results = Result.all(job, serializer=serializer)
     return next((item for item in results if item.execution_id == execution), results[0] if results else None)
 
 
