@@ -65,10 +65,11 @@ def test_the_end_of_a_plain_job_whose_worker_was_lost(lab: Lab) -> None:
         eventually(lambda: lost.get_status() == "started")
         worker.kill()
         eventually(lambda: lost.get_status() == "failed")
-        assert lab.worker("--burst").end() == 0
+        assert lab.worker("--burst", "--exception-handler", "lab_tasks.handled").end() == 0
         assert (receiver.of(lost.id), receiver.of(waits.id)) == (["failed"], ["finished"])
         assert "WORKER_LOST" in next(item["exc_info"] for item in receiver.received if item["job_id"] == lost.id)
     assert called(lab, lost.id) == "failure AbandonedJobError"
+    assert lab.connection.get(f"handled:{lost.id}") == b"AbandonedJobError"
     assert (waits.return_value(), after.return_value()) == (8, 10)
     assert slots(lab.connection) == ([], [])
     assert lab.connection.exists(key("notices"), key("parents")) == 0
@@ -284,3 +285,18 @@ def test_plain_jobs_that_are_taken_back_while_they_run(lab: Lab, how: str) -> No
     eventually(lab.nothing_held)
     assert worker.running
     assert "Traceback" not in worker.log
+
+
+def test_a_deleted_request_does_not_keep_its_slot(lab: Lab) -> None:
+    """RQ leaves the slot to what still runs; once the worker has dropped it, maintenance passes it on."""
+    worker = lab.worker(step_timeout=0.5)
+    queue = Queue("gpu", connection=lab.connection)
+    job = queue.enqueue("lab_tasks.count", n=100_000, sleep=0.01, rate_limit=ONE)
+    waits = queue.enqueue("lab_tasks.double", 4, rate_limit=ONE)
+    lab.moved(job.id, 2)
+    assert slots(lab.connection) == ([job.id], [waits.id])
+    job.delete()
+    eventually(lambda: not lab.connection.exists(key("executions", job.id)))
+    helpers(lab.connection)[0]._clean()
+    eventually(lambda: waits.get_status() == "finished")
+    assert worker.running

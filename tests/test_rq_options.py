@@ -169,3 +169,14 @@ def test_plain_jobs_keep_what_rq_promises(lab: Lab, ours: bool) -> None:
     assert len(group.get_jobs()) == 3
     assert good.get_meta() == {"who": "me"}
     assert not lab.connection.exists(key("job", gone.id))
+
+
+def test_a_plain_job_has_its_timeout(lab: Lab) -> None:
+    """``job_timeout``: RQ interrupts it, and what waits behind it runs."""
+    queue = Queue("gpu", connection=lab.connection)
+    late, next_one = queue.enqueue("lab_tasks.nap", 60, job_timeout=1), queue.enqueue("lab_tasks.double", 4)
+    assert lab.worker("--burst").end() == 0
+    assert (late.get_status(), next_one.return_value()) == ("failed", 8)
+    result = late.latest_result()
+    assert result is not None
+    assert "JobTimeoutException" in (result.exc_string or "")

@@ -104,7 +104,10 @@ end
 
 -- A write by an execution that is not the current one is refused. current: the hash's, nil without a hash.
 local function refuse(id, execution, incarnation, current, queue)
-  if not current then forget(id) end
+  if not current then
+    forget(id)
+    redis.call('ZREM', KEY.executions .. id, execution) -- RQ's delete leaves it to a job with a slot under a rate limit
+  end
   unhold(id, execution, incarnation)
   count('fenced', queue or '')
   return 'lost'

@@ -297,6 +297,11 @@ def second_time(folder: str) -> str:
     return "done"
 
 
+def handled(job: Any, *error: Any) -> None:
+    """An exception handler of RQ's: notes the kind of the error."""
+    job.connection.set(f"handled:{job.id}", error[0].__name__, ex=600)
+
+
 def stopped(job: Any, connection: Any) -> None:
     """A callback of RQ's for a job that was stopped."""
     connection.set(f"called:{job.id}", f"stopped {job.func_name}", ex=600)
