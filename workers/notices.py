@@ -55,6 +55,7 @@ class Notices:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _asked: bool = False
+    _started: bool = False
     _stopped: bool = False
     _look: int = 0
     _quiet: int = 0
@@ -62,6 +63,7 @@ class Notices:
 
     def start(self) -> None:
         """Look from now on."""
+        self._started = True
         threading.Thread(target=self._run, name="notices", daemon=True).start()
 
     def stop(self) -> None:
@@ -71,7 +73,12 @@ class Notices:
             self._changed.notify_all()
 
     def settled(self, patience: float = PATIENCE) -> bool:
-        """True if a look that began after this call found nothing to do. Waits ``patience`` seconds for it."""
+        """True if a look that began after this call found nothing to do. Waits ``patience`` seconds for it.
+
+        Before :meth:`start` nothing is waited for: a worker that could not load its tasks leaves at once.
+        """
+        if not self._started:
+            return True
         with self._changed:
             wanted = self._look + 1
             self._asked = True
