@@ -27,6 +27,7 @@ _STEP = 200  # ids read at a time
 _SECTIONS: Final[tuple[tuple[str, frozenset[State]], ...]] = (
     ("leases", frozenset({State.STARTED})),
     ("retries", frozenset({State.SCHEDULED})),
+    ("suspects", frozenset({State.QUEUED})),
     ("queue", frozenset({State.QUEUED})),
     ("failed", frozenset({State.FAILED})),
     ("canceled", frozenset({State.CANCELED, State.STOPPED})),
@@ -101,7 +102,7 @@ def _page(
         raw: Any
         if stem == "queue":
             raw = store.connection.lrange(name, position, last)
-        elif stem in ("retries", "leases"):
+        elif stem in ("retries", "leases", "suspects"):
             raw = store.connection.zrange(name, position, last)
         else:
             raw = store.connection.zrevrange(name, position, last)

@@ -69,6 +69,8 @@ NAMES: Final[dict[str, str]] = {
     "leases": f"{OURS}leases:",
     "retries": f"{OURS}retries:",
     "deadlines": f"{OURS}deadlines:",
+    "suspects": f"{OURS}suspects:",
+    "isolating": f"{OURS}isolating",
     "beats": f"{OURS}beats",
     "incarnation": f"{OURS}incarnation:",
     "held": f"{OURS}held:",

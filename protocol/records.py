@@ -100,7 +100,10 @@ class Claims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state."""
+    """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
+
+    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it.
+    """
 
     id: str
     execution: str
@@ -110,6 +113,7 @@ class Progress:
     blob: bytes
     state: bytes | None
     fingerprint: str
+    stepped: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

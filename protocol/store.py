@@ -149,10 +149,13 @@ class Store(Reads):
                 "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
                 "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
                 "state": item.state or b"", "crc": zlib.crc32(item.state or b""), "fingerprint": item.fingerprint,
+                "stepped": round(item.stepped * 1000),
             }
             for item in requests
         ]  # fmt: skip
-        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
+        # Ten checkpoints, and a second: so long a suspect must have stepped.
+        clear_ms = max(1000, 10 * _ms(self.settings.checkpoint_interval))
+        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease), "clear_ms": clear_ms}
         return list(self._call("progress", values, {"request": rows}))
 
     def renew(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
@@ -284,11 +287,16 @@ class Store(Reads):
         charge: bool = False,
         crash: bool = False,
         loss: bool = True,
+        evidence: str = "",
         limit: int = MAX_REQUESTS,
     ) -> Sweep:
-        """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call."""
+        """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call.
+
+        ``evidence``: what the dead left behind, such as the stacks of a native crash; a dead letter keeps it.
+        """
+        shown = f"{kind}: {reason}\n{evidence}" if evidence else f"{kind}: {reason}"
         values = {
-            "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(f"{kind}: {reason}"),
+            "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(shown),
             "charge": int(charge), "crash": int(crash), "loss": int(loss),
             "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
             "timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,

@@ -111,6 +111,11 @@ class Pool:
     def events(self, identifier: str) -> list[str]:
         return [event.event for event in self.store.history(identifier)]
 
+    def suspects(self, queue: str = "gpu") -> list[str]:
+        """Ids of the waiting suspects, first served first."""
+        result: list[str] = plain(self.connection.zrange(key("suspects", queue), 0, -1))
+        return result
+
     def due_in(self, identifier: str, queue: str = "gpu") -> float:
         """Seconds until a scheduled retry is due."""
         score: Any = self.connection.zscore(key("retries", queue), identifier)
@@ -216,16 +221,20 @@ class Hand:
         assert [claim.id for claim in claims] == [identifier]
         return claims[0]
 
-    def step(self, claim: Claim, outputs: Sequence[Any], *, offset: int | None = None, seq: int | None = None) -> str:
-        """Store outputs and a state; by default where this execution began."""
+    def step(
+        self, claim: Claim, outputs: Sequence[Any], *, offset: int | None = None, seq: int | None = None,
+        stepped: float = 0.0,
+    ) -> str:  # fmt: skip
+        """Store outputs and a state, ``stepped`` seconds after it began; by default where this execution began."""
         start = claim.offset if offset is None else offset
-        return self.store.progress(self.incarnation, [self.progress(claim, outputs, start, seq or claim.seq + 1)])[0]
+        item = self.progress(claim, outputs, start, seq or claim.seq + 1, stepped)
+        return self.store.progress(self.incarnation, [item])[0]
 
-    def progress(self, claim: Claim, outputs: Sequence[Any], offset: int, seq: int) -> Progress:
+    def progress(self, claim: Claim, outputs: Sequence[Any], offset: int, seq: int, stepped: float = 0.0) -> Progress:
         return Progress(
             id=claim.id, execution=claim.execution, seq=seq, offset=offset, outputs=len(outputs),
             blob=packed([claim.epoch, offset, list(outputs)]) if outputs else b"",
-            state=packed({"upto": offset + len(outputs)}), fingerprint="model-1",
+            state=packed({"upto": offset + len(outputs)}), fingerprint="model-1", stepped=stepped,
         )  # fmt: skip
 
     def finish(self, claim: Claim, value: Any = None, *, offset: int = 0, outputs: Sequence[Any] = ()) -> str:

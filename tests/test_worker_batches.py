@@ -86,7 +86,11 @@ def test_a_worker_without_memory_leaves_and_its_request_goes_on(lab: Lab, task: 
     assert "unfit after MemoryError" in worker.log
     successor = lab.worker(wait=False)
     record = lab.check(one, 1)
-    assert (record.worker, record.attempt, lab.events(one)) == (successor.name, 0, [("retry", "HOST_OOM")])
+    assert (record.worker, record.attempt, lab.events(one)) == (
+        successor.name,
+        0,
+        [("suspected", "HOST_OOM"), ("retry", "HOST_OOM")],
+    )
     assert lab.nothing_held()
 
 

@@ -15,7 +15,7 @@ def test_a_hanging_step_is_found(lab: Lab) -> None:
     eventually((lab.folder / "hung").exists)
     lab.worker(wait=False)
     record = lab.check(one, 6)
-    assert lab.events(one) == [("retry", "HANG")]
+    assert lab.events(one) == [("suspected", "HANG"), ("retry", "HANG")]
     assert (record.attempt, record.executions) == (0, 2)
     assert lab.connection.hget(key("job", one), "crashes_total") == b"1"
     assert stuck.running, "its heart beats; what becomes of such a worker is another law"
@@ -38,7 +38,7 @@ def test_a_worker_that_hangs_claims_nothing_more(lab: Lab) -> None:
     stuck = lab.worker()
     poison = lab.submit("hang_among_others", {"folder": str(lab.folder), "seconds": 600})
     # Judged: it has stood still for a whole lease, and its request waits for a retry or stands in the queue.
-    eventually(lambda: lab.events(poison) == [("retry", "HANG")])
+    eventually(lambda: lab.events(poison) == [("suspected", "HANG"), ("retry", "HANG")])
     innocents = [lab.submit("hang_among_others", {"folder": str(lab.folder)}) for _ in range(3)]
     other = lab.worker(wait=False)
     for name in (*innocents, poison):
@@ -76,4 +76,4 @@ def test_a_tasks_own_step_timeout_ends_with_it(lab: Lab) -> None:
     lab.worker()
     lab.check(lab.submit("patient", {"seconds": 0}), 2)
     one = lab.submit("hang", {"folder": str(lab.folder), "seconds": 600})
-    eventually(lambda: lab.events(one) == [("retry", "HANG")])
+    eventually(lambda: lab.events(one) == [("suspected", "HANG"), ("retry", "HANG")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -60,6 +61,10 @@ class Companion:
         """Process id of the guardian, if one was started."""
         return self._process.pid if self._process else None
 
+    def __post_init__(self) -> None:
+        # A child that a task forks would report its own crash as this worker's.
+        os.register_at_fork(after_in_child=faulthandler.disable)
+
     def watch(self, incarnation: str) -> None:
         """Have this incarnation guarded, in place of any earlier one."""
         self.dismiss()
@@ -84,10 +89,13 @@ class Companion:
             self.fingerprints = fingerprints
         if ready is not None:
             self.ready = ready
+        with self._lock:
+            self._report_crashes()  # what was just loaded may have turned it elsewhere
         self._send({"fingerprints": self.fingerprints, "ready": self.ready})
 
     def abandon(self) -> None:
         """Leave without the word that the end is clean: the guardian reaps as soon as Redis answers."""
+        faulthandler.disable()
         self._process = None  # its pipe is closed with this process
 
     def dismiss(self) -> None:
@@ -95,6 +103,7 @@ class Companion:
         if self._process is None:
             return
         self._send({"bye": True})
+        faulthandler.disable()  # before its file is closed
         if self._process.stdin is not None:
             try:
                 self._process.stdin.close()
@@ -114,6 +123,7 @@ class Companion:
 
     def _launch(self) -> None:
         self._started = time.monotonic()
+        previous = self._process  # its pipe stays open until crashes are reported to the new one
         self._process = subprocess.Popen(
             # -P: whatever lies in the current folder is not imported in place of ours.
             [sys.executable, "-P", "-m", "perdure.workers.guardian"],
@@ -135,6 +145,13 @@ class Companion:
                 "ready": self.ready,
             }
         )
+        self._report_crashes()
+        del previous
+
+    def _report_crashes(self) -> None:
+        """Have a native crash of this process (SIGSEGV and the like) write its stacks to the guardian."""
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
+            faulthandler.enable(self._process.stdin.fileno())
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._lock:

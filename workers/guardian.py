@@ -25,6 +25,7 @@ import redis
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..recovery.failures import POLICIES
 from ..recovery.reaper import Reaper
 from .companion import Guarded, rebuild
 
@@ -35,6 +36,12 @@ and any reaper does the same."""
 PAUSE = 0.1
 """Seconds between two tries of a call that Redis did not answer."""
 
+
+FATAL = "Fatal Python error: "
+"""What faulthandler writes first."""
+
+MAX_DUMP = 32_000
+"""Bytes of its dump that are kept."""
 
 VERDICTS = {"ok": Guarded.WELL, "reaped": Guarded.REAPED, "newer": Guarded.OUTDATED}
 
@@ -56,6 +63,8 @@ class Guardian:
     pipe: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
     _rest: bytes = b""
+    _dump: bytes = b""
+    """What faulthandler wrote when a native signal ended the worker: name of the signal, stacks of all threads."""
     _clean: bool = False
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
@@ -90,7 +99,10 @@ class Guardian:
         data = os.read(self.pipe, 65536)
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            message = json.loads(line)
+            message = None if self._dump else _message(line)
+            if message is None:
+                self._dump = (self._dump + line + b"\n")[:MAX_DUMP]
+                continue
             self._clean = self._clean or bool(message.get("bye"))
             self.fingerprints = message.get("fingerprints", self.fingerprints)
             self.ready = message.get("ready", self.ready)
@@ -119,16 +131,33 @@ class Guardian:
         self._verdict = VERDICTS[pulse.status]
         return True
 
+    def _evidence(self) -> tuple[FailureKind, str, str]:
+        """Kind, reason and evidence of the worker's end."""
+        who = f"worker {self.worker} (pid {self.pid} on {self.host})"
+        _, found, dump = (self._dump + self._rest).decode(errors="replace").partition(FATAL)
+        if found:
+            name, _, stacks = dump.partition("\n")
+            return FailureKind.CRASH, f"{who} crashed: {name.strip()}", stacks.strip()
+        return FailureKind.WORKER_LOST, f"{who} is gone", ""
+
     def _reap(self) -> int:
-        """Hand on what the worker held: it is gone, and left no word why."""
+        """Hand on what the worker held: it is gone, and did not say good-bye."""
+        kind, reason, evidence = self._evidence()
+        policy = POLICIES[kind]
+        if evidence:
+            self.log.error("%s\n%s", reason, evidence)
         deadline = time.monotonic() + LAST_EFFORT
         while time.monotonic() < deadline:
             try:
                 while True:
                     sweep = self.store.reap(
                         incarnation=self.incarnation,
-                        kind=FailureKind.WORKER_LOST,
-                        reason=f"worker {self.worker} (pid {self.pid} on {self.host}) is gone",
+                        kind=kind,
+                        reason=reason,
+                        charge=policy.charge,
+                        crash=policy.crash,
+                        loss=policy.loss,
+                        evidence=evidence,
                     )
                     if not sweep.left:
                         break
@@ -141,6 +170,15 @@ class Guardian:
                 return 0
         self.log.error("worker %s is gone, and Redis does not answer", self.worker)
         return 3
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """One line of the worker's, or ``None`` for anything else: a crash may cut a line short and write over it."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def main() -> int:

@@ -39,6 +39,8 @@ class Holding:
     stopping: bool = False
     """One of RQ's stop commands named it; Redis does not know yet."""
     began: float = field(default_factory=time.monotonic)
+    accepted: float = 0.0
+    """When the engine took it in (monotonic seconds); 0 before."""
 
     @classmethod
     def of(cls, claim: Claim) -> Holding:
@@ -102,6 +104,7 @@ class Holding:
                 blob=self._blob(),
                 state=self.state,
                 fingerprint=self.fingerprint,
+                stepped=time.monotonic() - self.accepted if self.accepted else 0.0,
             )
             self.pending, self.size, self.state = [], 0, None
         return self.flight

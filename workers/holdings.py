@@ -156,6 +156,7 @@ class Holdings:
             self._sign_of_life()
             if holding := self.current(claim.id, claim.execution):
                 holding.fingerprint = fingerprint
+                holding.accepted = time.monotonic()
 
     def ended_plain(self, identifier: str) -> None:
         """RQ's own code has ended a plain job."""

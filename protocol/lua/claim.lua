@@ -18,8 +18,12 @@
 --
 -- Returns  status, n, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs)
---          status 'ok'; 'blocked' (the next entry needs an empty worker); 'more' (work was left);
+--          status 'ok'; 'blocked' (the next entry needs an empty worker, or this one isolates suspects); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
+--
+-- A suspect (its hash has `company`, the most requests that may be in flight beside and with it) waits in a set of its
+-- own. A worker that holds nothing takes the oldest and as many others as each of them allows, and nothing else until
+-- it is empty or they are cleared (progress.lua); at most half of the living workers do so at a time.
 --
 -- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
 -- execution it has.
@@ -114,7 +118,7 @@ local function runnable(id, queue)
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
     redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason',
-      'deadline', 'queue_deadline')
+      'deadline', 'queue_deadline', 'company', 'suspected')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
@@ -128,6 +132,13 @@ local function runnable(id, queue)
     return false
   end
   redis.call('ZREM', KEY.retries .. queue, id)
+  return true
+end
+
+-- A queue's entry of a suspect leads nowhere: it may only run in limited company (4).
+local function waits_apart(id, queue)
+  if redis.call('HEXISTS', KEY.job .. id, 'company') == 0 then return false end
+  to_suspects(queue, id)
   return true
 end
 
@@ -157,10 +168,88 @@ end
 
 local status, used, scanned = 'ok', 0, 0
 local empty = next(held) == nil
-local limit = free
-if task == '' then limit = 1 end -- until the first entry says which task it is
+
+-- A checkpoint that is stale or foreign to this run is no place to go on from.
+local function start(id, queue, execution)
+  local at = redis.call('HGET', KEY.checkpoint .. id, 'at')
+  if not at then
+    restart(id, 'no checkpoint', execution)
+  elseif now_ms - tonumber(at) > ttl_ms then
+    restart(id, 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s', execution)
+  elseif resume == '0' then
+    restart(id, 'resuming is turned off', execution)
+  end
+  take(id, queue, execution)
+  give(id, execution, queue)
+end
+
+-- 4. Suspects. Whether this worker may isolate: it does already, or fewer than half of the living do.
+local function may_isolate()
+  for _, other in ipairs(redis.call('ZRANGE', KEY.isolating, 0, 127)) do
+    if other == incarnation then return true end
+    -- Whoever holds nothing has drained, ended or died.
+    if redis.call('EXISTS', KEY.held .. other) == 0 then redis.call('ZREM', KEY.isolating, other) end
+  end
+  local living = redis.call('ZCOUNT', KEY.beats, '(' .. int(now_ms), '+inf')
+  return redis.call('ZCARD', KEY.isolating) < math.max(1, math.floor(living / 2))
+end
+
+local function isolate()
+  redis.call('ZADD', KEY.isolating, int(now_ms), incarnation)
+  redis.call('EXPIRE', KEY.isolating, HOUR)
+end
+
+-- Give the oldest suspect of a queue, and as many more of its task as each of them allows.
+local function give_suspects(queue)
+  local name, company, limit = KEY.suspects .. queue, 128, free
+  for _, id in ipairs(redis.call('ZRANGE', name, 0, 127)) do
+    local job = redis.call('HMGET', KEY.job .. id, 'task', 'company')
+    local allowed = math.min(company, tonumber(job[2] or '1'))
+    if task == '' or not job[1] or job[1] == task then
+      if used > 0 and used + 1 > allowed then break end
+      redis.call('ZREM', name, id)
+      if runnable(id, queue) then
+        company, used = allowed, used + 1
+        if task == '' then
+          task = job[1]
+          limit = slots_of[task] or free
+        end
+        start(id, queue, fresh[used])
+        if used >= math.min(limit, company) or bytes >= max_bytes then break end
+      end
+    end
+  end
+end
+
+local isolates = redis.call('ZSCORE', KEY.isolating, incarnation)
+if isolates and not empty then return answer('blocked') end -- it holds suspects, or drains for them
+local apart = false
 for _, queue in ipairs(queues) do
   promote(queue, 128)
+  -- A worker that is never empty would get none: after 5 s one is reserved for the oldest, and drains.
+  local since = empty and '+inf' or int(now_ms - 5000)
+  if used == 0 and #redis.call('ZRANGEBYSCORE', KEY.suspects .. queue, '-inf', since, 'LIMIT', 0, 1) > 0 then
+    if not may_isolate() then
+      apart = true
+    elseif empty then
+      give_suspects(queue)
+    else
+      isolate()
+      return answer('blocked')
+    end
+  end
+end
+if used > 0 then
+  isolate()
+elseif isolates then
+  redis.call('ZREM', KEY.isolating, incarnation)
+end
+
+-- 5. The queues, in their order, until the slots are full.
+local limit = free
+if task == '' then limit = 1 end -- until the first entry says which task it is
+if used > 0 then limit = 0 end -- suspects have no other company
+for _, queue in ipairs(queues) do
   local name = KEY.queue .. queue
   local drained = false
   while used < limit and bytes < max_bytes do
@@ -174,7 +263,7 @@ for _, queue in ipairs(queues) do
       break
     end
     scanned = scanned + 1
-    if runnable(id, queue) then
+    if runnable(id, queue) and not waits_apart(id, queue) then
       local job = redis.call('HMGET', KEY.job .. id, 'task', 'timeout')
       local path = job[1]
       if (not path and not (empty and task == '')) or (path and task ~= '' and path ~= task) then
@@ -188,17 +277,7 @@ for _, queue in ipairs(queues) do
           task = path
           limit = slots_of[path] or free
         end
-        -- A checkpoint that is stale or foreign to this run is no place to go on from.
-        local at = redis.call('HGET', KEY.checkpoint .. id, 'at')
-        if not at then
-          restart(id, 'no checkpoint', fresh[used])
-        elseif now_ms - tonumber(at) > ttl_ms then
-          restart(id, 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s', fresh[used])
-        elseif resume == '0' then
-          restart(id, 'resuming is turned off', fresh[used])
-        end
-        take(id, queue, fresh[used])
-        give(id, fresh[used], queue)
+        start(id, queue, fresh[used])
       else
         take(id, queue, fresh[used], tonumber(job[2]) or 180)
         give(id, fresh[used], queue)
@@ -217,13 +296,15 @@ for _, queue in ipairs(queues) do
   if used >= limit then break end
 end
 
+if status == 'ok' and number == 0 and apart then status = 'blocked' end -- what waits is left to those who isolate
+
 if number > 0 then
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
   redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker)
   -- Until the first heartbeat, which knows the names that the worker was started with.
   redis.call('HSETNX', KEY.incarnation .. incarnation, 'queues', queues_text)
-  if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung') end -- whoever hung here before has gone
+  if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung', 'hung_at') end -- whoever hung here before has gone
   redis.call('EXPIRE', KEY.incarnation .. incarnation, DAY)
   show_state(worker, incarnation)
 end

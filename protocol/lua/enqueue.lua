@@ -44,7 +44,8 @@ for _ = 1, tonumber(arg()) do
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
-  elseif limit > 0 and redis.call('LLEN', KEY.queue .. queue) + redis.call('ZCARD', KEY.retries .. queue) >= limit then
+  elseif limit > 0 and redis.call('LLEN', KEY.queue .. queue) + redis.call('ZCARD', KEY.retries .. queue)
+    + redis.call('ZCARD', KEY.suspects .. queue) >= limit then
     answers[#answers + 1] = 'full'
   else
     local date, delay = utc(), tonumber(delay_ms)

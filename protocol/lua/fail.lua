@@ -22,7 +22,7 @@
 local incarnation, worker, base, cap = arg(), arg(), arg(), arg()
 local max_crashes, max_crashes_total, max_executions = arg(), arg(), arg()
 local answers = {}
-local alone = redis.call('HLEN', KEY.held .. incarnation) == 1 and '1' or '0'
+local flight = redis.call('HLEN', KEY.held .. incarnation) -- before the first of them leaves
 for _ = 1, tonumber(arg()) do
   local id, execution, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
   local charge, crash, loss, retry = arg(), arg(), arg(), arg()
@@ -36,7 +36,7 @@ for _ = 1, tonumber(arg()) do
   else
     answers[#answers + 1] = decide(job[3], id, execution, incarnation, {
       kind = kind, reason = reason, exception = exception, charge = charge, crash = crash, loss = loss, retry = retry,
-      alone = alone, base = tonumber(base), cap = tonumber(cap), max_crashes = tonumber(max_crashes),
+      flight = flight, base = tonumber(base), cap = tonumber(cap), max_crashes = tonumber(max_crashes),
       max_crashes_total = tonumber(max_crashes_total), max_executions = tonumber(max_executions),
     })
   end

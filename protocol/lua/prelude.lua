@@ -209,6 +209,7 @@ local function leave_registries(queue, id)
   end
   redis.call('ZREM', KEY.retries .. queue, id)
   redis.call('ZREM', KEY.deadlines .. queue, id)
+  redis.call('ZREM', KEY.suspects .. queue, id)
 end
 
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
@@ -231,10 +232,43 @@ local function backoff(id, n, base, cap)
   return delay * (1 - 0.25 * hash / 4294967296)
 end
 
+-- A suspect waits in a set of its own until a worker can give it limited company.
+local function to_suspects(queue, id)
+  redis.call('ZADD', KEY.suspects .. queue, 'NX', int(now_ms), id)
+  ring(queue)
+end
+
+-- Make a request suspect, one of `flight` that were in flight when their worker crashed or hung: from now on it shares
+-- a worker with so few others that half of them are out of the question with the next crash.
+local function suspect(id, execution, worker, flight, offset, kind)
+  local name = KEY.job .. id
+  local company = math.max(1, math.floor(flight / 2))
+  redis.call('HSET', name, 'company', int(company))
+  history(id, 'suspected', worker, execution, offset, kind, 'one of ' .. int(flight) .. ' in flight; it now runs with at most '
+    .. int(company - 1) .. ' others')
+  count('suspected', redis.call('HGET', name, 'origin') or '')
+end
+
+-- A suspect that has stepped for a while is none any more. With the last of them, its worker takes ordinary requests
+-- again.
+local function clear(id, queue, execution, incarnation, worker, offset)
+  redis.call('HDEL', KEY.job .. id, 'company')
+  history(id, 'cleared', worker, execution, offset, '', 'it has moved again')
+  for _, other in ipairs(redis.call('HKEYS', KEY.held .. incarnation)) do
+    if redis.call('HEXISTS', KEY.job .. other, 'company') == 1 then return end
+  end
+  redis.call('ZREM', KEY.isolating, incarnation)
+  ring(queue)
+end
+
 -- Back to the queue at once. At the front: it has waited its turn already.
 local function to_front(queue, id)
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
-  redis.call('LPUSH', KEY.queue .. queue, id)
+  if redis.call('HEXISTS', KEY.job .. id, 'company') == 1 then
+    to_suspects(queue, id)
+  else
+    redis.call('LPUSH', KEY.queue .. queue, id)
+  end
   watch_deadline(queue, id)
   ring(queue)
 end
@@ -259,7 +293,11 @@ local function to_back(queue, id)
     note_waited_for(id)
   else
     redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
-    redis.call('RPUSH', KEY.queue .. queue, id)
+    if redis.call('HEXISTS', KEY.job .. id, 'company') == 1 then
+      to_suspects(queue, id)
+    else
+      redis.call('RPUSH', KEY.queue .. queue, id)
+    end
   end
 end
 
@@ -323,22 +361,24 @@ end
 -- executions. Without the first, a poison that emits one output per attempt would live for ever.
 local function credit_progress(id, claimed_ms)
   local name = KEY.job .. id
-  local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
-  if not point[3] then return end
+  local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at', 'stepped')
+  if not point[3] or tonumber(point[3]) < claimed_ms then return end
   local offset, seq = tonumber(point[1]) or 0, tonumber(point[2]) or 0
   local job = redis.call('HMGET', name, 'best_offset', 'best_seq', 'max_retries')
   local best_offset, best_seq = tonumber(job[1]) or 0, tonumber(job[2]) or 0
   -- Outputs say more than checkpoints; these count only where there are no outputs.
   if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
   redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
-  if tonumber(point[3]) - claimed_ms >= 1000 then
+  -- (An older release says nothing of stepping; there, loading the model counts as well.)
+  local stepped = tonumber(point[4]) or tonumber(point[3]) - claimed_ms
+  if stepped >= 1000 then
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
   end
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
 -- policy: kind, reason, exception (stored form), charge ('1' an attempt), crash ('1'), loss ('1'), retry ('1'),
--- alone ('1' if nothing else was held), base, cap (s), max_crashes, max_crashes_total, max_executions.
+-- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
 -- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
 local function decide(queue, id, execution, incarnation, policy)
   local name = KEY.job .. id
@@ -374,17 +414,25 @@ local function decide(queue, id, execution, incarnation, policy)
       delay = backoff(id, math.max(1, all - left + 1), policy.base, policy.cap)
     end
   end
+  -- One loss without evidence accuses nobody; a crash does, and so does a second loss without progress.
+  local accused, alone = policy.crash == '1', policy.flight <= 1
   if policy.loss == '1' then
     local losses = redis.call('HINCRBY', name, 'losses', 1)
     -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
-    if losses > 1 then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
+    if losses > 1 then
+      accused = true
+      if alone then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
+    end
   end
-  if policy.crash == '1' then
+  if accused then
     local total = redis.call('HINCRBY', name, 'crashes_total', 1)
-    local alone = tonumber(redis.call('HGET', name, 'crashes')) or 0
-    if policy.alone == '1' then alone = redis.call('HINCRBY', name, 'crashes', 1) end
-    delay = math.max(delay, backoff(id, total, policy.base, policy.cap))
-    if alone >= policy.max_crashes or total >= policy.max_crashes_total then verdict = 'bury' end
+    local crashes = tonumber(redis.call('HGET', name, 'crashes')) or 0
+    -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
+    if alone and policy.crash == '1' then
+      crashes = redis.call('HINCRBY', name, 'crashes', 1)
+      delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap))
+    end
+    if crashes >= policy.max_crashes or total >= policy.max_crashes_total then verdict = 'bury' end
   end
   local executions = tonumber(redis.call('HGET', name, 'executions')) or 0
   if executions >= policy.max_executions then verdict = 'bury' end
@@ -394,6 +442,7 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
   redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
+  if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end
   if delay == 0 then
     history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason)
     count('redelivered', queue)
@@ -446,7 +495,7 @@ end
 -- Append outputs at an absolute offset and store a state, for an execution known to be current.
 -- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
 -- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.
-local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint)
+local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint, stepped)
   local name = KEY.checkpoint .. id
   local stored = redis.call('HMGET', name, 'offset', 'seq')
   local have, have_seq = tonumber(stored[1]) or 0, tonumber(stored[2]) or 0
@@ -459,7 +508,8 @@ local function store(id, offset, outputs, blob, seq, has_state, state, crc, fing
     have = have + outputs
   end
   if seq > have_seq then
-    redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint)
+    redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint,
+      'stepped', stepped)
     if has_state == '1' then redis.call('HSET', name, 'state', state, 'crc', crc) end
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
     refresh(id)

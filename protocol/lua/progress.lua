@@ -2,6 +2,7 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV lease_ms     length of the renewed leases
+-- ARGV clear_ms     a suspect that has stepped for so long is cleared
 -- EACH request: id           request id
 -- EACH request: execution    the caller's execution
 -- EACH request: seq          number of this checkpoint, growing; the same when sent again
@@ -12,19 +13,20 @@
 -- EACH request: state        packed state
 -- EACH request: crc          CRC-32 of state, decimal
 -- EACH request: fingerprint  of the task that computed this
+-- EACH request: stepped      ms for which this execution has stepped
 --
 -- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
 --          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
 --
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
-local incarnation, lease_ms = arg(), tonumber(arg())
+local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
-  local blob, has_state, state, crc, fingerprint = arg(), arg(), arg(), arg(), arg()
+  local blob, has_state, state, crc, fingerprint, stepped = arg(), arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'company', 'worker_name')
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
@@ -33,8 +35,9 @@ for _ = 1, tonumber(arg()) do
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
-    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint)
+    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint, stepped)
     if stored then
+      if job[7] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[8], int(stored)) end
       if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
       answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
     else

@@ -93,7 +93,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local held = redis.call('HGETALL', KEY.held .. holder)
   redis.call('HSET', record, 'reaped', why, 'reaped_at', int(now_ms))
   redis.call('HSETNX', record, 'had', int(#held / 2)) -- a second bounded call finds fewer
-  local alone = redis.call('HGET', record, 'had') == '1' and '1' or '0'
+  local flight = tonumber(redis.call('HGET', record, 'had'))
   redis.call('EXPIRE', record, HOUR)
   -- From last to first: each goes to the front, so they stand there in the order of their claims. (A small hash
   -- keeps its order; in a large one it is by chance, which harms nobody.)
@@ -103,7 +103,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
       return
     end
     reap_one(held[i], held[i + 1], holder, worker, why, text, blob,
-      { charge = charged, crash = crashed, loss = lost, alone = alone })
+      { charge = charged, crash = crashed, loss = lost, flight = flight })
   end
   redis.call('DEL', KEY.held .. holder)
   redis.call('ZREM', KEY.beats, holder)
@@ -154,13 +154,19 @@ for _, holder in ipairs(silent) do
 end
 local crowd = {}
 
--- Whether a hung request was alone on its worker: by how many were held before this sweep took the first of them,
--- and not if one of its batch-mates was taken by an earlier sweep.
-local function hung_alone(holder)
-  crowd[holder] = crowd[holder] or redis.call('HLEN', KEY.held .. holder)
-  local record, hung = KEY.incarnation .. holder, 1
-  if redis.call('EXISTS', record) == 1 then hung = redis.call('HINCRBY', record, 'hung', 1) end
-  return crowd[holder] == 1 and hung == 1
+-- How many were in flight on a worker when it hung: as many as it held before this sweep took the first of them, or an
+-- earlier sweep, if that was a moment ago; the leases of one hang do not all end at once.
+local function in_flight(holder)
+  if crowd[holder] then return crowd[holder] end
+  local record, held = KEY.incarnation .. holder, redis.call('HLEN', KEY.held .. holder)
+  local before = redis.call('HMGET', record, 'hung', 'hung_at')
+  if before[1] and now_ms - tonumber(before[2]) < 10000 then
+    held = math.max(held, tonumber(before[1]))
+  elseif redis.call('EXISTS', record) == 1 then
+    redis.call('HSET', record, 'hung', int(held), 'hung_at', int(now_ms))
+  end
+  crowd[holder] = held
+  return held
 end
 
 for _ = 1, tonumber(arg()) do
@@ -181,10 +187,11 @@ for _ = 1, tonumber(arg()) do
       local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms
       if now_ms - beat > timeout_ms / 2 then
         -- With a short lease, a lost host shows here before its heartbeat runs out. That is no hang.
-        reap_one(id, job[1], holder, job[3] or '', kind, reason, exception, { charge = charge, crash = crash, loss = loss, alone = '0' })
+        reap_one(id, job[1], holder, job[3] or '', kind, reason, exception, { charge = charge, crash = crash, loss = loss,
+          flight = in_flight(holder) })
       else
         reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
-          hang_exception, { charge = '0', crash = '1', loss = '0', alone = hung_alone(holder) and '1' or '0' })
+          hang_exception, { charge = '0', crash = '1', loss = '0', flight = in_flight(holder) })
       end
       -- RQ may have ended a plain job whose lease stayed behind.
       redis.call('ZREM', KEY.leases .. queue, id)
