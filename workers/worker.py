@@ -28,6 +28,7 @@ from rq.job import Job
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
+from ..protocol.deployment import look_at
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, served
 from ..protocol.records import Claim, FailureKind
@@ -90,9 +91,15 @@ class Worker(SimpleWorker):
                 check_queue(queue.name)
             store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
             store.check_protocol()
+            findings = look_at(store.connection)
         except PerdureError as error:
             sys.exit(f"perdure worker: {error}")
+        for finding in findings:
+            if finding.fatal:
+                sys.exit(f"perdure worker: {finding}")
         self.bootstrap(logging_level, date_format, log_format)
+        for finding in findings:
+            self.log.warning("Worker %s: %s", self.name, finding)
         self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
         self._dequeue_strategy = dequeue_strategy
         if with_scheduler:
