@@ -12,6 +12,9 @@ Seconds = int | float | timedelta
 LONGEST = 100 * 366 * 86400
 """Seconds, and more than anybody keeps: Redis counts milliseconds in 64 bits."""
 
+SHORTEST_STEP = 0.2
+"""Seconds. Leases are renewed once per checkpoint interval: a lease as short as that would end before its time."""
+
 
 def whole(value: object, name: str, least: int, most: int | None = None) -> int:
     """A whole number within bounds; a bool is none."""
@@ -68,6 +71,14 @@ def lasting(value: object, name: str) -> float:
     seconds = delayed(value, name)
     if seconds == 0:
         raise InvalidRequest(f"{name} is in seconds and more than 0, but is {value!r}", name)
+    return seconds
+
+
+def stepping(value: object, name: str) -> float:
+    """A step timeout in seconds; ``None`` leaves it to task and worker and gives 0."""
+    seconds = lasting(value, name)
+    if 0 < seconds < SHORTEST_STEP:
+        raise InvalidRequest(f"{name} is in seconds and at least {SHORTEST_STEP}, but is {value!r}", name)
     return seconds
 
 

@@ -57,6 +57,10 @@ class AsyncHandle(Reference[AsyncSession]):
         """How many attempts were begun."""
         return attempts_of(await self.record())
 
+    async def degraded(self) -> bool:
+        """True if it runs, or ran, with the overrides that were given as ``degraded``."""
+        return (await self.record()).degraded
+
     async def history(self) -> list[Event]:
         """What happened to it, oldest first."""
         return await self._ask(questions.history(self.id))

@@ -76,6 +76,8 @@ class Client:
         queue_timeout: Seconds | None = None,
         durable: bool = False,
         meta: Mapping[str, Any] | None = None,
+        step_timeout: Seconds | None = None,
+        degraded: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -102,6 +104,11 @@ class Client:
             durable: return only once the request is on disk (``WAITAOF``; about a second with Redis' default
                 ``appendfsync everysec``).
             meta: a dict for people and tools; ``Job.fetch(id).meta`` shows it, tasks do not see it.
+            step_timeout: longest time in seconds between two signs of life of this request while it runs, the steps of
+                those that share its worker included; instead of the task's and of ``PERDURE_STEP_TIMEOUT``. After one
+                and a half times as long it counts as hung and goes on elsewhere.
+            degraded: fields that replace those of the payload, if the pool is degraded (has lost too many workers)
+                when the request begins: ``{"max_tokens": 50}``, say. What began so goes on so.
             max_retries: retries after failures of the request's own; losses of workers are not counted.
             result_ttl: seconds to keep a finished request, its outputs and result.
             failure_ttl: seconds to keep a failed or canceled one.
@@ -118,7 +125,7 @@ class Client:
         request = build(
             task, payload, self.settings, queue=queue, priority=priority, id=id,
             idempotency_key=idempotency_key, delay=delay, deadline=deadline,
-            queue_timeout=queue_timeout, durable=durable, meta=meta,
+            queue_timeout=queue_timeout, durable=durable, meta=meta, step_timeout=step_timeout, degraded=degraded,
             max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
         )  # fmt: skip
         client_id = self._session.client_id
@@ -140,6 +147,8 @@ class Client:
         queue_timeout: Seconds | None = None,
         durable: bool = False,
         meta: Mapping[str, Any] | None = None,
+        step_timeout: Seconds | None = None,
+        degraded: Mapping[str, Any] | None = None,
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
@@ -152,7 +161,8 @@ class Client:
         """
         common = {
             "queue": queue, "priority": priority, "delay": delay, "deadline": deadline,
-            "queue_timeout": queue_timeout, "durable": durable, "meta": meta, "max_retries": max_retries,
+            "queue_timeout": queue_timeout, "durable": durable, "meta": meta, "step_timeout": step_timeout,
+            "degraded": degraded, "max_retries": max_retries,
             "result_ttl": result_ttl, "failure_ttl": failure_ttl,
         }  # fmt: skip
         requests = build_many(items, self.settings, common)

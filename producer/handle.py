@@ -81,6 +81,10 @@ class Handle(Reference[Session]):
         """How many attempts were begun. An attempt survives the loss of its worker; only own failures count."""
         return attempts_of(self.record())
 
+    def degraded(self) -> bool:
+        """True if it runs, or ran, with the overrides that were given as ``degraded``: the pool had lost workers."""
+        return self.record().degraded
+
     def history(self) -> list[Event]:
         """What happened to it, oldest first."""
         return self._ask(questions.history(self.id))

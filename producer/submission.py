@@ -18,7 +18,7 @@ from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
 from ..protocol.store import new_id
-from .arguments import Seconds, delayed, due, flag, kept, lasting, whole
+from .arguments import Seconds, delayed, due, flag, kept, lasting, stepping, whole
 
 OPTIONS: Final = (
     "queue",
@@ -30,6 +30,8 @@ OPTIONS: Final = (
     "queue_timeout",
     "durable",
     "meta",
+    "step_timeout",
+    "degraded",
     "max_retries",
     "result_ttl",
     "failure_ttl",
@@ -55,6 +57,8 @@ def build(
     queue_timeout: Seconds | None = None,
     durable: bool = False,
     meta: Mapping[str, Any] | None = None,
+    step_timeout: Seconds | None = None,
+    degraded: Mapping[str, Any] | None = None,
     max_retries: int | None = None,
     result_ttl: Seconds | None = None,
     failure_ttl: Seconds | None = None,
@@ -85,6 +89,8 @@ def build(
         deadline=from_now,
         deadline_at=at,
         queue_timeout=lasting(queue_timeout, "queue_timeout"),
+        step_timeout=stepping(step_timeout, "step_timeout"),
+        degraded_payload=_degraded(found, payload, degraded, settings),
     )
 
 
@@ -117,7 +123,7 @@ def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:
     chunk: list[NewRequest] = []
     size = 0
     for request in requests:
-        weight = len(request.payload) + len(request.meta) + _ROW
+        weight = len(request.payload) + len(request.degraded_payload) + len(request.meta) + _ROW
         if chunk and (len(chunk) == MAX_REQUESTS or size + weight > MAX_BYTES):
             yield chunk
             chunk, size = [], 0
@@ -147,6 +153,29 @@ def _meta(meta: object) -> bytes:
     # Through msgpack: what comes out is of no class but Python's own.
     plain = unpack(pack(dict(meta), limit=_MOST_META, what="meta"))
     return RestrictedPickle.dumps(plain) if plain else b""
+
+
+def _degraded(found: object, payload: Any, overrides: object, settings: Settings) -> bytes:
+    """The payload for a pool that is degraded, checked as the payload itself is."""
+    if overrides is None:
+        return b""
+    if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
+        raise InvalidRequest(
+            f"degraded is a dict of fields that replace those of the payload, not {overrides!r:.60}", "degraded"
+        )
+    if not overrides:
+        return b""
+    if not isinstance(payload, Mapping):
+        raise InvalidRequest(
+            f"degraded replaces fields of a payload that is a dict, but the payload is a {type(payload).__name__}",
+            "degraded",
+        )
+    try:
+        merged = _prepared(found, {**payload, **overrides})
+    except InvalidRequest as error:
+        error.add_note("this is the payload with the overrides of degraded; without them it was accepted")
+        raise
+    return pack(merged, limit=settings.max_payload, what="degraded payload")
 
 
 def _named(task: object) -> tuple[str, object]:

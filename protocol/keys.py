@@ -86,6 +86,7 @@ NAMES: Final[dict[str, str]] = {
     "notice": f"{OURS}notice:",
     "counters": f"{OURS}counters",
     "pulse": f"{OURS}pulse",
+    "mode": f"{OURS}mode",
     "schema": f"{OURS}schema",
 }
 

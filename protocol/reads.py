@@ -14,7 +14,7 @@ from .records import Checkpoint, Event, RequestRecord
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
-    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last",
+    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded",
 )  # fmt: skip
 
 

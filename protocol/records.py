@@ -47,7 +47,8 @@ class NewRequest:
 
     ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long;
     ``durable`` waits until it is on disk; ``meta`` is RQ's field of that name, pickled.
-    ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
+    ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none. ``step_timeout`` is the longest
+    step of this request, 0 leaves it to task and worker; ``degraded_payload``, packed, is what a degraded pool runs instead.
     """
 
     id: str
@@ -66,13 +67,16 @@ class NewRequest:
     deadline: float = 0.0
     deadline_at: float = 0.0
     queue_timeout: float = 0.0
+    step_timeout: float = 0.0
+    degraded_payload: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """One request, or one plain RQ job, that a worker holds.
 
-    ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero.
+    ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero. ``step_timeout`` (seconds)
+    is the request's own, if it has one.
     """
 
     id: str
@@ -88,6 +92,7 @@ class Claim:
     fingerprint: str
     client: str
     timeout: float
+    step_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +236,7 @@ class RequestRecord:
     error_kind: str
     error_reason: str
     verdict: str = ""
+    degraded: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -272,6 +278,7 @@ class RequestRecord:
             error_kind=text("error_kind"),
             error_reason=text("error_reason"),
             verdict=text("last").rpartition(":")[2],
+            degraded=text("degraded") == "1",
         )
 
 

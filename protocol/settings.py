@@ -23,6 +23,9 @@ from .errors import SettingsError
 
 PREFIX = "PERDURE_"
 
+LEASE = 1.5
+"""A lease lasts so many step timeouts (``lease_length`` in prelude.lua says the same)."""
+
 # Kubernetes sets these for every service of the namespace, also for one that is called "perdure".
 _KUBERNETES = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?")
 
@@ -133,7 +136,7 @@ class Settings:
     @property
     def lease(self) -> float:
         """Seconds that a lease lasts: one and a half step timeouts."""
-        return 1.5 * self.step_timeout
+        return LEASE * self.step_timeout
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; ``None`` leaves a field as it is (as an unset flag does)."""

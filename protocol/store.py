@@ -74,6 +74,7 @@ class Store(Reads):
                 "digest": request.digest, "delay_ms": math.ceil(request.delay * 1000),
                 "durable": int(request.durable), "meta": request.meta, "deadline_ms": math.ceil(request.deadline * 1000),
                 "deadline_at": math.ceil(request.deadline_at * 1000), "queue_ms": math.ceil(request.queue_timeout * 1000),
+                "step_ms": math.ceil(request.step_timeout * 1000), "degraded_payload": request.degraded_payload,
             }
             for request in requests
         ]  # fmt: skip
@@ -139,7 +140,7 @@ class Store(Reads):
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
-        rows = [reply[start : start + 13] for start in range(2, len(reply), 13)]
+        rows = [reply[start : start + 14] for start in range(2, len(reply), 14)]
         return Claims(reply[0].decode(), [_claim(row) for row in rows])
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
@@ -403,5 +404,5 @@ def _claim(row: Sequence[bytes]) -> Claim:
     return Claim(
         id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
         attempt=int(row[6]) + 1, seq=int(row[7]), offset=int(row[8]), epoch=int(row[9]), fingerprint=row[10].decode(),
-        client=row[11].decode(), timeout=float(row[12]),
+        client=row[11].decode(), timeout=float(row[12]), step_timeout=int(row[13]) / 1000 if row[13] else None,
     )  # fmt: skip

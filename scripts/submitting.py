@@ -34,6 +34,8 @@ Examples:
 @click.option("--queue-timeout", type=float, metavar="SECONDS", help="The same if no worker has taken it by then.")
 @click.option("--durable", is_flag=True, help="Return once it is on disk.")
 @click.option("--meta", metavar="JSON", help="An object for people and RQ's tools.")
+@click.option("--step-timeout", type=float, metavar="SECONDS", help="Longest step of this request.")
+@click.option("--degraded", metavar="JSON", help="Fields that replace those of the payload in a degraded pool.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
@@ -42,8 +44,8 @@ Examples:
 @url_option
 def submit(
     task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
-    delay: float,
-    deadline: float | None, queue_timeout: float | None, durable: bool, meta: str | None, max_retries: int | None,
+    delay: float, deadline: float | None, queue_timeout: float | None, durable: bool, meta: str | None,
+    step_timeout: float | None, degraded: str | None, max_retries: int | None,
     wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
@@ -66,6 +68,8 @@ def submit(
             queue_timeout=queue_timeout,
             durable=durable,
             meta=None if meta is None else _read_json(meta, "--meta"),
+            step_timeout=step_timeout,
+            degraded=None if degraded is None else _read_json(degraded, "--degraded"),
             max_retries=max_retries,
         )
         if wait or stream:

@@ -192,11 +192,15 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
         "k",
         "--meta",
         '{"a": 1}',
+        "--step-timeout",
+        "2.5",
+        "--degraded",
+        '{"n": 1}',
         "--json",
     )
-    done = perdure("submit", PATH, "1", *options)
+    done = perdure("submit", PATH, '{"n": 2}', *options)
     assert json.loads(done.stdout)["queue"] == "default-high"
-    assert perdure("submit", PATH, "1", *options).stdout == done.stdout
+    assert perdure("submit", PATH, '{"n": 2}', *options).stdout == done.stdout
     assert client.get(json.loads(done.stdout)["id"]).status() == "scheduled"
 
 
@@ -222,6 +226,9 @@ def test_submit_prints_the_id(perdure: Run, client: Client) -> None:
         (("submit", PATH, "1", "--delay", "-1"), "", "delay is in seconds"),
         (("submit", PATH, "1", "--deadline", "0"), "", "deadline is in seconds"),
         (("submit", PATH, "1", "--queue-timeout", "0"), "", "queue_timeout is in seconds"),
+        (("submit", PATH, "1", "--step-timeout", "-1"), "", "step_timeout is in seconds"),
+        (("submit", PATH, "{}", "--degraded", "{"), "", "--degraded is not JSON"),
+        (("submit", PATH, "1", "--degraded", '{"n": 1}'), "", "the payload is a int"),
         (("submit", PATH, "1", "--max-retries", "-2"), "", "max_retries"),
         (("submit", PATH, "1", "--timeout", "3"), "", "--wait or --stream"),
         (("submit", PATH), "", "JSON"),

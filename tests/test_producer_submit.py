@@ -122,6 +122,26 @@ def test_a_batch_task_checks_and_completes_the_payload(
     assert caught.value.field == "max_tokens"
 
 
+def test_the_overrides_of_a_degraded_pool_are_checked_as_the_payload_is(
+    client: Client, redis_client: redis.Redis
+) -> None:
+    """Merged, completed and validated at submit; a bad override is the producer's mistake, told to the producer."""
+    handle = client.submit(Checked, {"max_tokens": 90, "prompt": "a"}, degraded={"max_tokens": 9})
+    fields = stored(redis_client, handle)
+    assert unpack(fields[b"payload"]) == {"seed": 7, "max_tokens": 90, "prompt": "a"}
+    assert unpack(fields[b"payload_aside"]) == {"seed": 7, "max_tokens": 9, "prompt": "a"}
+    assert handle.degraded() is False
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit(Checked, {"max_tokens": 90}, degraded={"max_tokens": 0})
+    assert (caught.value.field, "overrides of degraded" in caught.value.__notes__[0]) == ("max_tokens", True)
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        client.submit("perdure.workers.text.generate", {"prompt": "a"}, degraded={"max_tokens": -1})
+    (many,) = client.submit_many([{"task": PATH, "payload": {"n": 3}}], degraded={"n": 1}, step_timeout=1.5)
+    fields = stored(redis_client, many)
+    assert (unpack(fields[b"payload_aside"]), fields[b"step_ms"]) == ({"n": 1}, b"1500")
+    assert b"degraded" not in stored(redis_client, client.submit(PATH, [1], degraded={}))
+
+
 def test_many_requests_keep_their_order_and_options(client: Client, redis_client: redis.Redis) -> None:
     items: list[Any] = [(PATH, index) for index in range(300)]
     items.append({"task": PATH, "payload": "last", "queue": "other", "id": "last", "max_retries": 0})
@@ -194,6 +214,14 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "meta, key": (PATH, {}, {"meta": {1: 2}}, InvalidRequest, "meta is a dict"),
     "meta, object": (PATH, {}, {"meta": {"a": object()}}, InvalidRequest, r"meta\['a'\] is a object"),
     "meta, large": (PATH, {}, {"meta": {"a": "x" * 70_000}}, PayloadTooLarge, "the meta has"),
+    "step_timeout": (PATH, {}, {"step_timeout": 0}, InvalidRequest, "step_timeout is in seconds"),
+    "step_timeout, short": (PATH, {}, {"step_timeout": 0.1}, InvalidRequest, r"step_timeout .* at least 0\.2"),
+    "step_timeout, text": (PATH, {}, {"step_timeout": "1 s"}, InvalidRequest, "step_timeout is in seconds"),
+    "degraded": (PATH, {}, {"degraded": [1]}, InvalidRequest, "degraded is a dict of fields"),
+    "degraded, key": (PATH, {}, {"degraded": {1: 2}}, InvalidRequest, "degraded is a dict of fields"),
+    "degraded, payload": (PATH, [1], {"degraded": {"n": 2}}, InvalidRequest, "the payload is a list"),
+    "degraded, object": (PATH, {}, {"degraded": {"a": object()}}, InvalidRequest, r"payload\['a'\] is a object"),
+    "degraded, large": (PATH, {}, {"degraded": {"a": "x" * 2000}}, PayloadTooLarge, "the degraded payload has"),
     "key and id": (PATH, {}, {"id": "a", "idempotency_key": "b"}, InvalidRequest, "either an id or"),
     "key, empty": (PATH, {}, {"idempotency_key": ""}, InvalidRequest, "idempotency_key"),
     "key, number": (PATH, {}, {"idempotency_key": 7}, InvalidRequest, "idempotency_key"),

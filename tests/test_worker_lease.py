@@ -77,3 +77,38 @@ def test_a_tasks_own_step_timeout_ends_with_it(lab: Lab) -> None:
     lab.check(lab.submit("patient", {"seconds": 0}), 2)
     one = lab.submit("hang", {"folder": str(lab.folder), "seconds": 600})
     eventually(lambda: lab.events(one) == [("suspected", "HANG"), ("retry", "HANG")])
+
+
+def test_a_requests_own_step_timeout_is_its_own(lab: Lab) -> None:
+    """A short one is judged by it at once, its neighbour in the same worker by the pool's long one; both go on."""
+    lab.reaper()
+    stuck = lab.worker()
+    neighbour = lab.submit("stall_among_others", {"n": 100})
+    lab.moved(neighbour)
+    short = lab.submit("stall_among_others", {"n": 6, "at": 3, "folder": str(lab.folder)}, step_timeout=0.3)
+    eventually(lambda: ("suspected", "HANG") in lab.events(short))
+    assert (lab.events(neighbour), lab.record(neighbour).worker) == ([], stuck.name)
+    stuck.kill()
+    lab.worker(wait=False)
+    lab.check(short, 6)
+    lab.check(neighbour, 100)
+    assert lab.events(neighbour) == [("redelivered", "WORKER_LOST")]
+
+
+def test_a_requests_own_step_timeout_comes_before_the_tasks_and_the_settings(lab: Lab) -> None:
+    """Longer than the worker's setting, it survives; shorter than the task's, it is judged."""
+    lab.reaper()
+    lab.worker(step_timeout=0.3)
+    long = lab.submit("count", {"n": 1, "sleep": 1.2}, step_timeout=30)
+    assert (lab.check(long, 1).executions, lab.events(long)) == (1, [])
+    short = lab.submit("patient", {"seconds": 600}, step_timeout=0.3)
+    eventually(lambda: ("retry", "HANG") in lab.events(short))
+    assert lab.outputs(short) == [0]
+
+
+def test_a_load_is_no_hang_of_a_request_with_short_steps(lab: Lab) -> None:
+    """While its task loads, its lease is renewed as often as that needs."""
+    lab.reaper()
+    lab.worker(environment={"LAB_LOAD": "1.5"})
+    one = lab.submit("model", {"n": 3}, step_timeout=0.3)
+    assert (lab.check(one, 3).executions, lab.events(one)) == (1, [])

@@ -134,13 +134,15 @@ class Lab:
 
     # --- requests ------------------------------------------------------------------------------------
 
-    def submit(self, task: str, payload: Any = None, *, queue: str = "gpu", max_retries: int = 3) -> str:
+    def submit(
+        self, task: str, payload: Any = None, *, queue: str = "gpu", max_retries: int = 3, **options: Any
+    ) -> str:
         """A request for one of the tasks beside this file, or for a whole dotted path."""
         identifier = new_id()
         request = NewRequest(
             id=identifier, nonce=identifier, queue=queue, task=task if "." in task else f"lab_tasks.{task}",
             payload=pack(payload if payload is not None else {}, limit=10**6, what="payload"), max_retries=max_retries,
-            result_ttl=600, failure_ttl=600, description=task,
+            result_ttl=600, failure_ttl=600, description=task, **options,
         )  # fmt: skip
         assert self.store.enqueue([request]) == ["accepted"]
         return identifier

@@ -114,7 +114,7 @@ class Claimer:
         holdings, now = self.holdings, time.monotonic()
         if not holdings.held and not holdings.stepping:
             return False  # idle is not hung
-        return now > holdings.loading_until and now - holdings.moved > holdings.task_settings().step_timeout / 2
+        return now > holdings.loading_until and now - holdings.moved > min(holdings.step_timeouts()) / 2
 
     def _receive(self, claims: list[Claim]) -> None:
         if not claims:

@@ -23,6 +23,7 @@ import redis
 
 from ..protocol.records import Failure, Finish
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
+from ..protocol.settings import LEASE
 from ..protocol.store import Store
 from .claimer import Claimer
 from .companion import Guarded
@@ -174,7 +175,7 @@ class Courier:
         with holdings.lock:
             moving = holdings.steps != self._renewed_steps or now < holdings.loading_until
             keys = [item.key for item in holdings.held.values() if not item.claim.plain]
-            if not keys or not moving or now - self._last_renewal < self.store.settings.lease / 10:
+            if not keys or not moving or now - self._last_renewal < LEASE * min(holdings.step_timeouts()) / 10:
                 return
             self._renewed_steps, self._last_renewal = holdings.steps, now
         for start in range(0, len(keys), MAX_REQUESTS):

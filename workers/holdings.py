@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..protocol.errors import PerdureError
 from ..protocol.records import Claim
-from ..protocol.settings import Settings
+from ..protocol.settings import LEASE, Settings
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop
 from .tasks import Step
@@ -106,6 +106,15 @@ class Holdings:
         """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
         return self.settings.replace(step_timeout=self._step_timeouts.get(self.task))
 
+    def step_timeout_of(self, claim: Claim) -> float:
+        """Seconds that one step of a request may take (lock held): its own, else the task's, else the setting."""
+        return claim.step_timeout or self.task_settings().step_timeout
+
+    def step_timeouts(self) -> list[float]:
+        """Those of all that is held, or the task's when nothing is (lock held)."""
+        own = [self.step_timeout_of(item.claim) for item in self.held.values() if not item.claim.plain]
+        return own or [self.task_settings().step_timeout]
+
     def offer(self, steps: Iterable[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
@@ -186,7 +195,8 @@ class Holdings:
             return not self.stopping and not self._overdue()
 
     def _overdue(self) -> bool:
-        if self.held and time.monotonic() - self.contact > self.task_settings().lease:
+        # Only when all leases must be over: one that has a short step timeout does not keep the others waiting.
+        if self.held and time.monotonic() - self.contact > LEASE * max(self.step_timeouts()):
             return True
         return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
 

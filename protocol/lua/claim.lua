@@ -4,7 +4,7 @@
 -- ARGV worker       RQ worker name
 -- ARGV queues_text  its queues, comma-separated
 -- ARGV timeout_ms   heartbeat timeout: ms until the incarnation counts as dead without a heartbeat
--- ARGV lease_ms     length of a lease
+-- ARGV lease_ms     length of a lease, but for requests that have a step timeout of their own
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
 -- ARGV free         slots free for that task; when task is '', slots for a task not listed below
 -- ARGV ttl_ms       age at which a checkpoint is stale
@@ -17,7 +17,8 @@
 -- EACH fresh: execution  ids for the executions to be made, at least as many as slots
 --
 -- Returns  status, n, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
---          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs)
+--          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
+--          own (ms; '')
 --          status 'ok'; 'blocked' (the next entry needs an empty worker, or this one isolates suspects); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
 --
@@ -54,10 +55,10 @@ if reaped(incarnation) then return { 'reaped', '0' } end
 local rows, number, bytes = {}, 0, 0
 
 local function give(id, execution, queue)
-  local job = redis.call('HMGET', KEY.job .. id, 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout')
+  local job = redis.call('HMGET', KEY.job .. id, 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout', 'step_ms')
   local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'offset', 'fingerprint')
   local row = { id, execution, queue, job[1] and 'request' or 'plain', job[1] or '', job[2] or '', job[3] or '0',
-    point[1] or '0', point[2] or '0', job[4] or '0', point[3] or '', job[5] or '', job[6] or '-1' }
+    point[1] or '0', point[2] or '0', job[4] or '0', point[3] or '', job[5] or '', job[6] or '-1', job[7] or '' }
   for _, value in ipairs(row) do rows[#rows + 1] = value end
   number = number + 1
   bytes = bytes + #(job[2] or '')
@@ -68,10 +69,10 @@ local held = redis.call('HGETALL', KEY.held .. incarnation)
 for i = 1, #held, 2 do
   local id, execution = held[i], held[i + 1]
   if not known[id] then
-    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task')
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'step_ms')
     if job[1] == execution and redis.call('ZSCORE', KEY.leases .. job[2], id) then
       -- A plain job keeps its own lease: it is one long step.
-      if job[3] then redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_ms), id) end
+      if job[3] then redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_length(job[4], lease_ms)), id) end
       give(id, execution, job[2])
       task = job[3] or ''
       free = 0 -- the caller sees what it holds before it asks for more
@@ -135,22 +136,36 @@ local function runnable(id, queue)
   return true
 end
 
--- A queue's entry of a suspect leads nowhere: it may only run in limited company (4).
+-- A queue's entry of a suspect leads nowhere: it may only run in limited company (5).
 local function waits_apart(id, queue)
   if redis.call('HEXISTS', KEY.job .. id, 'company') == 0 then return false end
   to_suspects(queue, id)
   return true
 end
 
--- 3. Execution, lease, and what RQ's own worker would have written.
-local function take(id, queue, execution, plain_timeout)
+-- 3. What begins from zero while the pool is degraded takes the payload that its producer gave for that; afterwards,
+-- the whole one again. The one that runs stands in `payload`, the other one aside, so that whoever resumes it, a
+-- worker of an older release too, runs the same.
+local function choose_payload(id, chosen)
+  if not chosen or redis.call('EXISTS', KEY.checkpoint .. id) == 1 then return end
+  local wanted = degraded() and '1' or '0'
+  if wanted == chosen then return end
+  local name = KEY.job .. id
+  local payloads = redis.call('HMGET', name, 'payload', 'payload_aside')
+  redis.call('HSET', name, 'degraded', wanted, 'payload', payloads[2], 'payload_aside', payloads[1])
+  local reason = wanted == '1' and 'the pool is degraded: it runs with its overrides' or 'the pool has recovered: it runs without its overrides'
+  history(id, wanted == '1' and 'degraded' or 'restored', '', '', '0', '', reason)
+end
+
+-- 4. Execution, lease, and what RQ's own worker would have written.
+local function take(id, queue, execution, plain_timeout, step_ms)
   local name, composite, date = KEY.job .. id, id .. ':' .. execution, utc()
   redis.call('PERSIST', name)
   redis.call('HSET', name, 'status', 'started', 'started_at', date, 'last_heartbeat', date, 'worker_name', worker,
     'execution', execution, 'claimed', int(now_ms), 'holder', incarnation)
   redis.call('HINCRBY', name, 'executions', 1)
   if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
-  local length = lease_ms
+  local length = lease_length(step_ms, lease_ms)
   -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
   if plain_timeout then length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000 end
   redis.call('ZADD', KEY.leases .. queue, int(now_ms + length), id)
@@ -179,11 +194,13 @@ local function start(id, queue, execution)
   elseif resume == '0' then
     restart(id, 'resuming is turned off', execution)
   end
-  take(id, queue, execution)
+  local job = redis.call('HMGET', KEY.job .. id, 'step_ms', 'degraded')
+  choose_payload(id, job[2])
+  take(id, queue, execution, nil, job[1])
   give(id, execution, queue)
 end
 
--- 4. Suspects. Whether this worker may isolate: it does already, or fewer than half of the living do.
+-- 5. Suspects. Whether this worker may isolate: it does already, or fewer than half of the living do.
 local function may_isolate()
   for _, other in ipairs(redis.call('ZRANGE', KEY.isolating, 0, 127)) do
     if other == incarnation then return true end
@@ -245,7 +262,7 @@ elseif isolates then
   redis.call('ZREM', KEY.isolating, incarnation)
 end
 
--- 5. The queues, in their order, until the slots are full.
+-- 6. The queues, in their order, until the slots are full.
 local limit = free
 if task == '' then limit = 1 end -- until the first entry says which task it is
 if used > 0 then limit = 0 end -- suspects have no other company

@@ -20,6 +20,8 @@
 -- EACH request: deadline_at  the same as ms since 1970; 0 for no limit
 -- EACH request: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
 -- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
+-- EACH request: step_ms      ms that one of its steps may take; 0 leaves it to task and worker
+-- EACH request: degraded_payload  msgpack: the payload for a pool that is degraded; '' for none
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
 --          the same idempotency key and body was) or 'conflict' (the id belongs to another request) or 'full'
@@ -37,6 +39,7 @@ for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
   local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
   local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms = arg(), arg(), arg(), arg(), arg(), arg()
+  local step_ms, degraded_payload = arg(), arg()
   -- Always a write: WAITAOF waits for those of its own connection, also for a request that another call stored.
   if durable == '1' then count('durable', queue) end
   local name = KEY.job .. id
@@ -59,6 +62,8 @@ for _ = 1, tonumber(arg()) do
       'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
     if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
     if meta ~= '' then redis.call('HSET', name, 'meta', meta) end
+    if step_ms ~= '0' then redis.call('HSET', name, 'step_ms', step_ms) end
+    if degraded_payload ~= '' then redis.call('HSET', name, 'degraded', '0', 'payload_aside', degraded_payload) end
     local deadline, queue_deadline = tonumber(deadline_at), tonumber(queue_ms)
     if tonumber(deadline_ms) > 0 then deadline = now_ms + tonumber(deadline_ms) end
     if deadline > 0 then redis.call('HSET', name, 'deadline', int(deadline)) end

@@ -73,6 +73,18 @@ local function reaped(incarnation)
   return redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
 end
 
+-- Whether the pool has too few workers. Whoever says so says until when: nobody need take it back.
+local function degraded()
+  local mode = redis.call('HMGET', KEY.mode, 'mode', 'until')
+  return mode[1] == 'degraded' and now_ms < (tonumber(mode[2]) or 0)
+end
+
+-- How long a lease lasts (ms): one and a half times the request's own step timeout (step_ms of its hash), else
+-- what the worker says, which knows the task's.
+local function lease_length(step_ms, lease_ms)
+  return step_ms and 1.5 * tonumber(step_ms) or lease_ms
+end
+
 -- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
 local function show_state(worker, incarnation)
   if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end

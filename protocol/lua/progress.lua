@@ -1,7 +1,7 @@
 -- Store what running requests have put out, checkpoint them and renew their leases.
 --
 -- ARGV incarnation  of the worker process
--- ARGV lease_ms     length of the renewed leases
+-- ARGV lease_ms     length of the renewed leases, but for requests that have a step timeout of their own
 -- ARGV clear_ms     a suspect that has stepped for so long is cleared
 -- EACH request: id           request id
 -- EACH request: execution    the caller's execution
@@ -26,18 +26,19 @@ for _ = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
   local blob, has_state, state, crc, fingerprint, stepped = arg(), arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'company', 'worker_name')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
+    'worker_name')
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
-    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
     answers[#answers + 1] = 'cancel'
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
-    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
     local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint, stepped)
     if stored then
-      if job[7] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[8], int(stored)) end
+      if job[8] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[9], int(stored)) end
       if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
       answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
     else

@@ -1,7 +1,7 @@
 -- Renew leases alone: during a long prefill or a load, when there is nothing to store.
 --
 -- ARGV incarnation  of the worker process
--- ARGV lease_ms     length of the renewed leases
+-- ARGV lease_ms     length of the renewed leases, but for requests that have a step timeout of their own
 -- EACH request: id         request id
 -- EACH request: execution  the caller's execution
 --
@@ -10,11 +10,11 @@ local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline')
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms')
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   else
-    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_ms), id)
+    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[6], lease_ms)), id)
     -- A checkpoint does not grow stale while its request runs.
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
       redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))

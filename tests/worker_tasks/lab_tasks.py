@@ -58,6 +58,16 @@ def hang_among_others(request: Request) -> Generator[Step, None, Any]:
         yield Step(output=index, state=index + 1)
 
 
+@task(slots=2)
+def stall_among_others(request: Request) -> Generator[Step, None, Any]:
+    """Hangs once where the payload says ``at``, with the pool's own step timeout."""
+    for index in range(request.state or 0, request.payload["n"]):
+        if index == request.payload.get("at") and _once(request.payload["folder"], "hung"):
+            time.sleep(600)
+        time.sleep(0.01)
+        yield Step(output=index, state=index + 1)
+
+
 @task
 def native(request: Request) -> Generator[Step, None, Any]:
     """Three outputs, then a step in native code that no Python handler interrupts; the GIL is free."""
