@@ -229,9 +229,13 @@ class Starving(BatchTask):
 
 
 class Model(BatchTask):
-    """One slot; its fingerprint, its loading time and whether it loads come from the environment."""
+    """Its fingerprint, slots, loading time and whether it loads come from the environment.
 
-    slots = 1
+    With ``signed`` in the payload, the outputs are those of this model alone; with ``gate`` and ``folder``, it puts out
+    so many and goes on when somebody opens.
+    """
+
+    slots = int(os.environ.get("LAB_SLOTS", "1"))
 
     def load(self) -> None:
         if os.environ.get("LAB_LOAD") == "fail":
@@ -254,12 +258,15 @@ class Model(BatchTask):
         for identifier, entry in list(self.running.items()):
             index, payload = entry
             time.sleep(payload.get("sleep", 0))
-            if index == payload["n"]:
+            if index == payload.get("gate") and not Path(payload["folder"], "open").exists():
+                time.sleep(0.01)
+            elif index == payload["n"]:
                 del self.running[identifier]
                 steps.append(Step(request_id=identifier, result=self.fingerprint()))
             else:
                 entry[0] += 1
-                steps.append(Step(request_id=identifier, output=index))
+                output = [self.fingerprint(), index] if payload.get("signed") else index
+                steps.append(Step(request_id=identifier, output=output))
         return steps
 
     def drop(self, request_id: str) -> None:
