@@ -199,7 +199,7 @@ class Client:
         return Handle(check_id(id), self._session)
 
     def ping(self) -> None:
-        """Raise :class:`RedisUnavailable` unless Redis answers now."""
+        """Raise :class:`RedisUnavailable` unless Redis answers now, ``ProtocolMismatch`` if it speaks a newer protocol."""
         self._session.ping()
 
     def list(

@@ -119,9 +119,12 @@ class Session:
             ) from None
 
     def ping(self) -> None:
-        """Raise :class:`RedisUnavailable` unless Redis answers now; nothing is tried twice."""
+        """Raise :class:`RedisUnavailable` unless Redis answers now, and ``ProtocolMismatch`` if it speaks a newer protocol.
+
+        Nothing is tried twice.
+        """
         try:
-            self._connection.ping()
+            self._store.check_protocol()
         except redis.RedisError as error:
             raise self.unavailable(error) from None
 

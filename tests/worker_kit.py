@@ -213,7 +213,7 @@ class Lab:
         """What is known of the worker of this name, once it claims."""
         return next((item for item in self.store.workers() if item["worker"] == name and item["ready"]), None)
 
-    def reaper(self, **settings: Any) -> Process:
+    def reaper(self, *, environment: dict[str, str] | None = None, **settings: Any) -> Process:
         """A ``python -m perdure.recovery`` process, once it has swept."""
         name = f"reaper-{len(self.processes)}"
         self.connection.delete(key("pulse"))
@@ -221,7 +221,7 @@ class Lab:
             name,
             [sys.executable, "-m", "perdure.recovery"],
             {"reap_interval": 0.1, **settings},
-            {"RQ_REDIS_URL": self.url},
+            {"RQ_REDIS_URL": self.url, **(environment or {})},
         )
         eventually(lambda: self.connection.exists(key("pulse")) or not process.running)
         return process

@@ -68,6 +68,20 @@ def stall_among_others(request: Request) -> Generator[Step, None, Any]:
         yield Step(output=index, state=index + 1)
 
 
+@task(slots=4)
+def laden(request: Request) -> Generator[Step, None, Any]:
+    """Count to ``n`` with a state of ``bytes``, and say which installation ended it."""
+    import perdure.workers
+
+    state = request.state or {"next": 0}
+    for index in range(state["next"], request.payload["n"]):
+        time.sleep(request.payload.get("sleep", 0))
+        yield Step(
+            output=index, state={"next": index + 1, "load": bytes([index % 256]) * request.payload.get("bytes", 0)}
+        )
+    return perdure.workers.__file__
+
+
 @task
 def native(request: Request) -> Generator[Step, None, Any]:
     """Three outputs, then a step in native code that no Python handler interrupts; the GIL is free."""
