@@ -876,6 +876,18 @@ def test_a_newer_protocol_stops_everything_that_is_older(pool: Pool, hand: Hand)
     assert dump(pool.connection) == before
 
 
+def test_the_first_of_a_newer_protocol_stops_the_older_ones(pool: Pool, hand: Hand):
+    """By the request of a producer, or the heartbeat of a worker: the number rises, and never falls."""
+    name = key("schema")
+    for move in (lambda: pool.submit("a"), hand.beat):
+        pool.connection.set(name, SCHEMA - 1)
+        move()
+        assert pool.connection.get(name) == str(SCHEMA).encode()
+    pool.connection.delete(name)
+    assert hand.beat() == "ok"
+    assert pool.connection.get(name) == str(SCHEMA).encode()
+
+
 # --- the table of states -----------------------------------------------------------------------------
 
 Edge = tuple[State, State, str]

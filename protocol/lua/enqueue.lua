@@ -31,9 +31,7 @@
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
 local schema, client, limit = arg(), arg(), tonumber(arg())
-if redis.call('SET', KEY.schema, schema, 'NX') == false and tonumber(redis.call('GET', KEY.schema)) > tonumber(schema) then
-  return { 'newer' }
-end
+if not speaks(schema) then return { 'newer' } end
 local answers, rung = {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()

@@ -25,7 +25,7 @@ for _ = 1, tonumber(arg()) do
   local queue = arg()
   queues[#queues + 1] = queue
 end
-if tonumber(redis.call('GET', KEY.schema) or '0') > tonumber(schema) then return { 'newer', '0' } end
+if not speaks(schema) then return { 'newer', '0' } end
 if reaped(incarnation) then return { 'reaped', '0' } end
 
 redis.call('ZADD', KEY.beats, int(now_ms + tonumber(timeout_ms)), incarnation)

@@ -68,6 +68,15 @@ local function hint(client, id, what)
   if client and client ~= '' then redis.call('PUBLISH', KEY.replies .. client, id .. ' ' .. what) end
 end
 
+-- Whether the caller's protocol is the newest that has written here; from now on it is, if it is newer. So the
+-- first worker or producer of a newer protocol stops all that speak an older one.
+local function speaks(schema)
+  local newest = tonumber(redis.call('GET', KEY.schema) or '-1')
+  if newest > tonumber(schema) then return false end
+  if newest < tonumber(schema) then redis.call('SET', KEY.schema, schema) end
+  return true
+end
+
 -- Whether an incarnation was declared dead. It then holds nothing and may claim nothing.
 local function reaped(incarnation)
   return redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
