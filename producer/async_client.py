@@ -14,7 +14,7 @@ import redis
 
 from ..protocol.errors import PerdureError
 from ..protocol.keys import check_id
-from ..protocol.records import Checkpoint, Event, RequestRecord
+from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from ..protocol.settings import Settings
 from . import questions
 from .arguments import waited, whole
@@ -64,6 +64,10 @@ class AsyncHandle(Reference[AsyncSession]):
     async def history(self) -> list[Event]:
         """What happened to it, oldest first."""
         return await self._ask(questions.history(self.id))
+
+    async def details(self) -> Details:
+        """What it was given at its submit (deadline, meta, …), and what it waits for."""
+        return await self._ask(questions.details(self.id))
 
     async def checkpoint(self) -> Checkpoint | None:
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""

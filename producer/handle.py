@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 from ..protocol.errors import PerdureError, UsageError
-from ..protocol.records import Checkpoint, Event, RequestRecord
+from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
 from .arguments import waited, whole
 from .outputs import OutputReader
@@ -88,6 +88,10 @@ class Handle(Reference[Session]):
     def history(self) -> list[Event]:
         """What happened to it, oldest first."""
         return self._ask(questions.history(self.id))
+
+    def details(self) -> Details:
+        """What it was given at its submit (deadline, meta, …), and what it waits for."""
+        return self._ask(questions.details(self.id))
 
     def checkpoint(self) -> Checkpoint | None:
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from ..protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
-from ..protocol.records import Checkpoint, Event, FailureKind, RequestRecord
+from ..protocol.records import Checkpoint, Details, Event, FailureKind, RequestRecord
 from ..protocol.states import State
 from ..protocol.store import Store
 from .outputs import OutputReader
@@ -85,6 +85,12 @@ def fetched(identifier: str, deadline: float | None = None) -> Question[RequestR
 def history(identifier: str) -> Question[list[Event]]:
     record = yield from fetched(identifier)
     return complete(record, (yield Call(lambda store: store.history(identifier))))
+
+
+def details(identifier: str) -> Question[Details]:
+    record = yield from fetched(identifier)
+    found: Details = yield Call(lambda store: store.details(identifier, record.queue))
+    return found
 
 
 def checkpoint(identifier: str) -> Question[Checkpoint | None]:

@@ -148,6 +148,11 @@ def with_priority(queue: str, priority: object) -> str:
     return check_queue(f"{queue}-{priority}")
 
 
+def priority_of(queue: str) -> str:
+    """The priority whose requests wait in a queue, by its name."""
+    return next((suffix[1:] for suffix in _SUFFIXES if queue.endswith(suffix)), "normal")
+
+
 def served(queue: str) -> list[str]:
     """The queues that are served for a name, first served first: those of all priorities.
 

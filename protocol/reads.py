@@ -8,9 +8,9 @@ from typing import Any
 
 import redis
 
-from .codec import unpack, unpack_exception, unpack_result
+from .codec import RestrictedPickle, unpack, unpack_exception, unpack_result
 from .keys import key
-from .records import Checkpoint, Event, RequestRecord
+from .records import Checkpoint, Details, Event, RequestRecord
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
@@ -134,7 +134,42 @@ class Reads:
             seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(), bytes=size
         )
 
+    def details(self, identifier: str, queue: str) -> Details:
+        """What a request of ``queue`` was given at its submit, and what it waits for."""
+        names = ("deadline", "queue_deadline", "step_ms", "retries_left", "degraded", "digest", "meta")
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.zscore(key("retries", queue), identifier)
+            pipe.hmget(key("job", identifier), names)
+            (seconds, micros), due, values = pipe.execute()
+        raw = dict(zip(names, values, strict=True))
+
+        def in_seconds(milliseconds: bytes | float | None) -> float | None:
+            return None if milliseconds is None else float(milliseconds) / 1000
+
+        return Details(
+            now=seconds + micros / 1e6,
+            due=in_seconds(due),
+            deadline=in_seconds(raw["deadline"]),
+            queue_deadline=in_seconds(raw["queue_deadline"]),
+            step_timeout=in_seconds(raw["step_ms"]),
+            retries_left=int(raw["retries_left"] or 0),
+            degraded=None if raw["degraded"] is None else raw["degraded"] == b"1",
+            idempotent=bool(raw["digest"]),
+            meta=_meta(raw["meta"]),
+        )
+
     def history(self, identifier: str) -> list[Event]:
         """What happened to a request, oldest first; its ordinary course is not in it."""
         lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
         return [Event.parse(line) for line in lines]
+
+
+def _meta(raw: bytes | None) -> dict[str, Any] | None:
+    if not raw:
+        return {}
+    try:
+        value = RestrictedPickle.loads(raw)
+    except Exception:  # a damaged or hostile pickle may raise nearly anything
+        return None
+    return value if isinstance(value, dict) else None

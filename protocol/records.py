@@ -216,6 +216,27 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What a request was given at its submit, and what it waits for. Dates are seconds since 1970, ``None`` is none.
+
+    ``now`` is the server's clock at the reading. ``due``: when it may enter its queue, delayed or for a retry.
+    ``queue_deadline``: until when a worker must have taken it; forgotten at its first claim. ``step_timeout`` is its own, in
+    seconds. ``degraded``: ``None`` without overrides for a degraded pool, else whether it runs, or ran, with them.
+    ``meta`` is ``None`` if somebody else has written into it what is no plain value.
+    """
+
+    now: float
+    due: float | None
+    deadline: float | None
+    queue_deadline: float | None
+    step_timeout: float | None
+    retries_left: int
+    degraded: bool | None
+    idempotent: bool
+    meta: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
     """A request as it stands in Redis, without payload, outputs and result."""
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import json
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..protocol.keys import priority_of
 from ..protocol.records import RequestRecord
 from ..protocol.states import State
-from .console import json_option, one_line, open_client, print_json, print_table, timeout_option, url_option
+from .console import json_option, one_line, open_client, plain, print_json, print_table, timeout_option, url_option
 from .submitting import follow
 
 if TYPE_CHECKING:
     from ..producer import Handle
 
 _COLORS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped": "yellow", "started": "cyan"}
+_WIDTH = 14
 
 
 @click.command(epilog="\b\nExamples:\n  perdure show ID\n  perdure show ID --json | jq .checkpoint.offset")
@@ -25,29 +28,41 @@ _COLORS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped"
 def show(identifier: str, as_json: bool, url: str | None) -> None:
     """Show one request: its state, its checkpoint, and what happened to it."""
     with open_client(url) as client:
-        facts = describe(client.get(identifier))
+        handle = client.get(identifier)
+        facts = describe(handle)
+        now = handle.details().now
     if as_json:
         print_json(facts, indent=2)
     else:
-        _print_facts(facts)
+        _print_facts(facts, now)
 
 
 def describe(handle: Handle) -> dict[str, Any]:
-    """A request as ``show --json`` prints it. ``offset`` counts stored outputs; ages are seconds."""
+    """A request as ``show --json`` prints it. ``offset`` counts stored outputs; ages are seconds, dates since 1970."""
     from ..producer.timeline import attempts_of
 
     record = handle.record()
     point = handle.checkpoint()
+    given = handle.details()
     # Returns at once: it has ended. RQ may have failed it, and says why in its own way.
     error: Any = handle.exception() if record.ended and record.status is State.FAILED else None
     return {
         "id": record.id,
         "status": str(record.status),
         "queue": record.queue,
+        "priority": priority_of(record.queue),
         "task": record.task,
         "attempt": attempts_of(record),
+        "retries_left": given.retries_left,
         "executions": record.executions,
         "worker": record.worker or None,
+        "due": given.due,
+        "deadline": given.deadline,
+        "queue_deadline": given.queue_deadline,
+        "step_timeout": given.step_timeout,
+        "degraded": given.degraded,
+        "idempotent": given.idempotent,
+        "meta": given.meta,
         "offset": handle.offset(),
         "checkpoint": point
         and {"seq": point.seq, "offset": point.offset, "age": round(point.age, 3), "bytes": point.bytes},
@@ -56,28 +71,58 @@ def describe(handle: Handle) -> dict[str, Any]:
     }
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any], now: float) -> None:
+    def line(name: str, text: object) -> None:
+        click.echo(f"{name:<{_WIDTH}}{text}")
+
     status = facts["status"]
-    click.echo(f"request     {facts['id']}")
-    click.echo(f"status      {click.style(status, fg=_COLORS.get(status))}")
+    line("request", facts["id"])
+    line("status", click.style(status, fg=_COLORS.get(status)) + _status_note(facts))
     for name in ("queue", "task", "attempt", "executions", "worker"):
         value = facts[name]
-        click.echo(f"{name:<12}{'-' if value is None else one_line(value)}")
-    click.echo(f"outputs     {facts['offset']}")
+        line(name, "-" if value is None else one_line(value))
+    # What only some requests have: no lines that say "none".
+    for label, name in (("due", "due"), ("deadline", "deadline"), ("claim until", "queue_deadline")):
+        if facts[name] is not None:
+            line(label, _date(facts[name], now))
+    if facts["step_timeout"] is not None:
+        line("step timeout", f"{facts['step_timeout']:g} s")
+    if facts["degraded"] is not None:
+        line("degraded", "yes, it has its overrides" if facts["degraded"] else "no, but it has overrides for that")
+    if facts["idempotent"]:
+        line("idempotent", "yes, its id is made from a key")
+    if facts["meta"] is None:
+        line("meta", "not of plain values")
+    elif facts["meta"]:
+        line("meta", one_line(json.dumps(plain(facts["meta"]), ensure_ascii=False)))
+    line("outputs", facts["offset"])
     point = facts["checkpoint"]
     if point:
-        click.echo(
-            f"checkpoint  {point['seq']}, {point['offset']} outputs, {point['bytes']} bytes of state, "
-            f"{point['age']:.1f} s old"
-        )
+        text = f"{point['seq']}, {point['offset']} outputs, {point['bytes']} bytes of state, {point['age']:.1f} s old"
+        line("checkpoint", text)
     if facts["error"]:
-        click.echo(f"error       {facts['error']['kind']}: {one_line(facts['error']['reason'])}")
+        line("error", f"{facts['error']['kind']}: {one_line(facts['error']['reason'])}")
     for number, event in enumerate(facts["history"]):
         at = datetime.fromtimestamp(event["at"], UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
         place = f" at {event['offset']}" if event["offset"] else ""
         worker = f" on {one_line(event['worker'])}" if event["worker"] else ""
         reason = ": ".join(one_line(event[name]) for name in ("kind", "reason") if event[name])
-        click.echo(f"{'history' if not number else '':<12}{at}  {event['event']}{worker}{place}  {reason}".rstrip())
+        line("" if number else "history", f"{at}  {event['event']}{worker}{place}  {reason}".rstrip())
+
+
+def _status_note(facts: dict[str, Any]) -> str:
+    """What the number of attempts does not say: how many more there may be."""
+    left = facts["retries_left"]
+    if facts["status"] in ("finished", "canceled", "stopped") or facts["attempt"] < 2:
+        return ""
+    return f", {left} {'retry' if left == 1 else 'retries'} left"
+
+
+def _date(at: float, now: float) -> str:
+    """A date, and how far away it is on the server's clock."""
+    date = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    away = timedelta(seconds=round(abs(at - now)))
+    return f"{date}, in {away}" if at > now else f"{date}, {away} ago"
 
 
 @click.command(

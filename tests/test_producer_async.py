@@ -196,6 +196,14 @@ def test_requests_are_stored_checked_and_listed_as_by_the_other_client(play: Any
         assert repr(one) == "<AsyncHandle one>"
         assert pickle.loads(pickle.dumps(one)) == one
         assert isinstance(await told(pickle.loads(pickle.dumps(one)).status()), UsageError)
+        options: dict[str, Any] = {"degraded": {"n": 0}, "step_timeout": 3, "meta": {"a": 1}, "delay": 60}
+        small = await client.submit(PATH, {"n": 1}, **options)
+        details = await small.details()
+        assert (details.degraded, details.step_timeout, details.meta) == (False, 3.0, {"a": 1})
+        assert details.due is not None
+        assert 0 < details.due - details.now <= 60
+        assert await small.degraded() is False
+        assert isinstance(await told(client.get("nobody").details()), UnknownRequest)
         many = await client.submit_many([(PATH, index) for index in range(300)])
         assert len({handle.id for handle in many}) == 300
         assert isinstance(await told(client.submit(PATH, {"n": 2}, id="one")), IdempotencyConflict)
