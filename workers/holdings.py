@@ -106,14 +106,13 @@ class Holdings:
         """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
         return self.settings.replace(step_timeout=self._step_timeouts.get(self.task))
 
-    def step_timeout_of(self, claim: Claim) -> float:
-        """Seconds that one step of a request may take (lock held): its own, else the task's, else the setting."""
-        return claim.step_timeout or self.task_settings().step_timeout
-
     def step_timeouts(self) -> list[float]:
-        """Those of all that is held, or the task's when nothing is (lock held)."""
-        own = [self.step_timeout_of(item.claim) for item in self.held.values() if not item.claim.plain]
-        return own or [self.task_settings().step_timeout]
+        """Seconds that one step may take, of each held request: its own, else the task's, else the setting (lock held).
+
+        Those of the task when nothing is held.
+        """
+        default = self._step_timeouts.get(self.task) or self.settings.step_timeout
+        return [item.claim.step_timeout or default for item in self.held.values() if not item.claim.plain] or [default]
 
     def offer(self, steps: Iterable[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
