@@ -1,0 +1,210 @@
+"""The code in docs/writing-tasks.md does what the page says; no block is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.protocol.codec import pack, unpack
+from perdure.workers import BatchTask, Request, Step, task
+from perdure.workers.generators import as_batch
+from perdure.workers.tasks import NOTHING, AnyTask, is_task
+
+from .worker_kit import Lab
+
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "docs" / "writing-tasks.md"
+KINDS = {"tasks", "produce", "test", "wrong", "right"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, what the page says it is, and where it stands."""
+
+    language: str
+    kind: str
+    name: str
+    text: str
+    line: int
+
+
+def blocks() -> list[Block]:
+    """All fenced blocks of the guide in order."""
+    found = []
+    text = GUIDE.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*) ?(\w*)=?(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        language, kind, name, body = match.groups()
+        found.append(Block(language, kind, name, body, text.count("\n", 0, match.start()) + 1))
+    assert 2 * len(found) == len(re.findall(r"^```", text, re.MULTILINE)), "a fence is not read as one"
+    return found
+
+
+def of(kind: str) -> list[Block]:
+    return [block for block in blocks() if (block.language, block.kind) == ("python", kind)]
+
+
+def execute(block: Block, namespace: dict[str, Any]) -> str:
+    """Run a block; returns what it prints."""
+    shown = io.StringIO()
+    code = compile("\n" * block.line + block.text, str(GUIDE), "exec")
+    with contextlib.redirect_stdout(shown):
+        exec(code, namespace)
+    return shown.getvalue()
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page's app/tasks.py, in a folder from which Python imports."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "tasks.py").write_text("\n".join(block.text for block in of("tasks")), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("app", "app.tasks"):
+        sys.modules.pop(name, None)
+
+
+def test_every_block_is_of_a_kind_that_is_run() -> None:
+    """Python is run in one of five ways, what it prints stands below it, and commands are only shown."""
+    listed = blocks()
+    for block, following in zip(listed, [*listed[1:], None], strict=True):
+        match block.language:
+            case "python":
+                assert block.kind in KINDS, f"line {block.line}: a Python block that no test runs"
+                shown = following is not None and following.language == "text"
+                assert (block.kind == "produce") == shown, (
+                    f"line {block.line}: produce, and only that, shows its output"
+                )
+            case _:
+                assert block.language in ("text", "console"), f"line {block.line}"
+    assert {block.kind for block in listed if block.language == "python"} == KINDS
+    assert [block.name for block in of("wrong")] == [block.name for block in of("right")]
+
+
+def test_the_guide_runs_on_a_real_worker(lab: Lab, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks, run by plain rq worker, give a producer what the page shows."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("PERDURE_REDIS_URL", lab.url)
+    lab.worker(environment={"PYTHONPATH": str(app), "OMP_NUM_THREADS": "1"}, wait=False)
+    listed = blocks()
+    namespace: dict[str, Any] = {}
+    try:
+        for block, following in zip(listed, [*listed[1:], None], strict=True):
+            if block.kind == "produce":
+                assert following is not None
+                assert execute(block, namespace) == following.text, f"line {block.line}"
+    finally:
+        if "client" in namespace:
+            namespace["client"].close()
+
+
+def test_the_test_of_the_guide_passes(app: Path) -> None:
+    """And it is one: it has a function that pytest would collect."""
+    pytest.importorskip("torch")
+    for block in of("test"):
+        namespace: dict[str, Any] = {}
+        execute(block, namespace)
+        tests = [value for name, value in namespace.items() if name.startswith("test_")]
+        assert tests
+        for each in tests:
+            each()
+
+
+PAYLOADS: dict[str, Any] = {
+    "squares": {"n": 5},
+    "bill": {"amounts": [3, 5, 8]},
+    "shout": {"text": "to be or not to be"},
+    "slow": {"n": 5},
+    "Ramble": {"prompt": [4, 7], "n": 6},
+}
+
+
+def test_every_task_of_the_guide_resumes_at_every_step(app: Path) -> None:
+    """Each of them, cut at each step, ends as it does uncut."""
+    pytest.importorskip("torch")
+    module = importlib.import_module("app.tasks")
+    found = {name: value for name, value in vars(module).items() if is_task(value)}
+    assert set(found) == set(PAYLOADS)
+    for name, each in found.items():
+        assert differing(each, PAYLOADS[name]) == [], name
+
+
+@pytest.mark.parametrize("name", [block.name for block in of("wrong")])
+def test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right(name: str) -> None:
+    """The wrong form gives something else, after some cut or at all; the right form never does."""
+    for kind in ("wrong", "right"):
+        (block,) = [block for block in of(kind) if block.name == name]
+        namespace: dict[str, Any] = {"task": task, "Step": Step, "BatchTask": BatchTask, "__name__": "app.tasks"}
+        execute(block, namespace)
+        (each,) = [value for value in namespace.values() if is_task(value)]
+        payload = {"n": 5, "seed": 7, "sent": []}
+        if name == "mutable":  # wrong without any cut
+            found = [
+                at for at, output in enumerate(run(each, Run([], None, payload)).outputs, 1) if output != {"at": at}
+            ]
+        else:
+            found = differing(each, payload, steps=name == "one")
+        assert bool(found) == (kind == "wrong"), f"line {block.line}: steps {found}"
+
+
+# --- cutting -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What is stored of a request, and what its task did to the world."""
+
+    outputs: list[Any]
+    state: Any
+    payload: Any
+    result: Any = NOTHING
+    steps: int = 0
+
+
+def run(each: AnyTask, begin: Run, cut: int | None = None) -> Run:
+    """Run a task in a process of its own, as far as it is concerned, until its end or for so many steps."""
+    batch = as_batch(each)
+    batch.load()
+    run = Run(list(begin.outputs), begin.state, begin.payload)
+    batch.admit(Request(id="a", payload=run.payload, outputs=list(run.outputs), state=run.state))
+    while run.result is NOTHING and (cut is None or run.steps < cut):
+        for step in list(batch.step()):
+            assert step.error is None, step.error
+            run.steps += 1
+            if step.output is not NOTHING:
+                run.outputs.append(copied(step.output))
+            if step.state is not NOTHING:
+                run.state = copied(step.state)
+            run.result = step.result
+    return run
+
+
+def copied(value: Any) -> Any:
+    """As it comes back from Redis."""
+    return unpack(pack(value, limit=10**6, what="output"))
+
+
+def differing(each: AnyTask, payload: Any, *, steps: bool = False) -> list[int]:
+    """After which steps a cut changes outputs, result or side effects; with ``steps``, or loses what was computed."""
+    whole = run(each, Run([], None, copied(payload)))
+    found = []
+    for cut in range(1, whole.steps):
+        first = run(each, Run([], None, copied(payload)), cut)
+        if first.result is not NOTHING:
+            continue
+        # One that dies between a side effect and the checkpoint: the step before is what was stored.
+        before = run(each, Run([], None, copied(payload)), cut - 1) if cut > 1 else Run([], None, copied(payload))
+        for stored in (first, Run(before.outputs, before.state, first.payload)):
+            rest = run(each, stored)
+            same = (rest.outputs, rest.result, rest.payload) == (whole.outputs, whole.result, whole.payload)
+            if not same or (steps and stored is first and rest.steps + first.steps > whole.steps):
+                found.append(cut)
+    return found
