@@ -224,6 +224,7 @@ class AsyncClient:
 
     @property
     def settings(self) -> Settings:
+        """The settings that this client works with."""
         return self._session.settings
 
     submit = _handing_out(Client.submit)

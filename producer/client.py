@@ -60,6 +60,7 @@ class Client:
 
     @property
     def settings(self) -> Settings:
+        """The settings that this client works with."""
         return self._session.settings
 
     def submit(

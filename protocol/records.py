@@ -180,7 +180,11 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One line of a request's history; ``at`` is seconds since 1970 on the server's clock."""
+    """One line of a request's history: what happened, and when.
+
+    ``at`` is in seconds since 1970 on the server's clock; ``offset`` is how many outputs were stored then. ``kind`` is
+    that of a failure, ``reason`` is for people; both may be empty.
+    """
 
     at: float
     event: str
@@ -206,7 +210,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Where a request would go on from; ``age`` in seconds, ``bytes`` of its state."""
+    """Where a request would go on from.
+
+    ``seq`` counts its checkpoints, ``offset`` the outputs up to it; ``age`` is in seconds since it was last written,
+    ``bytes`` the size of its state. Only a worker with the same ``fingerprint`` goes on from it.
+    """
 
     seq: int
     offset: int
@@ -238,7 +246,12 @@ class Details:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """A request as it stands in Redis, without payload, outputs and result."""
+    """A request as it stands in Redis, without payload, outputs and result.
+
+    ``attempt`` counts its own failures and ``executions`` the claims so far; ``execution`` and ``worker`` say who holds it
+    now (``execution`` is empty when nobody does). ``epoch`` grows when it begins again from zero. Dates are RQ's text,
+    in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs.
+    """
 
     id: str
     status: State

@@ -71,6 +71,7 @@ POLICIES: Final[Mapping[FailureKind, Policy]] = MappingProxyType(
         FailureKind.UNKNOWN: Policy(charge=True, crash=False, loss=False, retry=True, worker="go on"),
     }
 )
+"""What follows from each kind of failure."""
 
 _CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: not sticky, the device is well
 

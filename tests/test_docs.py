@@ -1,4 +1,4 @@
-"""The code in docs/writing-tasks.md does what the page says; no block is left out."""
+"""The guide's code does what the page says, no block is left out; and the reference is what the code gives."""
 
 from __future__ import annotations
 
@@ -208,3 +208,65 @@ def differing(each: AnyTask, payload: Any, *, steps: bool = False) -> list[int]:
             if not same or (steps and stored is first and rest.steps + first.steps > whole.steps):
                 found.append(cut)
     return found
+
+
+# --- the reference -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pages() -> Any:
+    """The module that makes the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        yield importlib.import_module("reference_pages")
+
+
+@pytest.fixture(scope="module")
+def reference(pages: Any) -> Any:
+    """The reference, read from the code once."""
+    return pages.Reference()
+
+
+def test_the_reference_is_what_the_code_gives(reference: Any) -> None:
+    """No page is edited by hand, out of date, or left over."""
+    made = reference.pages()
+    there = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").iterdir()}
+    differing = sorted(name for name in made | there if made.get(name) != there.get(name))
+    assert not differing, f"{', '.join(differing)} in docs/reference: run scripts/reference and commit what it writes"
+
+
+def test_every_public_name_is_described(pages: Any, reference: Any) -> None:
+    """What a package exports, and every error, stands in the reference and has a docstring."""
+    for module in ("perdure.producer", "perdure.workers", "perdure.recovery"):
+        assert set(importlib.import_module(module).__all__) <= set(reference.places), module
+    errors = importlib.import_module("perdure.protocol.errors")
+    classes = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert classes <= set(reference.places)
+    assert reference.undocumented() == []
+
+
+def test_links_of_the_docs_lead_somewhere(reference: Any) -> None:
+    """Files exist, and headings do."""
+    for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(
+            r"\]\(([^)#\s]*(?:#[^)\s]+)?)\)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        ):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            file = path.parent / name if name else path
+            assert file.exists(), f"{path.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
+                assert anchor in anchors, f"{path.name}: {target}"
+    assert not re.search(r":\w+:`", "".join(reference.pages().values())), "a role that is no link"
+
+
+def test_every_page_of_the_docs_is_in_their_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert path.name == "README.md" or f"({path.relative_to(ROOT / 'docs')})" in index, path

@@ -69,7 +69,7 @@ class Step:
     ``output`` is appended to what the client streams; ``state`` replaces the stored state; either
     may be left out. In a :class:`BatchTask`, ``request_id`` says whose step it is, ``result`` ends
     the request with that value, and ``error`` ends it with that failure (and leaves its batch-mates
-    alone).
+    alone). With ``durable`` a generator goes on only once all that the request has put out is in Redis.
     """
 
     output: Any = NOTHING
@@ -99,6 +99,7 @@ class BatchTask:
     """
 
     slots: int = 8
+    """How many requests are admitted at once, at most."""
     step_timeout: float | None = None
     """Seconds that one step may take; ``None`` takes the worker's ``PERDURE_STEP_TIMEOUT``."""
     reproducible: bool = True

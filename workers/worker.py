@@ -54,7 +54,11 @@ COLD_AFTER = 1.0
 
 
 class Worker(SimpleWorker):
-    """Runs requests in batches under leases, and plain RQ jobs one at a time."""
+    """RQ's worker class for requests; ``rq worker -w perdure.workers.Worker QUEUE`` makes and runs one.
+
+    It runs requests in batches under leases, and plain RQ jobs one at a time. Arguments are those of RQ's ``Worker``;
+    settings come from the environment.
+    """
 
     def __init__(self, queues: Any, *args: Any, **kwargs: Any) -> None:
         # RQ makes instances only to look at them too (Worker.all, rq info): nothing is started here.
