@@ -3,7 +3,8 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV reason       one line for people
--- ARGV delay        s until they may be claimed again, doubling up to 30 each time; 0 puts them in front of their queue at once
+-- ARGV delay        s until they may be claimed again, doubling up to 30 each time (up to 5 where a living worker has the
+--                   model); 0 puts them in front of their queue at once
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
 -- ARGV exception    traceback for that dead letter, as RQ's result stream holds it
@@ -71,7 +72,9 @@ for i = #rows, 1, -1 do
       count('released', queue)
       if gone then restart(id, 'no living worker has the model that began it', execution) end
       if tonumber(delay) > 0 and not gone then
-        to_retries(queue, id, backoff(id, math.max(1, times), tonumber(delay), math.max(30, tonumber(delay))))
+        -- The one that can run it may be free at any moment; an idle one that cannot takes it again and again.
+        local most = fingerprint ~= '' and 5 or 30
+        to_retries(queue, id, backoff(id, math.max(1, times), tonumber(delay), math.max(most, tonumber(delay))))
         answers[i] = 'scheduled'
       else
         to_front(queue, id)
