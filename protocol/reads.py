@@ -52,6 +52,18 @@ class Reads:
             )
         return result
 
+    def standing(self, requests: Sequence[tuple[str, str]]) -> list[str]:
+        """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say, but nothing is renewed."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for identifier, _ in requests:
+                pipe.hmget(key("job", identifier), "execution", "status", "cancel")
+            rows: list[list[bytes | None]] = pipe.execute()
+        result = []
+        for (_, execution), (holder, status, cancel) in zip(requests, rows, strict=True):
+            canceled = cancel == b"1" or status in (b"canceled", b"stopped")
+            result.append("lost" if holder != execution.encode() else "cancel" if canceled else "ok")
+        return result
+
     def queues(self) -> list[str]:
         """Names of all queues that ever held a job, sorted."""
         stem = len(key("queue"))

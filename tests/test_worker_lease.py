@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from perdure.protocol.keys import key
 
 from .worker_kit import Lab, eventually
@@ -32,16 +34,23 @@ def test_a_worker_gets_back_what_hung_in_it(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
-def test_a_worker_that_hangs_claims_nothing_more(lab: Lab) -> None:
+@pytest.mark.parametrize("kind", ["a batch", "every thread"])
+def test_a_worker_that_hangs_claims_nothing_more(lab: Lab, kind: str) -> None:
     """Its slots are free, but whatever it took would wait for a whole lease: all of it is another worker's."""
     lab.reaper()
     stuck = lab.worker()
-    poison = lab.submit("hang_among_others", {"folder": str(lab.folder), "seconds": 600})
+    task = "HangingBatch" if kind == "a batch" else "hang_among_others"
+    folders = [lab.folder / name for name in ("one", "two")[: 1 if kind == "a batch" else 2]]
+    for folder in folders:
+        folder.mkdir()
+    poison = [lab.submit(task, {"folder": str(folder), "seconds": 600}) for folder in folders]
     # Judged: it has stood still for a whole lease, and its request waits for a retry or stands in the queue.
-    eventually(lambda: lab.events(poison) == [("suspected", "HANG"), ("retry", "HANG")])
-    innocents = [lab.submit("hang_among_others", {"folder": str(lab.folder)}) for _ in range(3)]
+    eventually(lambda: all(("suspected", "HANG") in lab.events(name) for name in poison))
+    if kind == "every thread":
+        eventually(lambda: "claims nothing more" in stuck.log)
+    innocents = [lab.submit(task, {"folder": str(folders[0])}) for _ in range(3)]
     other = lab.worker(wait=False)
-    for name in (*innocents, poison):
+    for name in (*innocents, *poison):
         record = lab.check(name, 20)
         assert (record.worker, lab.connection.hget(key("job", name), "attempt")) == (other.name, b"0")
     assert [lab.events(name) for name in innocents] == [[], [], []]

@@ -98,7 +98,7 @@ class Claimer:
                     holdings.stop()
                 return None
             free = holdings.slots.get(holdings.task, 1) - len(holdings.held) if busy else 1
-            if free <= 0 or holdings.plain or self._stands_still():
+            if free <= 0 or holdings.plain or self._stands_still() or self._slots_unknown():
                 return None
             slots = dict(holdings.slots)
             if left is not None:
@@ -112,9 +112,15 @@ class Claimer:
         Also when nothing is held: all that was, may have been given to others while the step goes on.
         """
         holdings, now = self.holdings, time.monotonic()
-        if not holdings.held and not holdings.stepping:
-            return False  # idle is not hung
+        if 0 in holdings.slots.values():
+            return True  # every thread of a task hangs
+        if holdings.apart is not None or (not holdings.held and not holdings.stepping):
+            return False  # idle is not hung, and what moves by itself keeps nobody waiting
         return now > holdings.loading_until and now - holdings.moved > min(holdings.step_timeouts()) / 2
+
+    def _slots_unknown(self) -> bool:
+        """Whether requests that are not held any more may still occupy slots (lock held): the loop will tell."""
+        return self.holdings.apart is not None and bool(self.holdings.dropping)
 
     def _receive(self, claims: list[Claim]) -> None:
         if not claims:

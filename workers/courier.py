@@ -34,6 +34,9 @@ from .mailbox import Drop
 GIVE_UP = 5.0
 """Seconds that a stopping worker tries to reach Redis; after that the reaper hands its requests on."""
 
+QUESTION_INTERVAL = 0.5
+"""Seconds between two questions about requests whose step takes long."""
+
 
 @dataclass(slots=True)
 class Courier:
@@ -53,9 +56,9 @@ class Courier:
 
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     failed: BaseException | None = None
-    _renewed_steps: int = 0
     _last_flush: float = 0.0
     _last_renewal: float = 0.0
+    _last_question: float = 0.0
     _outage: float | None = None
     _thread: threading.Thread | None = None
 
@@ -170,20 +173,34 @@ class Courier:
                 holdings.lock.notify_all()
 
     def _renew(self) -> None:
-        """Renew all leases now and then while the loop moves, also of requests that put nothing out."""
+        """Renew now and then the leases of all that has moved, also of requests that put nothing out."""
         holdings, now = self.holdings, time.monotonic()
         with holdings.lock:
-            moving = holdings.steps != self._renewed_steps or now < holdings.loading_until
-            keys = [item.key for item in holdings.held.values() if not item.claim.plain]
-            if not keys or not moving or now - self._last_renewal < LEASE * min(holdings.step_timeouts()) / 10:
-                return
-            self._renewed_steps, self._last_renewal = holdings.steps, now
+            holdings.tell_stored()
+            rows = [item for item in holdings.held.values() if not item.claim.plain]
+            loading = now < holdings.loading_until
+            interval = LEASE * min(holdings.step_timeouts()) / 10
+            keys = [item.key for item in rows if loading or item.moved > self._last_renewal]
+            slow = [item.key for item in rows if item.claim.id in (holdings.apart or ())]
+        if keys and now - self._last_renewal >= interval:
+            self._call_in_parts(keys, lambda part: self.store.renew(self.incarnation, part))
+            # Not before: what was not renewed in an outage is renewed after it, moved or not.
+            self._last_renewal = now
+        if slow and now - self._last_question >= min(QUESTION_INTERVAL, interval):
+            # A step that takes long, or hangs, sends nothing; its cancellation or loss is heard all the same.
+            self._call_in_parts(slow, self.store.standing)
+            self._last_question = now
+
+    def _call_in_parts(
+        self, keys: Sequence[tuple[str, str]], call: Callable[[Sequence[tuple[str, str]]], list[str]]
+    ) -> None:
+        """Ask about requests, as many at a time as one call takes, and act upon the answers."""
         for start in range(0, len(keys), MAX_REQUESTS):
-            chunk = keys[start : start + MAX_REQUESTS]
-            answers = self.store.renew(self.incarnation, chunk)
-            with holdings.lock:
-                for (name, execution), answer in zip(chunk, answers, strict=True):
-                    if holding := holdings.current(name, execution):
+            part = keys[start : start + MAX_REQUESTS]
+            answers = call(part)
+            with self.holdings.lock:
+                for (name, execution), answer in zip(part, answers, strict=True):
+                    if holding := self.holdings.current(name, execution):
                         self._hear(holding, answer)
 
     def _hear(self, holding: Holding, answer: str) -> None:

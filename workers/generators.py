@@ -1,39 +1,40 @@
-"""Generator tasks, seen as a batch: each admitted request is one generator, each step advances all."""
+"""Generator tasks, seen as a batch: each admitted request is one generator."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable
+import logging
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, cast
 
 from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
+log = logging.getLogger("rq.worker")
+
+Raised = type[BaseException] | tuple[type[BaseException], ...]
+Running = Generator[Step, None, Any]
+
 
 class GeneratorBatch(BatchTask):
-    """Runs the requests of one :class:`Task`; what one of them raises is that one's alone."""
+    """Runs the requests of one :class:`Task` in the engine's thread; each step advances all, one after another."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.slots = task.slots
         self.step_timeout = task.step_timeout
         self.reproducible = task.reproducible
-        self._running: dict[str, Generator[Step, None, Any]] = {}
+        self._running: dict[str, Running] = {}
 
     def admit(self, request: Request) -> None:
-        generator: object = self.task(request)  # annotated, but nobody has checked the user's promise
-        if not inspect.isgenerator(generator):
-            raise TypeError(
-                f"{self.task!r} returned a {type(generator).__name__}, not a generator: a task yields at least one Step"
-            )
-        self._running[request.id] = cast("Generator[Step, None, Any]", generator)
+        self._running[request.id] = _generator(self.task, request)
 
     def step(self) -> Iterable[Step]:
         steps = []
         for identifier, generator in list(self._running.items()):
-            step = _advance(identifier, generator)
+            step = advance(generator, RAISED)
             if step.ends:
                 del self._running[identifier]
-            steps.append(step)
+            steps.append(Step(step.output, step.state, identifier, step.result, step.error, step.durable))
         return steps
 
     def drop(self, request_id: str) -> None:
@@ -42,24 +43,63 @@ class GeneratorBatch(BatchTask):
             generator.close()
 
 
-def _advance(identifier: str, generator: Generator[Step, None, Any]) -> Step:
+def begin(task: Task, request: Request, raised: Raised) -> Running | Step:
+    """The generator of a request, or the step that says why there is none; only ``raised`` is caught."""
+    try:
+        return _generator(task, request)
+    except raised as error:
+        return Step(error=error)
+
+
+def advance(generator: Running, raised: Raised) -> Step:
+    """The next step of a generator; its end and what it raises are steps too. Only ``raised`` is caught."""
     try:
         step: Any = next(generator)
     except StopIteration as stop:
-        return Step(request_id=identifier, result=stop.value)
-    except RAISED as error:
-        return Step(request_id=identifier, error=error)
-    if not isinstance(step, Step):
+        return Step(result=stop.value)
+    except raised as error:
+        return Step(error=error)
+    if isinstance(step, Step) and not step.ends:
+        return step
+    # It is over, by what it has yielded. What its finally blocks raise counts, as after a return.
+    try:
         generator.close()
-        return Step(
-            request_id=identifier,
-            error=TypeError(f"a task yields Step(…), but this one yielded a {type(step).__name__}"),
+    except raised as error:
+        return Step(error=error)
+    return step if isinstance(step, Step) else Step(error=no_step(step))
+
+
+def no_step(value: object) -> TypeError:
+    """The error of a task that yields something else than a step."""
+    return TypeError(f"a task yields Step(…), but this one yielded a {type(value).__name__}")
+
+
+def close(generator: Running, identifier: str) -> None:
+    """Close the generator of a request that nobody wants any more."""
+    try:
+        generator.close()
+    except BaseException:
+        log.exception("the generator of %s raised while it was closed", identifier)
+
+
+def _generator(task: Task, request: Request) -> Running:
+    generator: object = task(request)  # annotated, but nobody has checked the user's promise
+    if not inspect.isgenerator(generator):
+        raise TypeError(
+            f"{task!r} returned a {type(generator).__name__}, not a generator: a task yields at least one Step"
         )
-    return Step(output=step.output, state=step.state, request_id=identifier, durable=step.durable)
+    return cast("Running", generator)
 
 
-def as_batch(task: AnyTask) -> BatchTask:
-    """What the engine loop runs for a task: an instance of a batch task, or one made of generators."""
-    if isinstance(task, Task):
+def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTask:
+    """What the engine loop runs for a task: an instance of a batch task, or one made of generators.
+
+    ``news`` is called, from any thread, when requests that move by themselves have something to collect.
+    """
+    if not isinstance(task, Task):
+        return task() if isinstance(task, type) else task
+    if task.slots == 1:
         return GeneratorBatch(task)
-    return task() if isinstance(task, type) else task
+    from .threads import ThreadBatch
+
+    return ThreadBatch(task, news)

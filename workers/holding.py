@@ -29,6 +29,8 @@ class Holding:
     offset: int
     seq: int
     fingerprint: str = ""
+    moved: float = field(default_factory=time.monotonic)
+    """When it last showed life (monotonic seconds); its lease is renewed only after that."""
     pending: list[Any] = field(default_factory=list)
     size: int = 0
     state: bytes | None = None

@@ -16,7 +16,7 @@ from ..protocol.errors import PerdureError
 from ..protocol.records import Claim
 from ..protocol.settings import LEASE, Settings
 from .holding import Holding
-from .mailbox import Drop, Mailbox, Stop
+from .mailbox import Drop, Mailbox, Stop, Stored
 from .tasks import Step
 
 MAX_BUFFER = 32 * 1024 * 1024
@@ -55,12 +55,17 @@ class Holdings:
     """Something is to be sent before the next checkpoint is due."""
     wanting: bool = True
     """A slot came free, or there may be more work: claim without waiting for a bell."""
-    steps: int = 0
-    """Signs of life of the loop."""
     moved: float = field(default_factory=time.monotonic)
-    """When the last of them came (monotonic seconds)."""
+    """When the loop last showed life (monotonic seconds)."""
     stepping: bool = False
     """The loop is inside the task's code."""
+    apart: frozenset[str] | None = None
+    """The requests whose step runs now beside the loop, which shows no life for them; ``None`` for a task that the
+    loop itself steps."""
+    dropping: set[str] = field(default_factory=set)
+    """Not held any more, but the loop has not dropped them yet."""
+    storing: dict[str, str] = field(default_factory=dict)
+    """Request id -> execution of those that go on only when all that they have put out is stored."""
     contact: float = field(default_factory=time.monotonic)
     """When Redis answered last."""
     loading_until: float = 0.0
@@ -91,6 +96,7 @@ class Holdings:
     def loading(self, seconds: float) -> None:
         """Leases are renewed for so many seconds without a step: a model is being loaded. 0 ends it."""
         with self.lock:
+            self.apart = None
             self._sign_of_life()
             self.loading_until = self.moved + seconds if seconds else 0.0
 
@@ -101,6 +107,27 @@ class Holdings:
             self._step_timeouts[path] = step_timeout
             self.wanting = self.urgent = True
             self.lock.notify_all()
+
+    def resize(self, path: str, slots: int) -> None:
+        """A step that cannot be ended occupies a slot of a task, or has come back and frees it."""
+        with self.lock:
+            if self.slots.get(path) != slots:
+                self.slots[path] = slots
+                self.wanting = self.urgent = True
+                self.lock.notify_all()
+
+    def dropped(self, identifiers: Iterable[str]) -> None:
+        """The loop has let go of these, so that their slots are counted by :meth:`resize`."""
+        with self.lock:
+            if not self.dropping.isdisjoint(identifiers):
+                self.dropping.difference_update(identifiers)
+                self.wanting = self.urgent = True
+                self.lock.notify_all()
+
+    def set_apart(self, identifiers: frozenset[str] | None) -> None:
+        """Which requests move by themselves from now on; see :attr:`apart`."""
+        with self.lock:
+            self.apart = identifiers
 
     def task_settings(self) -> Settings:
         """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
@@ -114,7 +141,7 @@ class Holdings:
         default = self._step_timeouts.get(self.task) or self.settings.step_timeout
         return [item.claim.step_timeout or default for item in self.held.values() if not item.claim.plain] or [default]
 
-    def offer(self, steps: Iterable[Step], executions: Mapping[str, str]) -> list[str]:
+    def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
         Those are requests whose output, state or result cannot be stored. ``executions``: for which execution
@@ -122,7 +149,8 @@ class Holdings:
         """
         broken = []
         with self.lock:
-            self._sign_of_life()
+            if steps or self.apart is None:
+                self._sign_of_life()
             for step in steps:
                 holding = self.current(step.request_id, executions.get(step.request_id, ""))
                 if holding is None or holding.leaving:
@@ -183,6 +211,13 @@ class Holdings:
                 lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held)
             )
 
+    def watch_stored(self, executions: Mapping[str, str]) -> None:
+        """Have a ``Stored`` put into the mailbox for each of these once all that it has put out is in Redis."""
+        with self.lock:
+            self.storing.update(executions)
+            self.urgent = True
+            self.lock.notify_all()
+
     def may_step(self) -> bool:
         """False while the engine must not step, after up to a second of waiting for the change.
 
@@ -191,7 +226,10 @@ class Holdings:
         """
         with self.lock:
             self.lock.wait_for(lambda: self.stopping or not self._overdue(), timeout=1.0)
-            return not self.stopping and not self._overdue()
+            if self.stopping or self._overdue():
+                return False
+            self._sign_of_life()
+            return True
 
     def _overdue(self) -> bool:
         # Only when all leases must be over: one that has a short step timeout does not keep the others waiting.
@@ -200,8 +238,10 @@ class Holdings:
         return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
 
     def _sign_of_life(self) -> None:
-        self.steps += 1
         self.moved = time.monotonic()
+        for name, holding in self.held.items():
+            if self.apart is None or name not in self.apart:
+                holding.moved = self.moved
 
     # --- for RQ's commands -------------------------------------------------------------------------
 
@@ -227,9 +267,18 @@ class Holdings:
         """True while a plain RQ job runs, always alone."""
         return any(holding.claim.plain for holding in self.held.values())
 
+    def tell_stored(self) -> None:
+        """Put a letter into the mailbox for each request of :meth:`watch_stored` whose outputs are in Redis now."""
+        for name, execution in list(self.storing.items()):
+            holding = self.current(name, execution)
+            if holding is None or not holding.unsent:
+                del self.storing[name]
+                self.mailbox.put(Stored(name, execution))
+
     def let_go(self, identifier: str) -> None:
         """The request is not this worker's any more."""
         self.held.pop(identifier, None)
         self.wanting = True
+        self.dropping.add(identifier)
         self.mailbox.put(Drop(identifier))
         self.lock.notify_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,11 +16,15 @@ from ..recovery.failures import POLICIES, classify
 from .claimer import NO_CHECKPOINT
 from .generators import as_batch
 from .holdings import Holdings
-from .mailbox import Admission, Drop, Stop
-from .tasks import RAISED, BatchTask, Request, Step, resolve
+from .mailbox import Admission, Drop, Letter, News, Stop, Stored
+from .members import Members
+from .tasks import RAISED, AnyTask, BatchTask, Request, Step, resolve
 
 CANNOT_RUN_DELAY = 5.0
 """Seconds before a request may be claimed again that this worker could not run."""
+
+CLOSING_TIMEOUT = 0.5
+"""Seconds that a stopping worker waits for requests to be closed that move by themselves, before they are handed back."""
 
 
 class PlainRunner(Protocol):
@@ -39,10 +43,18 @@ class Engine:
     admitted: dict[str, str] = field(default_factory=dict)
     """Request id -> the execution for which it was admitted: it may come again while an old step still runs."""
 
+    def step_timeout(self, settings: Settings) -> float:
+        """Seconds that one step of its requests may take."""
+        return self.batch.step_timeout or settings.step_timeout
+
 
 @dataclass(slots=True)
 class EngineLoop:
-    """Turns of: read the mailbox, step the engine once, offer what came of it."""
+    """Turns of: read the mailbox, step the engine once, offer what came of it.
+
+    Requests that move by themselves (:class:`Members`) are not waited for: a turn collects the steps that have
+    come, and lets those go on again. All waiting is for the mailbox.
+    """
 
     holdings: Holdings
     settings: Settings
@@ -51,10 +63,15 @@ class EngineLoop:
     """Called with all fingerprints when another task has been loaded."""
 
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    find: Callable[[str], AnyTask] = resolve
     exit_code: int = 0
+    left_behind: bool = False
+    """Threads of requests still run at the end, and must not be met by the end of the interpreter."""
     _engines: dict[str, Engine] = field(default_factory=dict)
     _engine: Engine | None = None
     _stopped: bool = False
+    _resumed: bool = False
+    """All members were let go on: there is nothing to do until one of them, or the courier, writes."""
 
     def preload(self) -> None:
         """Load the tasks of ``PERDURE_TASKS``. Raises what loading raises: such a worker must not claim."""
@@ -63,26 +80,55 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until the courier says stop; every request is then dropped from the engine, between two steps."""
-        while True:
-            self._read_mail()
-            if self._stopped:
-                break
-            if self._engine is not None and self._engine.admitted and self.holdings.may_step():
-                self._step(self._engine)
-        if self._engine is not None:
-            for identifier in list(self._engine.admitted):
-                self._drop(identifier)
+        while not self._stopped:
+            self.turn()
+        engine = self._engine
+        if engine is not None and isinstance(engine.batch, Members):
+            self._drain(engine, engine.batch)
+        elif engine is not None:
+            self._drop_all(engine)
         self.holdings.parked.set()
+
+    def turn(self) -> None:
+        """Read the mail, which is waited for if there is nothing else to do, and step once."""
+        self._read_mail()
+        engine = self._engine
+        if self._stopped or engine is None:
+            return
+        if isinstance(engine.batch, Members):
+            self._collect(engine, engine.batch)
+            self._resumed = bool(engine.admitted) and self.holdings.may_step()
+            if self._resumed:
+                engine.batch.resume()
+                self.holdings.set_apart(engine.batch.computing)
+        elif engine.admitted and self.holdings.may_step():
+            self._step(engine)
 
     def _read_mail(self) -> None:
         idle = self._engine is None or not self._engine.admitted
-        for letter in self.holdings.mailbox.take(wait=idle):
-            if isinstance(letter, Stop):
+        dropped = []
+        for letter in self.holdings.mailbox.take(wait=idle or self._resumed):
+            if isinstance(letter, Drop):
+                dropped.append(letter.id)
+            self._read(letter)
+        self._count_slots()
+        self.holdings.dropped(dropped)
+
+    def _read(self, letter: Letter) -> None:
+        match letter:
+            case Stop():
                 self._stopped = True
-            elif isinstance(letter, Drop):
+            case Drop():
                 self._drop(letter.id)
-            elif not self._stopped:
-                self._admit(letter)
+            case Stored():
+                engine = self._engine
+                if engine and isinstance(engine.batch, Members) and engine.admitted.get(letter.id) == letter.execution:
+                    engine.batch.release([letter.id])
+            case Admission():
+                if not self._stopped:
+                    self._admit(letter)
+            case News():
+                pass  # it ended the waiting
 
     def _admit(self, admission: Admission) -> None:
         claim = admission.claim
@@ -127,14 +173,16 @@ class EngineLoop:
 
     def _engine_for(self, path: str) -> Engine:
         engine = self._engines.get(path) or self._load(path)
-        self._engine = engine
+        if engine is not self._engine:
+            self._engine = engine
+            self.holdings.set_apart(engine.batch.computing if isinstance(engine.batch, Members) else None)
         return engine
 
     def _load(self, path: str) -> Engine:
         began = time.monotonic()
         self.holdings.loading(self.settings.load_timeout)
         try:
-            batch = as_batch(resolve(path))
+            batch = as_batch(self.find(path), lambda: self.holdings.mailbox.put(News()))
             batch.load()
             engine = Engine(path, batch, batch.fingerprint())
         finally:
@@ -155,6 +203,12 @@ class EngineLoop:
             return
         finally:
             self.holdings.stepping = False
+        durable = self._offer(engine, steps)
+        if durable:
+            self.holdings.wait_stored(durable)
+
+    def _offer(self, engine: Engine, steps: Sequence[Step]) -> list[str]:
+        """Hand steps over; returns the ids of the requests that go on only when theirs are stored."""
         executions = dict(engine.admitted)
         for step in steps:
             if step.ends:
@@ -164,9 +218,39 @@ class EngineLoop:
         for step in steps:
             if step.error is not None:
                 self._judge(step.error)
-        durable = [step.request_id for step in steps if step.durable and not step.ends]
+        return [step.request_id for step in steps if step.durable and not step.ends]
+
+    def _collect(self, engine: Engine, batch: Members) -> None:
+        """Hand over what has come of the requests that move by themselves."""
+        steps = batch.collect()
+        self.holdings.set_apart(batch.computing)
+        durable = self._offer(engine, steps)
         if durable:
-            self.holdings.wait_stored(durable)
+            # They alone wait for Redis.
+            batch.withhold(durable)
+            self.holdings.watch_stored({name: engine.admitted[name] for name in durable if name in engine.admitted})
+        self._count_slots()
+
+    def _drain(self, engine: Engine, batch: Members) -> None:
+        """Let the running steps end, and what they bring be stored.
+
+        The courier leaves after the drain timeout and hands back what is held; a worker that still sits here then
+        is ended without waiting for the steps.
+        """
+        while True:
+            self._collect(engine, batch)
+            if not batch.computing:
+                break
+            for letter in self.holdings.mailbox.take(wait=True):
+                if isinstance(letter, Drop):
+                    self._drop(letter.id)
+        self._drop_all(engine)
+        self.left_behind = not batch.join(CLOSING_TIMEOUT)
+
+    def _count_slots(self) -> None:
+        for engine in self._engines.values():
+            if isinstance(engine.batch, Members):
+                self.holdings.resize(engine.path, engine.batch.free_slots)
 
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
         self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=error)
@@ -182,15 +266,31 @@ class EngineLoop:
             self.exit_code = 1
             self.holdings.stop()
 
+    def _drop_all(self, engine: Engine) -> None:
+        for identifier in list(engine.admitted):
+            self._drop(identifier)
+
     def _drop(self, identifier: str) -> None:
         engine = self._engine
         if engine is None or identifier not in engine.admitted:
             return
         del engine.admitted[identifier]
+        seconds = engine.batch.stepping_for(identifier) if isinstance(engine.batch, Members) else 0.0
         try:
             engine.batch.drop(identifier)
         except RAISED:
             self.log.exception("%s raised while it dropped %s", engine.path, identifier)
+        if isinstance(engine.batch, Members) and seconds > engine.step_timeout(self.settings):
+            self._note_hang(engine, engine.batch, identifier, seconds)
+
+    def _note_hang(self, engine: Engine, batch: Members, identifier: str, seconds: float) -> None:
+        left = batch.free_slots
+        self.log.error(
+            "%s: a step of %s has run for %.1f s, longer than its step timeout. It cannot be ended from outside: its "
+            "slot stays taken until it ends by itself (%d of %d left)%s",
+            engine.path, identifier, seconds, left, batch.slots,
+            "" if left else "; this worker claims nothing more: start another in its place",
+        )  # fmt: skip
 
 
 class CannotImport(PerdureError):

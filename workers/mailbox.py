@@ -1,4 +1,4 @@
-"""What the courier tells the engine loop: admissions, drops, and the stop."""
+"""What the engine loop is told: admissions, drops, what was stored, news of the members, and the stop."""
 
 from __future__ import annotations
 
@@ -26,15 +26,28 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """All that this request had put out is in Redis; it was waited for."""
+
+    id: str
+    execution: str
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A step of a request that moves by itself has come, or a slot came free."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """No more steps."""
 
 
-Letter = Admission | Drop | Stop
+Letter = Admission | Drop | Stored | News | Stop
 
 
 class Mailbox:
-    """Letters in order, from the courier's thread to the main thread."""
+    """Letters in order, from any thread to the main thread."""
 
     def __init__(self) -> None:
         self._letters: queue.SimpleQueue[Letter] = queue.SimpleQueue()

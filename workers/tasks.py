@@ -168,7 +168,7 @@ class Task:
         return str(self.__qualname__)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"<task {path_of(self)}>"
+        return f"<task {self.__module__}.{getattr(self, '__qualname__', '?')}>"
 
 
 @overload

@@ -152,6 +152,10 @@ class Worker(SimpleWorker):
         finally:
             watcher.remove()
             self._depart(courier)
+        if loop.left_behind:
+            self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
+            logging.shutdown()
+            os._exit(loop.exit_code)
         if loop.exit_code:
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -212,6 +213,54 @@ class Batch(BatchTask):
 
     def drop(self, request_id: str) -> None:
         self.running.pop(request_id, None)
+
+
+class HangingBatch(BatchTask):
+    """Counts to 20 for each; the step in which a request's third output is due hangs once."""
+
+    slots = 2
+    step_timeout = 0.4
+
+    def __init__(self) -> None:
+        self.running: dict[str, list[Any]] = {}
+
+    def admit(self, request: Request) -> None:
+        self.running[request.id] = [len(request.outputs), request.payload]
+
+    def step(self) -> Iterable[Step]:
+        for identifier, entry in list(self.running.items()):
+            index, payload = entry
+            if index == 3 and _once(payload["folder"], "hung"):
+                time.sleep(payload["seconds"])
+            if index == 20:
+                del self.running[identifier]
+                yield Step(request_id=identifier, result=20)
+            else:
+                entry[0] += 1
+                yield Step(request_id=identifier, output=index)
+
+    def drop(self, request_id: str) -> None:
+        self.running.pop(request_id, None)
+
+
+@task(slots=4)
+def gates(request: Request) -> Generator[Step, None, Any]:
+    """Count to ``n``; where the payload says ``at``, wait within the step until somebody opens.
+
+    Notes in its folder when it waits and when it is closed. ``durable`` makes every step so.
+    """
+    folder, name = request.payload["folder"], request.payload.get("name", "gate")
+    try:
+        for index in range(request.state or 0, request.payload["n"]):
+            if index == request.payload.get("at"):
+                _mark(folder, f"{name}-waits")
+                while not Path(folder, f"{name}-open").exists():
+                    time.sleep(0.01)
+            time.sleep(request.payload.get("sleep", 0))
+            yield Step(output=index, state=index + 1, durable=request.payload.get("durable", False))
+        return threading.current_thread().name
+    finally:
+        _mark(folder, f"{name}-closed")
 
 
 class Starving(BatchTask):
