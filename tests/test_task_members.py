@@ -182,7 +182,7 @@ def test_something_else_than_a_step_is_refused(gated: Gated) -> None:
 
 def test_a_function_that_is_no_generator_fails_its_request() -> None:
     """With what to do; it was not run in the engine's thread."""
-    batch = ThreadBatch(Task(lambda request: 1, slots=2))  # type: ignore[arg-type,return-value]
+    batch = ThreadBatch(Task(lambda request: 1, slots=2))  # type: ignore[arg-type]
     batch.admit(Request(id="a", payload=1))
     (step,) = batch.step()
     assert isinstance(step.error, TypeError)

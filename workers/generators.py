@@ -98,6 +98,10 @@ def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTas
     """
     if not isinstance(task, Task):
         return task() if isinstance(task, type) else task
+    if task.asynchronous:
+        from .async_generators import AsyncBatch
+
+        return AsyncBatch(task, news)
     if task.slots == 1:
         return GeneratorBatch(task)
     from .threads import ThreadBatch

@@ -32,9 +32,9 @@ class Member:
 
     request: Request
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
-    go: Callable[[], None] = _nothing
+    go: Callable[[], object] = _nothing
     """Has the next step computed, wherever this member runs."""
-    stop: Callable[[], None] = _nothing
+    stop: Callable[[], object] = _nothing
     """Has the member closed, as soon as no step of it runs."""
 
     started: bool = False

@@ -1,7 +1,7 @@
 """Tasks: what users write.
 
-A task is a generator function under :func:`task`, or a subclass of :class:`BatchTask`. Either
-way it moves in *steps*. A step may carry an output (what a client streams) and a state (what a
+A task is a generator function under :func:`task`, ``def`` or ``async def``, or a subclass of
+:class:`BatchTask`. Either way it moves in *steps*. A step may carry an output (what a client streams) and a state (what a
 later execution of the request starts from); both are durable within the checkpoint interval.
 
 Nothing here knows Redis: a task can be run and tested without a server.
@@ -10,8 +10,9 @@ Nothing here knows Redis: a task can be run and tested without a server.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, overload
 
@@ -67,9 +68,10 @@ class Step:
     """One step of one request.
 
     ``output`` is appended to what the client streams; ``state`` replaces the stored state; either
-    may be left out. In a :class:`BatchTask`, ``request_id`` says whose step it is, ``result`` ends
-    the request with that value, and ``error`` ends it with that failure (and leaves its batch-mates
-    alone). With ``durable`` a generator goes on only once all that the request has put out is in Redis.
+    may be left out. ``result`` ends the request with that value, and ``error`` with that failure (and
+    leaves its batch-mates alone); a generator is closed then. With ``durable`` a generator goes on only
+    once all that the request has put out is in Redis. In a :class:`BatchTask`, ``request_id`` says whose
+    step it is.
     """
 
     output: Any = NOTHING
@@ -134,12 +136,15 @@ class BatchTask:
         raise NotImplementedError
 
 
-GeneratorFunction = Callable[[Request], Generator[Step, None, Any]]
+GeneratorFunction = Callable[[Request], Generator[Step, None, Any]] | Callable[[Request], AsyncGenerator[Step, None]]
 Function = TypeVar("Function", bound=GeneratorFunction)
 
 
 class Task:
-    """A generator function that users may submit; calling it gives the generator, as before."""
+    """A generator function that users may submit; calling it gives the generator, as before.
+
+    Raises ``TypeError`` for an ``async def`` that yields nothing.
+    """
 
     def __init__(
         self,
@@ -153,13 +158,20 @@ class Task:
             raise ValueError(f"slots must be at least 1, not {slots}")
         if step_timeout is not None and not step_timeout > 0:
             raise ValueError(f"step_timeout is in seconds and must be more than 0, not {step_timeout}")
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"{function.__qualname__} is an async function without a yield: a task is a generator; have it "
+                "`yield Step(...)` for each step, and `yield Step(result=...)` at the end"
+            )
         functools.update_wrapper(self, function)
+        self.asynchronous = inspect.isasyncgenfunction(function)
+        """Its requests run on an event loop."""
         self.function = function
         self.slots = slots
         self.step_timeout = step_timeout
         self.reproducible = reproducible
 
-    def __call__(self, request: Request) -> Generator[Step, None, Any]:
+    def __call__(self, request: Request) -> Any:  # the generator, or the async one
         return self.function(request)
 
     def __reduce__(self) -> str:
@@ -185,11 +197,14 @@ def task(
     step_timeout: float | None = None,
     reproducible: bool = True,
 ) -> Task | Callable[[GeneratorFunction], Task]:
-    """Make a generator function a task.
+    """Make a generator function, or an async one, a task.
 
-    Each ``yield Step(...)`` is one step; the generator's ``return`` value is the request's result.
+    Each ``yield Step(...)`` is one step; the generator's ``return`` value is the request's result. An async
+    generator cannot return a value: its last step is ``yield Step(result=...)``, which any generator may use.
 
-    ``slots``: how many requests one worker runs at once. ``step_timeout``: seconds between two
+    ``slots``: how many requests one worker runs at once. With one, a generator runs in the main thread of the
+    worker. With more, each request has a thread for its whole execution; one that is slow, or hangs, holds no other
+    up. Async generators all run on one event loop in a thread of its own. ``step_timeout``: seconds between two
     yields before the worker counts as hung (default: ``PERDURE_STEP_TIMEOUT``). ``reproducible``:
     whether a run from zero yields the same outputs again, so that a reader may skip what it has.
     """

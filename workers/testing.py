@@ -310,6 +310,7 @@ class _Worker:
             for identifier in list(engine.admitted):
                 engine.batch.drop(identifier)
             if isinstance(engine.batch, Members):
+                engine.batch.join(1.0)
                 engine.batch.close()
 
 

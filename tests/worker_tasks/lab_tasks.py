@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import AsyncGenerator, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,24 @@ def gates(request: Request) -> Generator[Step, None, Any]:
             time.sleep(request.payload.get("sleep", 0))
             yield Step(output=index, state=index + 1, durable=request.payload.get("durable", False))
         return threading.current_thread().name
+    finally:
+        _mark(folder, f"{name}-closed")
+
+
+@task(slots=8, step_timeout=1)
+async def async_gates(request: Request) -> AsyncGenerator[Step, None]:
+    """``gates`` for coroutines: awaits at ``at`` until somebody opens; at ``hang`` it awaits for ever, once."""
+    folder, name = request.payload["folder"], request.payload["name"]
+    try:
+        for index in range(request.state or 0, request.payload["n"]):
+            if index == request.payload.get("hang") and _once(folder, f"{name}-hung"):
+                await asyncio.Event().wait()
+            if index == request.payload.get("at"):
+                _mark(folder, f"{name}-waits")
+                while not Path(folder, f"{name}-open").exists():  # noqa: ASYNC110, ASYNC240  # another process opens
+                    await asyncio.sleep(0.01)
+            yield Step(output=index, state=index + 1)
+        yield Step(result=name)
     finally:
         _mark(folder, f"{name}-closed")
 
