@@ -2,7 +2,7 @@
 
 Values are what msgpack holds by itself: None, booleans, 64-bit integers, floats, strings, bytes,
 lists and maps. Tuples come back as lists. Anything else is refused when it is packed, with the
-place where it was found.
+place where it was found. A state may hold tensors as well: see :mod:`.packed_state`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from .errors import InvalidRequest, PayloadTooLarge
+from .tensors import found as find_tensor
 
 MAX_DEPTH = 64
 """Levels of nesting that :func:`pack` accepts; msgpack's own unpacker stops at 511."""
@@ -31,16 +32,27 @@ def pack(value: Any, *, limit: int, what: str) -> bytes:
     try:
         packed: bytes = msgpack.packb(value, use_bin_type=True, strict_types=False)
     except (TypeError, ValueError, OverflowError, UnicodeEncodeError) as error:
-        place = _culprit(value, what, 0) or f"{what}: {error}"
-        raise InvalidRequest(
-            f"{place}; a {what} holds None, bool, 64-bit int, float, str, bytes, list and dict", what
-        ) from None
+        raise refusal(value, what, error) from None
     if len(packed) > limit:
-        raise PayloadTooLarge(
-            f"the {what} has {len(packed):,} bytes, more than the limit of {limit:,}; "
-            "store it elsewhere and put a reference into the request, or raise the limit"
-        )
+        raise too_large(len(packed), limit, what)
     return packed
+
+
+def refusal(value: Any, what: str, error: Exception, *, tensors: bool = False) -> InvalidRequest:
+    """Why ``value`` cannot be packed: the place of the first part that msgpack cannot hold."""
+    place = _culprit(value, what, 0, tensors=tensors) or f"{what}: {error}"
+    kinds = "None, bool, 64-bit int, float, str, bytes, list and dict"
+    return InvalidRequest(f"{place}; a {what} holds {kinds}{', and tensors' if tensors else ''}", what)
+
+
+def too_large(size: int, limit: int, what: str) -> PayloadTooLarge:
+    """The error of a value with more bytes than its limit."""
+    setting = "PERDURE_MAX_STATE" if what == "state" else "PERDURE_MAX_PAYLOAD"
+    named = f"limit of {limit:,}" if what == "meta" else f"limit of {limit:,} ({setting})"
+    return PayloadTooLarge(
+        f"the {what} has {size:,} bytes, more than the {named}; "
+        "store it elsewhere and put a reference into the request, or raise the limit"
+    )
 
 
 def digest_of(task: str, payload: Any, *, limit: int) -> str:
@@ -68,8 +80,8 @@ def unpack(data: bytes) -> Any:
         raise ValueError(f"not a msgpack value: {error}") from None
 
 
-def _culprit(value: Any, place: str, depth: int) -> str | None:
-    """Where the first value stands that msgpack cannot hold."""
+def _culprit(value: Any, place: str, depth: int, *, tensors: bool = False) -> str | None:
+    """Where the first value stands that msgpack cannot hold, and that is no tensor where those are allowed."""
     if depth > MAX_DEPTH:
         return f"{place[:80]}… is nested more than {MAX_DEPTH} levels deep"
     if isinstance(value, bool | float | bytes | None):
@@ -83,15 +95,30 @@ def _culprit(value: Any, place: str, depth: int) -> str | None:
             return f"{place} is text with a lone surrogate, which UTF-8 cannot hold"
         return None
     if isinstance(value, list | tuple):
-        found = (_culprit(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value))
+        found = (_culprit(item, f"{place}[{index}]", depth + 1, tensors=tensors) for index, item in enumerate(value))
         return next(filter(None, found), None)
     if isinstance(value, dict):
         for name, item in value.items():
-            result = _culprit(name, f"a key of {place}", depth + 1) or _culprit(item, f"{place}[{name!r}]", depth + 1)
+            # A tensor is no key: it is equal to nothing but itself, so nobody could look it up again.
+            result = _culprit(name, f"a key of {place}", depth + 1)
+            result = result or _culprit(item, f"{place}[{name!r}]", depth + 1, tensors=tensors)
             if result:
                 return result
         return None
-    return f"{place} is a {type(value).__name__}"
+    return _of_another_kind(value, place, tensors)
+
+
+def _of_another_kind(value: Any, place: str, tensors: bool) -> str | None:
+    try:
+        tensor = find_tensor(value)
+    except InvalidRequest as error:
+        return f"{place} {error}"
+    if tensor is None:
+        return f"{place} is a {type(value).__name__}"
+    if tensors:
+        return None
+    # Who reads an output or a result may have neither library, and a payload is stored once, read by anybody.
+    return f"{place} is a {tensor.name}, which only a state may hold: send its tolist(), or its bytes, dtype and shape"
 
 
 class _Refusing(pickle.Unpickler):

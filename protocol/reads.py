@@ -10,6 +10,7 @@ import redis
 
 from .codec import RestrictedPickle, unpack, unpack_exception, unpack_result
 from .keys import key
+from .packed_state import unpack_state
 from .records import Checkpoint, Details, Event, RequestRecord
 
 _FIELDS = (
@@ -122,14 +123,22 @@ class Reads:
         return result
 
     def state(self, identifier: str) -> tuple[Any, bool]:
-        """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none."""
+        """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none.
+
+        Raises as :func:`~.packed_state.unpack_state`.
+        """
+        raw, sound = self.packed_state(identifier)
+        return (None if raw is None else unpack_state(raw)), sound
+
+    def packed_state(self, identifier: str) -> tuple[bytes | None, bool]:
+        """The checkpoint's state, still packed, and whether it is sound; ``(None, True)`` if there is none."""
         reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc")
         raw, crc = reply
         if raw is None:
             return None, True
         if zlib.crc32(raw) != int(crc or -1):
             return None, False
-        return unpack(raw), True
+        return bytes(raw), True
 
     def checkpoint(self, identifier: str) -> Checkpoint | None:
         """Where the request would go on from, without the state itself."""

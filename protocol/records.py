@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from .packed_state import PackedState
 from .states import State
 
 
@@ -107,7 +108,8 @@ class Claims:
 class Progress:
     """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
 
-    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it.
+    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. A state given as
+    bytes is stored as they are.
     """
 
     id: str
@@ -116,7 +118,7 @@ class Progress:
     offset: int
     outputs: int
     blob: bytes
-    state: bytes | None
+    state: PackedState | bytes | None
     fingerprint: str
     stepped: float = 0.0
 

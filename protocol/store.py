@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 import uuid
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import redis
 from .codec import envelope, pack_exception
 from .errors import DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
+from .packed_state import PackedState, Stored
 from .reads import Reads
 from .records import (
     Claim,
@@ -145,15 +145,15 @@ class Store(Reads):
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
         """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``."""
-        rows = [
-            {
+        rows = []
+        for item in requests:
+            state = stored(item.state)
+            rows.append({
                 "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
                 "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
-                "state": item.state or b"", "crc": zlib.crc32(item.state or b""), "fingerprint": item.fingerprint,
+                "state": b"".join(state.pieces), "crc": state.crc, "fingerprint": item.fingerprint,
                 "stepped": round(item.stepped * 1000),
-            }
-            for item in requests
-        ]  # fmt: skip
+            })  # fmt: skip
         # Ten checkpoints, and a second: so long a suspect must have stepped.
         clear_ms = max(1000, 10 * _ms(self.settings.checkpoint_interval))
         values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease), "clear_ms": clear_ms}
@@ -358,6 +358,11 @@ def newer_protocol() -> ProtocolMismatch:
     return ProtocolMismatch(
         f"Redis holds data of a newer Perdure protocol than this release speaks ({SCHEMA}); upgrade this process"
     )
+
+
+def stored(state: PackedState | bytes | None) -> Stored:
+    """A state as it is sent."""
+    return state.stored if isinstance(state, PackedState) else Stored.of([state or b""])
 
 
 def conflict(identifier: str) -> IdempotencyConflict:

@@ -143,14 +143,14 @@ class Claimer:
     def _admission(self, claim: Claim) -> Admission | str:
         """The request as the task will see it, with what its checkpoint holds; a text if that is damaged."""
         outputs: list[Any] = []
-        state: Any = None
+        state: bytes | None = None
         try:
             if claim.offset:
                 outputs = self.store.all_outputs(claim.id)
                 if len(outputs) != claim.offset:
                     return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
             if claim.seq:
-                state, sound = self.store.state(claim.id)
+                state, sound = self.store.packed_state(claim.id)
                 if not sound:
                     return "the checkpoint's state does not match its CRC"
         except (ValueError, TypeError) as error:

@@ -21,10 +21,10 @@ from typing import Any
 
 import redis
 
-from ..protocol.records import Failure, Finish
+from ..protocol.records import Failure, Finish, Progress
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import LEASE
-from ..protocol.store import Store
+from ..protocol.store import Store, stored
 from .claimer import Claimer
 from .companion import Guarded
 from .holding import Holding
@@ -161,7 +161,7 @@ class Courier:
             self._last_flush = now
             # A finish takes its last outputs along; it needs no checkpoint of its own before.
             rows = [row for item in holdings.held.values() if not item.finishing and (row := item.next_progress())]
-        for chunk in _chunks(rows, lambda row: len(row.blob) + len(row.state or b"")):
+        for chunk in _chunks(rows, _size):
             answers = self.store.progress(self.incarnation, chunk)
             with holdings.lock:
                 for row, answer in zip(chunk, answers, strict=True):
@@ -374,6 +374,10 @@ class Courier:
                     holdings.held.pop(name, None)
         if rest:
             self.log.info("Worker %s: %d request(s) handed back", self.worker, len(rest))
+
+
+def _size(row: Progress) -> int:
+    return len(row.blob) + stored(row.state).length
 
 
 def _chunks(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterable[list[Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol.codec import pack, pack_result
+from ..protocol.packed_state import PackedState, pack_state
 from ..protocol.records import Claim, Failure, Finish, Progress
 from ..protocol.settings import Settings
 from ..recovery.failures import failure
@@ -33,7 +34,7 @@ class Holding:
     """When it last showed life (monotonic seconds); its lease is renewed only after that."""
     pending: list[Any] = field(default_factory=list)
     size: int = 0
-    state: bytes | None = None
+    state: PackedState | None = None
     flight: Progress | None = None
     ended: Finish | Failure | None = None
     result: Any = NOTHING
@@ -75,7 +76,7 @@ class Holding:
             self.size += len(pack(step.output, limit=settings.max_payload, what="output"))
             self.pending.append(step.output)
         if step.state is not NOTHING:
-            self.state = pack(step.state, limit=settings.max_state, what="state")
+            self.state = pack_state(step.state, limit=settings.max_state)
         if step.error is not None:
             self.fail(step.error)
         elif step.result is not NOTHING:

@@ -10,8 +10,10 @@ from typing import Protocol
 
 from ..protocol.codec import unpack
 from ..protocol.errors import InvalidRequest, PerdureError, UnknownTask
+from ..protocol.packed_state import unpack_state
 from ..protocol.records import Claim
 from ..protocol.settings import Settings
+from ..protocol.tensors import CannotRead
 from ..recovery.failures import POLICIES, classify
 from .claimer import NO_CHECKPOINT
 from .generators import as_batch
@@ -155,7 +157,21 @@ class EngineLoop:
             self.holdings.hand_back(claim, reason=reason, delay=1.0, fingerprint=shown)
             return
         try:
-            engine.batch.admit(_unpacked(admission.request))
+            request = _unpacked(admission.request)
+        except InvalidRequest as error:
+            self.holdings.fail(claim.id, claim.execution, error)
+            return
+        except CannotRead as error:
+            # Nothing is wrong with the checkpoint: another worker may have what is missing here.
+            self.log.error("request %s cannot go on here: %s", claim.id, error)
+            self.holdings.hand_back(claim, reason=str(error), delay=CANNOT_RUN_DELAY, fingerprint=claim.fingerprint)
+            return
+        except ValueError as error:
+            reason = f"the checkpoint cannot be read: {error}"
+            self.holdings.hand_back(claim, reason=reason, delay=0.0, fingerprint=NO_CHECKPOINT)
+            return
+        try:
+            engine.batch.admit(request)
         except RAISED as error:
             self.holdings.fail(claim.id, claim.execution, error)
             self._judge(error)
@@ -298,7 +314,11 @@ class CannotImport(PerdureError):
 
 
 def _unpacked(request: Request) -> Request:
-    """The request with its payload as a value. Raises :class:`InvalidRequest` for bytes that are none."""
+    """The request with its payload and its state as values.
+
+    Raises :class:`InvalidRequest` for a payload that is none, and as :func:`unpack_state` for the state: a library
+    of tensors is imported here, where a long import keeps no other request waiting for Redis.
+    """
     try:
         payload = unpack(request.payload)
     except ValueError as error:
@@ -309,7 +329,7 @@ def _unpacked(request: Request) -> Request:
         attempt=request.attempt,
         execution=request.execution,
         outputs=request.outputs,
-        state=request.state,
+        state=None if request.state is None else unpack_state(request.state),
         queue=request.queue,
     )
 

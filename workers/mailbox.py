@@ -12,7 +12,7 @@ from .tasks import Request
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A claimed request; its payload is still packed."""
+    """A claimed request; its payload and its state are still packed."""
 
     claim: Claim
     request: Request
