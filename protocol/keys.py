@@ -76,6 +76,7 @@ NAMES: Final[dict[str, str]] = {
     "held": f"{OURS}held:",
     "output": f"{OURS}output:",
     "checkpoint": f"{OURS}checkpoint:",
+    "chunk": f"{OURS}chunk:",
     "checkpoints": f"{OURS}checkpoints",
     "history": f"{OURS}history:",
     "bell": f"{OURS}bell:",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
@@ -130,12 +130,22 @@ class Reads:
         raw, sound = self.packed_state(identifier)
         return (None if raw is None else unpack_state(raw)), sound
 
-    def packed_state(self, identifier: str) -> tuple[bytes | None, bool]:
-        """The checkpoint's state, still packed, and whether it is sound; ``(None, True)`` if there is none."""
-        reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc")
-        raw, crc = reply
+    def packed_state(self, identifier: str, *, between: Callable[[], None] = lambda: None) -> tuple[bytes | None, bool]:
+        """The checkpoint's state, still packed, and whether it is sound; ``(None, True)`` if there is none.
+
+        ``between`` is called after each chunk of a large one, which may take long in all.
+        """
+        reply: Any = self.connection.hmget(key("checkpoint", identifier), "state", "crc", "chunks", "sum")
+        raw, crc, mark, total = reply
         if raw is None:
             return None, True
+        if mark is not None:
+            _, seq, chunks = mark.decode().rsplit(":", 2)
+            raw, crc = bytearray(), total
+            for number in range(1, int(chunks) + 1):
+                piece: Any = self.connection.get(key("chunk", f"{identifier}:{seq}:{number}"))
+                raw += piece or b""
+                between()
         if zlib.crc32(raw) != int(crc or -1):
             return None, False
         return bytes(raw), True
@@ -144,16 +154,17 @@ class Reads:
         """Where the request would go on from, without the state itself."""
         name = key("checkpoint", identifier)
         with self.connection.pipeline(transaction=False) as pipe:
-            pipe.hmget(name, "seq", "offset", "at", "fingerprint")
+            pipe.hmget(name, "seq", "offset", "at", "fingerprint", "length")
             pipe.hstrlen(name, "state")
             pipe.time()
-            (seq, offset, at, fingerprint), size, now = pipe.execute()
+            (seq, offset, at, fingerprint, length), size, now = pipe.execute()
         if at is None:
             return None
         age = now[0] + now[1] / 1e6 - int(at) / 1000
         return Checkpoint(
-            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(), bytes=size
-        )
+            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(),
+            bytes=int(length or size),
+        )  # fmt: skip
 
     def details(self, identifier: str, queue: str) -> Details:
         """What a request of ``queue`` was given at its submit, and what it waits for."""

@@ -124,6 +124,18 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Chunk ``number`` (from 1) of ``total`` of the state that checkpoint ``seq`` will have."""
+
+    id: str
+    execution: str
+    seq: int
+    total: int
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """The end of one request: its last outputs and its result, packed; ``seconds`` it ran."""
 
@@ -215,7 +227,7 @@ class Checkpoint:
     """Where a request would go on from.
 
     ``seq`` counts its checkpoints, ``offset`` the outputs up to it; ``age`` is in seconds since it was last written,
-    ``bytes`` the size of its state. Only a worker with the same ``fingerprint`` goes on from it.
+    ``bytes`` the size of its state as stored. Only a worker with the same ``fingerprint`` goes on from it.
     """
 
     seq: int

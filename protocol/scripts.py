@@ -27,6 +27,11 @@ MAX_REQUESTS = 128
 MAX_BYTES = 8 * 1024 * 1024
 
 
+GIVE_WAY = ("enqueue", "progress", "chunk")
+"""Scripts that Redis may refuse at maxmemory: they store something new. All others must pass, or no request would
+end and no lease be renewed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What the comment at the top of a script declares."""
@@ -58,7 +63,7 @@ class Script:
         self.name = name
         self.body = body
         self.header = Header.parse(body)
-        self.source = prelude + body
+        self.source = prelude + ("" if name in GIVE_WAY else "never_refused()\n") + body
 
     def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
         """Put named values into the order of the header. Raises ``TypeError`` for a missing or unknown name."""

@@ -21,6 +21,7 @@ from .keys import key
 from .packed_state import PackedState, Stored
 from .reads import Reads
 from .records import (
+    Chunk,
     Claim,
     Claims,
     Failure,
@@ -144,20 +145,34 @@ class Store(Reads):
         return Claims(reply[0].decode(), [_claim(row) for row in rows])
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
-        """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``."""
+        """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``.
+
+        The chunks of a large state must have been written before (:meth:`write_chunks`).
+        """
         rows = []
         for item in requests:
             state = stored(item.state)
             rows.append({
                 "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
                 "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
-                "state": b"".join(state.pieces), "crc": state.crc, "fingerprint": item.fingerprint,
-                "stepped": round(item.stepped * 1000),
+                "state": b"" if state.chunks else state.pieces[0], "crc": state.crc, "chunks": state.chunks,
+                "length": state.length, "fingerprint": item.fingerprint, "stepped": round(item.stepped * 1000),
             })  # fmt: skip
         # Ten checkpoints, and a second: so long a suspect must have stepped.
         clear_ms = max(1000, 10 * _ms(self.settings.checkpoint_interval))
         values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease), "clear_ms": clear_ms}
         return list(self._call("progress", values, {"request": rows}))
+
+    def write_chunks(self, chunks: Sequence[Chunk]) -> list[str]:
+        """Write chunks of states, at most :data:`MAX_BYTES` a call; ``progress`` commits them. ``ok`` or ``lost`` each."""
+        rows: list[dict[str, str | bytes | int | float]] = [
+            {
+                "id": item.id, "execution": item.execution, "seq": item.seq, "total": item.total,
+                "number": item.number, "data": item.data,
+            }
+            for item in chunks
+        ]  # fmt: skip
+        return list(self._call("chunk", {}, {"chunk": rows}))
 
     def renew(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
         """Renew the leases of ``(id, execution)``. Returns per request ``ok``, ``lost``, ``cancel``, ``deadline``."""
@@ -351,6 +366,12 @@ def _not_on_disk(connection: redis.Redis) -> str:
             return "this server has no WAITAOF, which came with Redis 7.2"
         return str(error)
     return "" if int(reply[0]) >= 1 else f"it was not synced within {DISK_TIMEOUT:g} s"
+
+
+def memory_full(error: redis.ResponseError) -> bool:
+    """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
+    # Redis 6.2 puts the error of a call within a script into the text of another one.
+    return isinstance(error, redis.exceptions.OutOfMemoryError) or "-OOM " in str(error)
 
 
 def newer_protocol() -> ProtocolMismatch:

@@ -12,6 +12,7 @@ from rq import Queue
 
 from perdure.protocol import scripts
 from perdure.protocol.keys import key
+from perdure.protocol.packed_state import pack_state
 from perdure.protocol.states import State
 
 from .test_protocol_kit import TASK, Hand, Pool
@@ -29,11 +30,13 @@ def hand(pool: Pool) -> Hand:
 
 
 def test_a_request_runs_to_its_end(pool: Pool, hand: Hand):
-    """enqueue, claim, progress, renew, heartbeat and finish."""
+    """enqueue, claim, chunk, progress, renew, heartbeat and finish."""
     pool.submit("a")
     assert hand.beat(["model-1"]) == "ok"
     claim = hand.take("a")
-    assert hand.step(claim, ["x"]) == "ok"
+    state = pack_state(b"s" * 2_500_000, limit=10**7)
+    assert (hand.write(claim, state), hand.commit(claim, state, ["x"])) == (["ok"] * 3, "ok")
+    assert pool.store.state("a") == (b"s" * 2_500_000, True)
     assert hand.renew(claim) == "ok"
     assert hand.finish(claim, {"n": 1}, offset=1, outputs=["y"]) == "ok"
     assert pool.status("a") is State.FINISHED

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
 
 from perdure.protocol.codec import pack, pack_result
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, Claims, Failure, FailureKind, Finish, NewRequest, Progress, Reaped, Sweep
+from perdure.protocol.packed_state import PackedState
+from perdure.protocol.records import (
+    Chunk,
+    Claim,
+    Claims,
+    Failure,
+    FailureKind,
+    Finish,
+    NewRequest,
+    Progress,
+    Reaped,
+    Sweep,
+)
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
@@ -229,6 +241,28 @@ class Hand:
         start = claim.offset if offset is None else offset
         item = self.progress(claim, outputs, start, seq or claim.seq + 1, stepped)
         return self.store.progress(self.incarnation, [item])[0]
+
+    def write(
+        self, claim: Claim, state: PackedState, *, seq: int | None = None, numbers: Sequence[int] = ()
+    ) -> list[str]:
+        """Write the chunks of a large state, or those of the given numbers."""
+        pieces = state.stored.pieces
+        return self.store.write_chunks(
+            [
+                Chunk(id=claim.id, execution=claim.execution, seq=seq or claim.seq + 1, total=len(pieces), number=number,
+                      data=pieces[number - 1])
+                for number in numbers or range(1, len(pieces) + 1)
+            ]
+        )  # fmt: skip
+
+    def commit(
+        self, claim: Claim, state: PackedState, outputs: Sequence[Any] = (), *, offset: int | None = None,
+        seq: int | None = None,
+    ) -> str:  # fmt: skip
+        """Make a large state, whose chunks were written, the checkpoint's."""
+        start = claim.offset if offset is None else offset
+        row = replace(self.progress(claim, outputs, start, seq or claim.seq + 1), state=state)
+        return self.store.progress(self.incarnation, [row])[0]
 
     def progress(self, claim: Claim, outputs: Sequence[Any], offset: int, seq: int, stepped: float = 0.0) -> Progress:
         return Progress(

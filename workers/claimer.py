@@ -49,6 +49,8 @@ class Claimer:
     claimed: int = 0
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
+    between: Callable[[], None] = lambda: None
+    """Called now and then while a long checkpoint is read."""
     _idle_since: float = field(default_factory=time.monotonic)
 
     def claim(self, incarnation: str) -> bool:
@@ -125,20 +127,41 @@ class Claimer:
     def _receive(self, claims: list[Claim]) -> None:
         if not claims:
             return
-        admissions = [self._admission(claim) for claim in claims]
         holdings = self.holdings
         with holdings.lock:
             if not holdings.held and not holdings.stepping:
                 holdings.moved = time.monotonic()  # idle was not hung
-            for claim, admission in zip(claims, admissions, strict=True):
-                holding = holdings.held[claim.id] = Holding.of(claim)
+            for claim in claims:
+                # Held before its checkpoint is read: that may take longer than a lease.
+                holdings.held[claim.id] = Holding.of(claim)
                 holdings.task = claim.task
                 self.claimed += 1
-                if isinstance(admission, str):
-                    holdings.handbacks.append(Handback(holding, admission, fingerprint=NO_CHECKPOINT))
-                    holdings.urgent = True
-                else:
-                    holdings.mailbox.put(admission)
+        waiting = list(claims)
+        try:
+            while waiting:
+                self._deliver(waiting[0])
+                waiting.pop(0)
+        finally:
+            # No contact to Redis: what could not be read is forgotten, and the next claim gives it again.
+            with holdings.lock:
+                for claim in waiting:
+                    if holdings.current(claim.id, claim.execution):
+                        del holdings.held[claim.id]
+                        self.claimed -= 1
+
+    def _deliver(self, claim: Claim) -> None:
+        """Read what the request goes on from, and hand it to the loop."""
+        admission = self._admission(claim)
+        holdings = self.holdings
+        with holdings.lock:
+            holding = holdings.current(claim.id, claim.execution)
+            if holding is None or holding.canceling:
+                return  # lost or canceled meanwhile
+            if isinstance(admission, str):
+                holdings.handbacks.append(Handback(holding, admission, fingerprint=NO_CHECKPOINT))
+                holdings.urgent = True
+            else:
+                holdings.mailbox.put(admission)
 
     def _admission(self, claim: Claim) -> Admission | str:
         """The request as the task will see it, with what its checkpoint holds; a text if that is damaged."""
@@ -150,7 +173,7 @@ class Claimer:
                 if len(outputs) != claim.offset:
                     return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
             if claim.seq:
-                state, sound = self.store.packed_state(claim.id)
+                state, sound = self.store.packed_state(claim.id, between=self.between)
                 if not sound:
                     return "the checkpoint's state does not match its CRC"
         except (ValueError, TypeError) as error:

@@ -24,12 +24,13 @@ import redis
 from ..protocol.records import Failure, Finish, Progress
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import LEASE
-from ..protocol.store import Store, stored
+from ..protocol.store import Store, memory_full, stored
 from .claimer import Claimer
 from .companion import Guarded
 from .holding import Holding
 from .holdings import Handback, Holdings
 from .mailbox import Drop
+from .uploads import Uploads
 
 GIVE_UP = 5.0
 """Seconds that a stopping worker tries to reach Redis; after that the reaper hands its requests on."""
@@ -56,11 +57,18 @@ class Courier:
 
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     failed: BaseException | None = None
+    _uploads: Uploads = field(init=False)
+    _full: bool = False
+    """Redis was at its maxmemory at the last checkpoint."""
     _last_flush: float = 0.0
     _last_renewal: float = 0.0
     _last_question: float = 0.0
     _outage: float | None = None
     _thread: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self._uploads = Uploads(self.store, self._hear_of_progress)
+        self.claimer.between = self._between
 
     def start(self) -> None:
         """Start the thread."""
@@ -133,7 +141,7 @@ class Courier:
         """Until there is something to do: an end, a stop, or the next checkpoint."""
         holdings = self.holdings
         with holdings.lock:
-            if not holdings.urgent and holdings.held:
+            if not holdings.urgent and holdings.held and not self._uploads.busy:
                 due = self._last_flush + holdings.settings.checkpoint_interval - time.monotonic()
                 if due > 0:
                     holdings.lock.wait(min(due, 0.5))
@@ -156,21 +164,66 @@ class Courier:
         now = time.monotonic()
         holdings = self.holdings
         with holdings.lock:
-            if now - self._last_flush < holdings.settings.checkpoint_interval:
+            due = now - self._last_flush >= holdings.settings.checkpoint_interval
+            if not due and not self._uploads.busy:
                 return
-            self._last_flush = now
+            if due:
+                self._last_flush = now
             # A finish takes its last outputs along; it needs no checkpoint of its own before.
-            rows = [row for item in holdings.held.values() if not item.finishing and (row := item.next_progress())]
-        for chunk in _chunks(rows, _size):
-            answers = self.store.progress(self.incarnation, chunk)
-            with holdings.lock:
-                for row, answer in zip(chunk, answers, strict=True):
-                    holding = holdings.current(row.id, row.execution)
-                    if holding is not None:
-                        if answer == "ok":
-                            holding.confirm()
-                        self._hear(holding, answer)
-                holdings.lock.notify_all()
+            rows = [row for item in holdings.held.values() if (row := item.next_progress(due=due))]
+        try:
+            for chunk in _chunks(self._uploads.advance(rows), _size):
+                self._send_progress(chunk)
+        except redis.ResponseError as error:
+            if not memory_full(error):
+                raise
+            self._give_way(error)
+        else:
+            self._full = self._full and not rows
+
+    def _send_progress(self, rows: Sequence[Progress]) -> None:
+        holdings = self.holdings
+        with holdings.lock:
+            mine = [holdings.current(row.id, row.execution) for row in rows]
+            for holding in filter(None, mine):
+                holding.sendings += 1
+        try:
+            answers = self.store.progress(self.incarnation, rows)
+        except redis.ResponseError as error:
+            if memory_full(error):
+                for holding in filter(None, mine):
+                    holding.sendings -= 1  # refused before it wrote anything
+            raise
+        with holdings.lock:
+            for row, answer in zip(rows, answers, strict=True):
+                self._hear_of_progress(row, answer)
+            holdings.lock.notify_all()
+
+    def _hear_of_progress(self, row: Progress, answer: str) -> None:
+        """Act upon the answer to a checkpoint, or to a chunk of its state."""
+        with self.holdings.lock:
+            holding = self.holdings.current(row.id, row.execution)
+            if holding is None:
+                return
+            if answer == "ok" and holding.flight is row:
+                holding.confirm()
+            elif answer == "missing":
+                self.log.warning("request %s: Redis has lost parts of a state on its way; written again", row.id)
+                self._uploads.again(row)
+            self._hear(holding, answer)
+
+    def _give_way(self, error: redis.ResponseError) -> None:
+        """Redis is at its maxmemory: what is to be stored waits here, and the leases are renewed alone."""
+        if not self._full:
+            self.log.warning("Redis takes no checkpoints (%s); they wait here, and are tried again", error)
+        self._full = True
+        self._uploads.busy = False  # with the next checkpoint
+        self.holdings.excuse()
+
+    def _between(self) -> None:
+        """Called by the claimer while it reads a long state: all leases are to live on meanwhile."""
+        self.holdings.excuse()
+        self._renew()
 
     def _renew(self) -> None:
         """Renew now and then the leases of all that has moved, also of requests that put nothing out."""
@@ -352,6 +405,8 @@ class Courier:
             try:
                 self._last_flush = 0.0
                 self._store_progress()
+                while self._uploads.busy and time.monotonic() < deadline:
+                    self._store_progress()
                 self._end()
                 self._confirm_cancels()
                 self._release_all("its worker was stopped")
@@ -377,7 +432,8 @@ class Courier:
 
 
 def _size(row: Progress) -> int:
-    return len(row.blob) + stored(row.state).length
+    state = stored(row.state)
+    return len(row.blob) + (0 if state.chunks else state.length)
 
 
 def _chunks(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterable[list[Any]]:

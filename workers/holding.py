@@ -36,6 +36,10 @@ class Holding:
     size: int = 0
     state: PackedState | None = None
     flight: Progress | None = None
+    flying: list[Any] = field(default_factory=list)
+    """The outputs in ``flight``."""
+    sendings: int = 0
+    """How often ``flight`` was sent without an answer: as long as it was not, it may be taken apart."""
     ended: Finish | Failure | None = None
     result: Any = NOTHING
     canceling: bool = False
@@ -92,11 +96,17 @@ class Holding:
         """It was canceled: nothing of it is wanted any more."""
         self.canceling = True
         self.flight, self.state, self.result, self.ended = None, None, NOTHING, None
-        self.pending, self.size = [], 0
+        self.pending, self.flying, self.size, self.sendings = [], [], 0, 0
 
-    def next_progress(self) -> Progress | None:
-        """What to send now: what is on its way unanswered, or what has come since; ``None`` for nothing."""
-        if self.flight is None and (self.pending or self.state is not None):
+    def next_progress(self, *, due: bool = True) -> Progress | None:
+        """What to send now: what is on its way unanswered, or, if ``due``, what has come since; ``None`` for nothing."""
+        if self.flight is not None and not self.sendings and self.result is not NOTHING:
+            # Its state waits to be written, and the request has ended: the finish takes the outputs along.
+            self.pending = self.flying + self.pending
+            self.flight, self.flying = None, []
+        if self.finishing:
+            return None
+        if due and self.flight is None and (self.pending or self.state is not None):
             self.seq += 1
             self.flight = Progress(
                 id=self.claim.id,
@@ -109,6 +119,7 @@ class Holding:
                 fingerprint=self.fingerprint,
                 stepped=time.monotonic() - self.accepted if self.accepted else 0.0,
             )
+            self.flying, self.sendings = self.pending, 0
             self.pending, self.size, self.state = [], 0, None
         return self.flight
 
@@ -116,7 +127,7 @@ class Holding:
         """What was on its way is stored."""
         assert self.flight is not None
         self.offset += self.flight.outputs
-        self.flight = None
+        self.flight, self.flying, self.sendings = None, [], 0
 
     def next_finish(self, settings: Settings) -> Finish:
         """The finish with all outputs that are left; the same object when asked again."""

@@ -24,6 +24,7 @@ if job[1] ~= execution or execution == '' then
   return 'lost'
 end
 local retries = job[3] or max_retries
+drop_all_chunks(id)
 redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id)
 detach(job[2], id, execution, incarnation, worker)
 redis.call('HSET', name, 'task', task, 'data', data, 'payload', payload, 'nonce', '', 'client', '', 'timeout', '-1',

@@ -50,6 +50,7 @@ for _ = 1, tonumber(arg()) do
     answers[#answers + 1] = 'full'
   else
     local date, delay = utc(), tonumber(delay_ms)
+    drop_all_chunks(id)
     redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
     redis.call('SADD', KEY.queues, KEY.queue .. queue)
     redis.call('HSET', name, 'created_at', date, 'enqueued_at', delay > 0 and '' or date, 'started_at', '', 'ended_at', '',

@@ -42,6 +42,12 @@ local function utc()
     math.floor(rest % 3600 / 60), rest % 60, tonumber(clock[2]))
 end
 
+-- At maxmemory Redis refuses what needs memory only until a script has written: this write needs none. What ends,
+-- renews or hands on a request begins with it (see scripts.py), while new requests and checkpoints give way.
+local function never_refused()
+  redis.call('DEL', KEY.schema .. ':none')
+end
+
 local function count(event, queue, by)
   redis.call('HINCRBY', KEY.counters, event .. ':' .. queue, by or 1)
 end
@@ -117,8 +123,39 @@ local function detach(queue, id, execution, incarnation, worker)
   redis.call('SREM', KEY.worker .. worker .. ':executions', composite)
 end
 
+-- A state above 1 MiB stands in chunks of its own. Two marks in the checkpoint, each `<execution>:<seq>:<chunks>`,
+-- say which: `chunks` those that are committed, `writing` those that are being written. With their help whatever
+-- drops a checkpoint drops all of its keys; what a crash leaves besides has a TTL.
+local function chunk_name(id, seq, number)
+  return KEY.chunk .. id .. ':' .. seq .. ':' .. int(number)
+end
+
+-- Delete the chunks that a mark names, but for one, `but` of the checkpoint `seq`.
+local function drop_chunks(id, mark, seq, but)
+  local old, chunks = string.match(mark or '', ':(%d+):(%d+)$')
+  for number = 1, tonumber(chunks or '0') do
+    if old ~= seq or number ~= tonumber(but) then redis.call('UNLINK', chunk_name(id, old, number)) end
+  end
+end
+
+-- Before the hash goes, which has the marks.
+local function drop_all_chunks(id)
+  local marks = redis.call('HMGET', KEY.checkpoint .. id, 'chunks', 'writing')
+  drop_chunks(id, marks[1])
+  drop_chunks(id, marks[2])
+end
+
+-- Whether all chunks of a state are there, with so many bytes in all. Redis may have lost or evicted some.
+local function chunks_there(id, execution, seq, chunks, length)
+  local name, bytes = KEY.checkpoint .. id, 0
+  if redis.call('HGET', name, 'writing') ~= table.concat({ execution, seq, chunks }, ':') then return false end
+  for number = 1, tonumber(chunks) do bytes = bytes + redis.call('STRLEN', chunk_name(id, seq, number)) end
+  return bytes == tonumber(length)
+end
+
 -- Forget what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry).
 local function forget(id)
+  drop_all_chunks(id)
   redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id)
   redis.call('ZREM', KEY.checkpoints, id)
 end
@@ -137,9 +174,14 @@ end
 -- What a living request has written does not expire while it runs, however long that takes.
 local function refresh(id)
   for _, name in ipairs({ KEY.checkpoint, KEY.output, KEY.history }) do redis.call('EXPIRE', name .. id, DAY) end
+  local seq, chunks = string.match(redis.call('HGET', KEY.checkpoint .. id, 'chunks') or '', ':(%d+):(%d+)$')
+  -- Not at every checkpoint: there may be many, and they live for a day.
+  if not seq or redis.call('TTL', chunk_name(id, seq, 1)) > DAY - HOUR then return end
+  for number = 1, tonumber(chunks) do redis.call('EXPIRE', chunk_name(id, seq, number), DAY) end
 end
 
 local function drop_checkpoint(id)
+  drop_all_chunks(id)
   redis.call('DEL', KEY.checkpoint .. id)
   redis.call('ZREM', KEY.checkpoints, id)
 end
@@ -513,10 +555,27 @@ local function promote(queue, limit)
   return moved
 end
 
+-- Make a state the checkpoint's: the state itself, or, with chunks > 0, those that are being written.
+-- An older release reads only `state` and `crc`: of chunks it must see what it takes for damaged (byte C1 is in no
+-- msgpack value, and -1 is no CRC), or it would go on with no state at all.
+local function put_state(id, state, crc, chunks, length)
+  local name = KEY.checkpoint .. id
+  local marks = redis.call('HMGET', name, 'chunks', 'writing')
+  if chunks > 0 then
+    redis.call('HSET', name, 'state', '\193', 'crc', '-1', 'chunks', marks[2], 'length', length, 'sum', crc)
+  else
+    redis.call('HSET', name, 'state', state, 'crc', crc)
+    redis.call('HDEL', name, 'chunks', 'length', 'sum')
+    drop_chunks(id, marks[2])
+  end
+  redis.call('HDEL', name, 'writing')
+  drop_chunks(id, marks[1])
+end
+
 -- Append outputs at an absolute offset and store a state, for an execution known to be current.
 -- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
 -- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.
-local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint, stepped)
+local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint, stepped, chunks, length)
   local name = KEY.checkpoint .. id
   local stored = redis.call('HMGET', name, 'offset', 'seq')
   local have, have_seq = tonumber(stored[1]) or 0, tonumber(stored[2]) or 0
@@ -531,7 +590,7 @@ local function store(id, offset, outputs, blob, seq, has_state, state, crc, fing
   if seq > have_seq then
     redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint,
       'stepped', stepped)
-    if has_state == '1' then redis.call('HSET', name, 'state', state, 'crc', crc) end
+    if has_state == '1' then put_state(id, state, crc, tonumber(chunks), length) end
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
     refresh(id)
   end

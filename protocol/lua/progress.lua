@@ -10,13 +10,16 @@
 -- EACH request: outputs      how many outputs are in blob; 0 for none
 -- EACH request: blob         one packed entry of the output log: (epoch, offset, outputs)
 -- EACH request: has_state    '1' if state is to be stored
--- EACH request: state        packed state
--- EACH request: crc          CRC-32 of state, decimal
+-- EACH request: state        packed state; '' if it was written in chunks
+-- EACH request: crc          CRC-32 of the state, decimal
+-- EACH request: chunks       how many chunks of this seq hold the state; 0 if it is in `state`
+-- EACH request: length       bytes of the state
 -- EACH request: fingerprint  of the task that computed this
 -- EACH request: stepped      ms for which this execution has stepped
 --
 -- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
 --          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
+--          or 'missing' (not all of the state's chunks are there: nothing but the lease was stored, write them again)
 --
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
@@ -24,7 +27,8 @@ local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
-  local blob, has_state, state, crc, fingerprint, stepped = arg(), arg(), arg(), arg(), arg(), arg()
+  local blob, has_state, state, crc, chunks, length = arg(), arg(), arg(), arg(), arg(), arg()
+  local fingerprint, stepped = arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
     'worker_name')
@@ -36,8 +40,15 @@ for _ = 1, tonumber(arg()) do
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
-    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint, stepped)
-    if stored then
+    local new = tonumber(seq) > tonumber(redis.call('HGET', KEY.checkpoint .. id, 'seq') or '0')
+    local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
+    local stored, have
+    if not missing then
+      stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint, stepped, chunks, length)
+    end
+    if missing then
+      answers[#answers + 1] = 'missing'
+    elseif stored then
       if job[8] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[9], int(stored)) end
       if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
       answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
