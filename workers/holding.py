@@ -11,11 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol.codec import pack, pack_result
-from ..protocol.packed_state import PackedState, pack_state
+from ..protocol.packed_state import CHUNK, PackedState, pack_state
 from ..protocol.records import Claim, Failure, Finish, Progress
 from ..protocol.settings import Settings
 from ..recovery.failures import failure
 from .tasks import NOTHING, Step
+
+LARGE = CHUNK
+"""Bytes of a state above which not every one is captured: copying it takes as long as a short step."""
+
+MAX_BEHIND = 256 * 1024
+"""Bytes of outputs that wait for the next captured state; with more, the next one is captured at once."""
+
+STUCK_BYTES, STUCK_SECONDS = 8 * 1024 * 1024, 2.0
+"""When outputs have waited too long for a state that does not come."""
 
 
 @dataclass(slots=True)
@@ -24,6 +33,11 @@ class Holding:
 
     ``offset`` counts the outputs that are in Redis for certain, ``pending`` holds those that are
     not; ``size`` is how many bytes of them waits.
+
+    A task that gives a large state at every step is not copied at every step: as long as the courier has not
+    stored the one before, or no checkpoint is due, a state is passed over. What was put out with it or after it
+    stays ``behind`` until a later state is captured, so that outputs are never stored without their state; the end
+    of the request needs none.
     """
 
     claim: Claim
@@ -40,6 +54,18 @@ class Holding:
     """The outputs in ``flight``."""
     sendings: int = 0
     """How often ``flight`` was sent without an answer: as long as it was not, it may be taken apart."""
+    behind: list[Any] = field(default_factory=list)
+    behind_size: int = 0
+    behind_since: float | None = None
+    """When the first state was passed over that no later one has made good; ``None`` if there is none."""
+    eager: bool = False
+    """Every state is captured: its task does not give one at every step."""
+    weight: int = 0
+    """Bytes of the last state that was captured."""
+    captured: float = 0.0
+    """When that was (monotonic seconds)."""
+    streak: int = 0
+    """How many steps in succession have brought a state."""
     ended: Finish | Failure | None = None
     result: Any = NOTHING
     canceling: bool = False
@@ -75,21 +101,66 @@ class Holding:
         return self.result is not NOTHING and self.flight is None
 
     def add(self, step: Step, settings: Settings) -> None:
-        """Take one step in. Raises ``UsageError`` for an output, state or result that cannot be stored."""
+        """Take one step in.
+
+        Raises ``UsageError`` for an output, state or result that cannot be stored, and what copying a state's
+        tensors from their device raises.
+        """
+        size = 0 if step.output is NOTHING else len(pack(step.output, limit=settings.max_payload, what="output"))
+        if step.state is NOTHING:
+            self.streak = 0
+        else:
+            self.streak += 1
+            if self._passes_over(step, settings):
+                self.behind_since = self.behind_since or time.monotonic()
+            else:
+                self.state = pack_state(step.state, limit=settings.max_state)
+                self.weight, self.captured = self.state.size, time.monotonic()
+                self._catch_up()
         if step.output is not NOTHING:
-            self.size += len(pack(step.output, limit=settings.max_payload, what="output"))
-            self.pending.append(step.output)
-        if step.state is not NOTHING:
-            self.state = pack_state(step.state, limit=settings.max_state)
+            if self.behind_since is None:
+                self.pending.append(step.output)
+                self.size += size
+            else:
+                self.behind.append(step.output)
+                self.behind_size += size
         if step.error is not None:
             self.fail(step.error)
         elif step.result is not NOTHING:
             pack_result(step.result, limit=settings.max_payload)  # refuses here, where it is one request's fault
             self.result = step.result
+            self._catch_up()
+
+    def _passes_over(self, step: Step, settings: Settings) -> bool:
+        """Whether a step's state is not captured: it is large, and there will be another before it could be stored."""
+        if self.eager or self.weight <= LARGE or self.streak < 3 or step.durable or self.behind_size > MAX_BEHIND:
+            return False
+        waits = self.state is not None or self.flight is not None
+        return waits or time.monotonic() - self.captured < settings.checkpoint_interval
+
+    def _catch_up(self) -> None:
+        """What was behind may be stored."""
+        self.pending += self.behind
+        self.size += self.behind_size
+        self._drop_behind()
+
+    def _drop_behind(self) -> None:
+        self.behind, self.behind_size, self.behind_since = [], 0, None
+
+    def stuck(self, step: Step) -> bool:
+        """Whether outputs wait in vain after this step: its task has begun to give steps without a state.
+
+        The state that was passed over is gone, since the task may have changed it.
+        """
+        if self.behind_since is None or step.state is not NOTHING or step.ends:
+            return False
+        waited = time.monotonic() - self.behind_since
+        return step.durable or self.behind_size > STUCK_BYTES or waited > STUCK_SECONDS
 
     def fail(self, error: BaseException) -> None:
         """End this execution with a failure; what it has put out is stored first."""
         self.result = NOTHING
+        self._drop_behind()  # a retry computes them again, from the state that is stored
         self.ended = failure(self.claim.id, self.claim.execution, error)
 
     def cancel(self) -> None:
@@ -97,6 +168,7 @@ class Holding:
         self.canceling = True
         self.flight, self.state, self.result, self.ended = None, None, NOTHING, None
         self.pending, self.flying, self.size, self.sendings = [], [], 0, 0
+        self._drop_behind()
 
     def next_progress(self, *, due: bool = True) -> Progress | None:
         """What to send now: what is on its way unanswered, or, if ``due``, what has come since; ``None`` for nothing."""

@@ -17,10 +17,13 @@ from ..protocol.records import Claim
 from ..protocol.settings import LEASE, Settings
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
-from .tasks import Step
+from .tasks import RAISED, Step
 
 MAX_BUFFER = 32 * 1024 * 1024
 """Bytes of unsent outputs after which the engine loop pauses."""
+
+
+PASSED_OVER = "its steps began to bring no state after one was passed over; from now on each is kept here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,10 @@ class Holdings:
     loading_until: float = 0.0
     stopping_since: float | None = None
     cold: bool = False
+    eager: set[str] = field(default_factory=set)
+    """Tasks of which every state is captured, however large: they do not give one at every step."""
+    raised: list[BaseException] = field(default_factory=list)
+    """What copying a state has raised; the loop judges it."""
     _step_timeouts: dict[str, float | None] = field(default_factory=dict)
 
     # --- stopping ----------------------------------------------------------------------------------
@@ -144,7 +151,8 @@ class Holdings:
     def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
-        Those are requests whose output, state or result cannot be stored. ``executions``: for which execution
+        Those are requests whose output, state or result cannot be stored, or that must go back to their last
+        checkpoint. ``executions``: for which execution
         each request was admitted; a step of an older one is not this execution's.
         """
         broken = []
@@ -155,13 +163,21 @@ class Holdings:
                 holding = self.current(step.request_id, executions.get(step.request_id, ""))
                 if holding is None or holding.leaving:
                     continue
+                holding.eager = holding.claim.task in self.eager
                 try:
                     holding.add(step, self.settings)
-                except PerdureError as error:
+                except RAISED as error:
+                    if not isinstance(error, PerdureError):
+                        self.raised.append(error)  # of the device that a state's tensor is on
                     holding.fail(error)
                     self.urgent = True
                     if not step.ends:
                         broken.append(step.request_id)
+                if holding.stuck(step):
+                    self.eager.add(holding.claim.task)
+                    self.handbacks.append(Handback(holding, PASSED_OVER))
+                    self.urgent = True
+                    broken.append(step.request_id)
                 self.urgent = self.urgent or step.ends
             if self.urgent:
                 self.lock.notify_all()

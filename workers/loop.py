@@ -234,6 +234,8 @@ class EngineLoop:
         for step in steps:
             if step.error is not None:
                 self._judge(step.error)
+        while self.holdings.raised:
+            self._judge(self.holdings.raised.pop())
         return [step.request_id for step in steps if step.durable and not step.ends]
 
     def _collect(self, engine: Engine, batch: Members) -> None:
