@@ -29,8 +29,6 @@ from .tensors import NUMPY, TORCH, CannotRead, Tensor, found, rebuilt
 CHUNK = 1024 * 1024
 """Bytes of a stored state above which it is written in chunks of this size."""
 
-COMPRESSIONS = ("none", "zstd")
-
 _TENSORS, _COMPRESSED = b"\xc1T", b"\xc1Z"
 
 Buffer = bytes | memoryview

@@ -81,6 +81,9 @@ class Settings:
     capacity: int = field(default=0, metadata={"help": "workers expected; 0 takes the recent maximum"})
     max_payload: int = field(default=8 * 1024 * 1024, metadata={"help": "most bytes of a payload or an output, packed"})
     max_state: int = field(default=64 * 1024 * 1024, metadata={"help": "most bytes of a state, packed"})
+    compression: str = field(
+        default="none", metadata={"help": "none or zstd: how states are compressed; zstd needs the extra perdure[zstd]"}
+    )
     model: str = field(
         default="smollm2", metadata={"help": "smollm2, tiny, or a path to a GGUF file or a model folder"}
     )
@@ -132,6 +135,9 @@ class Settings:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise SettingsError(f"PERDURE_DTYPE must be float32 or bfloat16, not {self.dtype!r}")
+
+        if self.compression not in ("none", "zstd"):
+            raise SettingsError(f"PERDURE_COMPRESSION must be none or zstd, not {self.compression!r}")
 
     @property
     def lease(self) -> float:

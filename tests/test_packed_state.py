@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from perdure.protocol.codec import pack, unpack
 from perdure.protocol.errors import InvalidRequest, PayloadTooLarge
-from perdure.protocol.packed_state import CHUNK, PackedState, Stored, pack_state, unpack_state
+from perdure.protocol.packed_state import CHUNK, PackedState, Stored, check_compression, pack_state, unpack_state
+from perdure.protocol.tensors import CannotRead
 
 from .test_codec import VALUES
 
@@ -211,6 +212,16 @@ def test_compression_is_kept_where_it_pays():
     assert stored(noise, "zstd") == stored(noise)
     assert stored([1], "zstd") == stored([1])
     assert again(["a" * 1000], "zstd") == ["a" * 1000]
+
+
+def test_a_worker_that_is_to_compress_asks_for_the_library_at_its_start(monkeypatch: pytest.MonkeyPatch):
+    """Not at its first checkpoint."""
+    check_compression("none")
+    check_compression("zstd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    check_compression("none")
+    with pytest.raises(CannotRead, match=r"pip install 'perdure\[zstd\]'"):
+        check_compression("zstd")
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

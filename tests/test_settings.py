@@ -53,6 +53,7 @@ def test_a_value_is_read(name: str, text: str, value: Any) -> None:
         ("heartbeat_timeout", "1.5", "at least twice PERDURE_HEARTBEAT"),
         ("retry_cap", "0.5", "less than PERDURE_RETRY_BASE"),
         ("dtype", "float16", "float32 or bfloat16"),
+        ("compression", "gzip", "PERDURE_COMPRESSION must be none or zstd, not 'gzip'"),
     ],
 )
 def test_a_value_that_cannot_be_meant_names_its_variable(name: str, text: str, message: str) -> None:

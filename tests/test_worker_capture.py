@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from perdure.protocol.settings import Settings
 from perdure.workers import holding as module
 from perdure.workers import uploads
 from perdure.workers.holding import Holding
+from perdure.workers.loop import EngineLoop
 from perdure.workers.tasks import Step
 
 from .test_protocol_kit import TASK
 from .test_worker_rounds import Bench
+from .worker_kit import TASKS
 
 DUE = Settings(checkpoint_interval=1e-9)
 NOT_DUE = Settings(checkpoint_interval=1e9)
@@ -211,3 +214,36 @@ def test_an_error_of_the_device_while_a_state_is_copied_is_judged(
     assert bench.holdings.offer([Step(state=1, request_id="a")], {"a": execution}) == ["a"]
     assert [type(error) for error in bench.holdings.raised] == [MemoryError]
     assert isinstance(bench.holdings.held["a"].ended, Failure)
+
+
+def test_a_worker_without_the_library_hands_a_compressed_state_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is not failed and keeps its checkpoint; the history says what to install. With it, it goes on."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TASKS)])
+    identifier = "a"
+    bench.pool.submit(identifier, task="lab_tasks.count")
+    bench.claim()
+    bench.holdings.settings = bench.settings.replace(compression="zstd")
+    bench.offer(identifier, Step(output="x", state=["z" * 5000]))
+    bench.round()
+    checkpoint = bench.pool.store.checkpoint(identifier)
+    assert checkpoint is not None
+    assert checkpoint.bytes < 500
+    bench.pool.reap(bench.courier.incarnation)
+    bench.courier._rejoin()
+    bench.claim()
+    loop = EngineLoop(bench.holdings, bench.settings, lambda claim: None, lambda shown: None)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "zstandard", None)
+        loop._read_mail()
+        bench.round()
+    event = bench.pool.store.history(identifier)[-1]
+    assert event.event == "released"
+    assert "pip install 'perdure[zstd]'" in event.reason
+    assert bench.pool.due_in(identifier) > 0
+    bench.pool.make_due(identifier)
+    bench.holdings.wanting = True
+    bench.claim()
+    assert bench.pool.store.state(identifier) == (["z" * 5000], True)
+    assert bench.holdings.held[identifier].claim.offset == 1

@@ -114,7 +114,7 @@ class Holding:
             if self._passes_over(step, settings):
                 self.behind_since = self.behind_since or time.monotonic()
             else:
-                self.state = pack_state(step.state, limit=settings.max_state)
+                self.state = pack_state(step.state, limit=settings.max_state, compression=settings.compression)
                 self.weight, self.captured = self.state.size, time.monotonic()
                 self._catch_up()
         if step.output is not NOTHING:

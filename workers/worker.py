@@ -31,6 +31,7 @@ from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 from ..protocol.deployment import look_at
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, served
+from ..protocol.packed_state import check_compression
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -91,6 +92,7 @@ class Worker(SimpleWorker):
         try:
             settings = Settings.from_environment(strict=True)
             check_rq(settings)
+            check_compression(settings.compression)
             for queue in self.queues:
                 check_queue(queue.name)
             store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
