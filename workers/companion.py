@@ -163,8 +163,8 @@ class Companion:
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone; tend() will see it
+        except (OSError, ValueError):
+            pass  # it is gone, which tend() will see; or the other thread dismisses it in this moment (closed: ValueError)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
