@@ -127,24 +127,36 @@ class Pool:
             self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        environment |= self.settings.replace(redis_url="").environment()
-        environment |= {"RQ_REDIS_URL": self.url, "PYTHONUNBUFFERED": "1"}
-        output = self.output.open("ab") if self.output else None
-        try:
-            child.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _STARTER, str(os.getpid()), *child.command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env=environment,
-            )
-        finally:
-            if output is not None:
-                output.close()
+        child.process = launch(child.command, environment_for(self.url, self.settings), self.output)
         child.started = time.monotonic()
         log.info("%s started (pid %d)", child.name, child.process.pid)
+
+
+def environment_for(url: str, settings: Settings) -> dict[str, str]:
+    """The environment of this process with exactly these settings, for a process of the pool."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment |= settings.replace(redis_url="").environment()
+    return environment | {"RQ_REDIS_URL": url, "PYTHONUNBUFFERED": "1"}
+
+
+def launch(command: Sequence[str], environment: dict[str, str], output: Path | None) -> subprocess.Popen[bytes]:
+    """Start a process that leads a session of its own and gets SIGTERM when the calling thread ends.
+
+    ``output`` takes what it prints; ``None``: the terminal.
+    """
+    file = output.open("ab") if output else None
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _STARTER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=environment,
+        )
+    finally:
+        if file is not None:
+            file.close()
 
 
 def ending(status: int) -> str:
