@@ -22,6 +22,7 @@ OK, FAILED, USAGE, UNREACHABLE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 4, 130
 # name -> (module of this package, attribute, one line for the list of commands)
 COMMANDS = {
     "demo": ("demo", "demo", "Watch real generations survive kill -9."),
+    "chaos": ("chaos.command", "chaos", "Harm a pool in every way, and count what came of it."),
     "up": ("up", "up", "Run a reaper and workers in the foreground."),
     "worker": ("processes", "worker", "Run one worker."),
     "reaper": ("processes", "reaper", "Take requests from dead workers."),
