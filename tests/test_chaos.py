@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -375,6 +376,20 @@ def test_every_kind_of_fault_and_nothing_is_lost(tmp_path: Path) -> None:
     assert drawing.read_text().startswith("<svg")
     assert list(tmp_path.glob("perdure-chaos-*")) == [], "the logs of a good run are removed"
     assert left_behind(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_another_server_is_left_as_it_was(redis_url: str, connection: redis.Redis, tmp_path: Path) -> None:
+    """What would harm it does not happen, nothing of a run stays on it, and nothing else is touched."""
+    connection.set("mine", "1")
+    before = (connection.info("server")["run_id"], connection.config_get("*"))
+    only = "kill_worker,cut,redis_kill,full"
+    done = chaos(tmp_path, "--url", redis_url, "--seed", "3", "--seconds", "15", "--only", only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("redis_kill", "full"):
+        assert f"without {kind}: the server is not ours" in done.stderr
+    assert connection.keys("*") == [b"mine"]
+    assert (connection.info("server")["run_id"], connection.config_get("*")) == before
 
 
 @pytest.mark.parametrize(

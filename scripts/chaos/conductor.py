@@ -39,7 +39,7 @@ from .journal import Journal
 from .load import words
 from .outages import RedisKill, RedisStop
 from .proxy import Proxy
-from .schedule import NAMES, SETTLE, Planned
+from .schedule import NAMES, Planned
 from .stage import Fault, Stage
 
 TICK: Final = 0.05
@@ -53,8 +53,11 @@ SAMPLED: Final = 8
 QUIET: Final = 8.0
 """Seconds that open requests may take to end after the last submit."""
 
+CALM: Final = 2.0
+"""Seconds before the last submit in which nothing new befalls the pool, not even what is late."""
+
 LATE: Final = 20.0
-"""Seconds before the end of the run from which on those that have loaded a model are spared."""
+"""Seconds before the last submit from which on those that have loaded a model are spared."""
 
 BACKSTOP: Final = 14.5
 """Seconds after the duration when the process ends whatever it is doing."""
@@ -121,7 +124,8 @@ class Conductor:
                     self._quiet(stage)
                 except KeyboardInterrupt:
                     self.interrupted = True
-                    self.say("stopping: what was counted until now follows")
+                    self.evidence.enabled = []  # nobody knows what would still have happened
+                    self.say("stopping: what was counted until now follows; requests that were under way count as lost")
                     self._undo(stage)
                 crew.stop()
                 self._gather(stage, golden)
@@ -141,10 +145,11 @@ class Conductor:
     # --- faults --------------------------------------------------------------------------------------
 
     def _perform(self, stage: Stage) -> None:
-        end = self.options.seconds - max(1.0, 0.004 * self.options.seconds)
+        # What a long run leaves behind takes longer to read.
+        end = self.options.seconds - max(1.0, 0.02 * self.options.seconds)
         while self.elapsed < end:
-            stage.late = self.elapsed > self.options.seconds - LATE
-            self._turn(stage, calm=self.elapsed > self.options.seconds - SETTLE + 2)
+            stage.late = self.elapsed > end - LATE
+            self._turn(stage, calm=self.elapsed > end - CALM)
             time.sleep(TICK)  # the schedule is made of times
 
     def _turn(self, stage: Stage, *, calm: bool = False) -> None:

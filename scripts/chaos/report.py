@@ -51,7 +51,7 @@ def figures(options: Options, evidence: Evidence, verdict: Verdict, scale: float
                 "recovery_median": _rounded(statistics.median(times[kind])) if kind in times else None,
                 "recovery_worst": _rounded(max(times[kind])) if kind in times else None,
             }
-            for kind in evidence.enabled
+            for kind in evidence.enabled or fired
         },
         "events": [
             {
