@@ -37,7 +37,7 @@ from .evidence import Evidence, delete_all, read_journals, read_requests, read_s
 from .faults import CLASSES
 from .journal import Journal
 from .load import words
-from .outages import RedisKill, RedisStop
+from .outages import RedisKill, RedisStop, write_through
 from .proxy import Proxy
 from .schedule import NAMES, Planned
 from .stage import Fault, Stage
@@ -112,6 +112,7 @@ class Conductor:
                 options.folder,
             )  # fmt: skip
             if server is not None:
+                write_through(server)
                 crew.kept.add(server.pid)
             golden = self._start_golden(crew)
             timer = threading.Timer(options.seconds + BACKSTOP, _give_up, (crew,))

@@ -81,7 +81,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("hang", "a step that sleeps for longer than the lease", "freeze"),
     Kind("hang_gil", "the same, holding the GIL", "freeze"),
     Kind("crash", "a native crash (SIGSEGV)", weight=2),
-    Kind("redis_kill", "SIGKILL of Redis, restart from its append-only file", "outage", 2, 1, "server", True),
+    Kind("redis_kill", "SIGKILL of Redis (appendfsync always), restart from its file", "outage", 2, 1, "server", True),
     Kind("redis_stop", "SIGSTOP of Redis", "outage", 1, 0, "server", True),
     Kind("script_flush", "SCRIPT FLUSH", weight=2, needs="server"),
     Kind("client_kill", "CLIENT KILL of every connection", weight=2, needs="server"),
