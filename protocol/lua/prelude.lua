@@ -565,10 +565,10 @@ local function put_state(id, state, crc, chunks, length)
     redis.call('HSET', name, 'state', '\193', 'crc', '-1', 'chunks', marks[2], 'length', length, 'sum', crc)
   else
     redis.call('HSET', name, 'state', state, 'crc', crc)
-    redis.call('HDEL', name, 'chunks', 'length', 'sum')
+    if marks[1] then redis.call('HDEL', name, 'chunks', 'length', 'sum') end
     drop_chunks(id, marks[2])
   end
-  redis.call('HDEL', name, 'writing')
+  if marks[2] then redis.call('HDEL', name, 'writing') end
   drop_chunks(id, marks[1])
 end
 
