@@ -29,8 +29,8 @@ class Generate(BatchTask):
     The payload has a ``prompt``, or ``messages`` for the model's chat template, or ``token_ids``,
     to which nothing is added; and may have ``max_tokens`` (128), ``min_tokens`` (0), ``temperature``
     (0: greedy), ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1),
-    ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100) and
-    ``logprobs``. Penalties and biases are functions of the tokens so far (formulas:
+    ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100),
+    ``logprobs`` and ``n`` (1). Penalties and biases are functions of the tokens so far (formulas:
     :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
@@ -43,6 +43,11 @@ class Generate(BatchTask):
     ``"top_logprobs"`` as well, ``[[token, logprob], …]``, and the result has ``"logprobs"``, a mapping
     for each of its tokens. They are the model's own
     (:func:`~perdure.workers.text.sampler.score`), and the same to the last bit after a resume.
+
+    With an ``n`` above 1 there are so many answers, side by side. Outputs have an ``"index"`` too, and
+    come in the order of the tokens, of equal ones in that of the answers; the result is ``{"choices":
+    [{"index", "text", "token_ids", "finish_reason", …}], "usage"}``. The first answer is that of n = 1;
+    the others' seeds are derived from its (:meth:`~perdure.workers.text.parameters.Parameters.sibling`).
 
     A step that put a prompt or known tokens into the cache has neither output nor result.
     """
@@ -116,6 +121,7 @@ class Generate(BatchTask):
         Raises :class:`InvalidRequest` for what :meth:`prepare` would refuse, and for what only
         the model can tell: a prompt that does not fit, a token that it does not know.
         """
+        from .generation import Generation
         from .transcript import Transcript
 
         engine, tokenizer = self._loaded()
@@ -132,16 +138,19 @@ class Generate(BatchTask):
         else:
             prompt = tokenizer.encode_chat(parameters.messages or ())
         self._check_room(len(prompt), parameters)
-        transcript = Transcript(
-            tokenizer.pieces,
-            tokenizer.ends,
-            parameters.stop,
-            parameters.max_tokens,
-            prompt_tokens=len(prompt),
-            min_tokens=parameters.min_tokens,
-        )
-        known = _known(request, len(tokenizer.pieces), parameters.logprobs)
-        engine.admit(request.id, request.execution, prompt, parameters, transcript, known)
+        transcripts = [
+            Transcript(
+                tokenizer.pieces,
+                tokenizer.ends,
+                parameters.stop,
+                parameters.max_tokens,
+                prompt_tokens=len(prompt),
+                min_tokens=parameters.min_tokens,
+            )
+            for _ in range(parameters.n)
+        ]
+        known = _known(request, len(tokenizer.pieces), parameters)
+        engine.admit(Generation.of(request.id, request.execution, prompt, parameters, transcripts, known))
 
     def step(self) -> list[Step]:
         """One forward pass; nothing when no request is admitted."""
@@ -187,13 +196,15 @@ class Generate(BatchTask):
             )
 
 
-def _known(request: Request, vocabulary: int, logprobs: int | None) -> list[dict[str, Any]]:
+def _known(request: Request, vocabulary: int, parameters: Parameters) -> list[dict[str, Any]]:
     """The outputs so far. Raises :class:`ValueError` for outputs of something else."""
+    logprobs, siblings = parameters.logprobs, parameters.n
     top = 0 if logprobs is None else min(logprobs, vocabulary)
     for place, output in enumerate(request.outputs):
         if not (
             isinstance(output, dict)
-            and _is_token(output.get("token"), vocabulary)
+            and _is_below(output.get("token"), vocabulary)
+            and (siblings == 1 or _is_below(output.get("index"), siblings))
             and (logprobs is None or isinstance(output.get("logprob"), float))
             and (not top or _is_top(output.get("top_logprobs"), top, vocabulary))
         ):
@@ -201,8 +212,8 @@ def _known(request: Request, vocabulary: int, logprobs: int | None) -> list[dict
     return request.outputs
 
 
-def _is_token(value: Any, vocabulary: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+def _is_below(value: Any, end: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
 
 
 def _is_top(value: Any, count: int, vocabulary: int) -> bool:
@@ -210,7 +221,7 @@ def _is_top(value: Any, count: int, vocabulary: int) -> bool:
         isinstance(value, list)
         and len(value) == count
         and all(
-            isinstance(pair, list) and len(pair) == 2 and _is_token(pair[0], vocabulary) and isinstance(pair[1], float)
+            isinstance(pair, list) and len(pair) == 2 and _is_below(pair[0], vocabulary) and isinstance(pair[1], float)
             for pair in value
         )
     )

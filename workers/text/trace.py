@@ -16,7 +16,8 @@ Row = tuple[str, str, int, str]
 """Request id, execution, index, kind.
 
 ``"prefill"``: a position of the prompt. ``"replay"``: an output that was known and was only put back
-into the cache. ``"decode"``: an output that was sampled. Indices count from 0.
+into the cache. ``"decode"``: an output that was sampled. Indices count from 0; those of outputs are
+``token * n + sibling``.
 """
 
 
