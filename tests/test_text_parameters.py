@@ -32,6 +32,8 @@ BAD = [
     ("token_ids with nothing", {"token_ids": [None]}, "token_ids"),
     ("token_ids negative", {"token_ids": [3, -1]}, "token_ids"),
     ("token_ids huge", {"token_ids": [2**31]}, "token_ids"),
+    ("exact a number", {"prompt": "a", "exact": 0}, "exact"),
+    ("exact a string", {"prompt": "a", "exact": "no"}, "exact"),
     ("no messages", {"messages": []}, "messages"),
     ("n 0", {"prompt": "a", "n": 0}, "n"),
     ("n negative", {"prompt": "a", "n": -1}, "n"),

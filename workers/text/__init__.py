@@ -30,7 +30,7 @@ class Generate(BatchTask):
     to which nothing is added; and may have ``max_tokens`` (128), ``min_tokens`` (0), ``temperature``
     (0: greedy), ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1),
     ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100),
-    ``logprobs`` and ``n`` (1). Penalties and biases are functions of the tokens so far (formulas:
+    ``logprobs``, ``n`` (1) and ``exact`` (true). Penalties and biases are functions of the tokens so far (formulas:
     :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
@@ -48,6 +48,11 @@ class Generate(BatchTask):
     come in the order of the tokens, of equal ones in that of the answers; the result is ``{"choices":
     [{"index", "text", "token_ids", "finish_reason", …}], "usage"}``. The first answer is that of n = 1;
     the others' seeds are derived from its (:meth:`~perdure.workers.text.parameters.Parameters.sibling`).
+
+    With ``exact`` false the ordinary shapes are used where no exact request is in the engine: faster,
+    and an answer after a crash may go on with other tokens than it would have had. The result then has
+    ``"exact": False``. What was put out is kept in any case; a restart from zero that comes out
+    differently is told to the reader as that of any other task.
 
     A step that put a prompt or known tokens into the cache has neither output nor result.
     """

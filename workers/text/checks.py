@@ -31,6 +31,7 @@ FIELDS: Final = (
     "logprobs",
     "min_tokens",
     "n",
+    "exact",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -87,6 +88,7 @@ def checked(payload: Any) -> dict[str, Any]:
         "logprobs": _logprobs(given),
         "min_tokens": _min_tokens(given, max_tokens),
         "n": _integer(given, "n", 1, 1, _SIBLINGS),
+        "exact": _flag(given, "exact", True),
     }
 
 
@@ -238,6 +240,13 @@ def _logprobs(given: Mapping[str, Any]) -> int | None:
     if not isinstance(value, int):
         raise InvalidRequest(f"logprobs must be true, false or a whole number, not {_kind(value)}", field="logprobs")
     return _integer(given, "logprobs", 0, 0, _LOGPROBS)
+
+
+def _flag(given: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = given.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {_kind(value)}", field=name)
+    return value
 
 
 def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

@@ -1,7 +1,9 @@
 """Continuous batching: many generations, one forward pass a step.
 
 Each step is one pass in one of the two canonical shapes (:mod:`.llama`), so it is short, and what a
-pass computes for a request depends on nothing but the request. Knows no Redis.
+pass computes for a request depends on nothing but the request. Requests that did without exactness
+have ordinary shapes while they are among themselves; beside exact ones they sit in the rows that are
+computed anyway. Knows no Redis.
 """
 
 from __future__ import annotations
@@ -58,19 +60,20 @@ class Engine:
         if ended:
             # The last execution died between the last output and the result: there is nothing to compute.
             return [self._end(item) for item in ended]
-        waiting = [item for item in self._requests.values() if item.in_prefill]
-        running = [item for item in self._requests.values() if not item.in_prefill]
+        waiting = [item for item in self._requests.values() if item.in_prefill or self._behind(item)]
+        running = [item for item in self._requests.values() if item not in waiting]
         if waiting and (not running or self._prefills < PREFILLS):
             self._prefills += 1
-            return self._prefill(waiting[0])
+            return self._prefill(waiting[0]) if waiting[0].in_prefill else self._catch_up(waiting[0])
         self._prefills = 0
         return self._decode(running) if running else []
 
     def _prefill(self, item: Generation) -> list[Step]:
         start = item.prefilled
-        chunk = item.prompt[start : start + self._llama.chunk]
+        exact = item.parameters.exact
+        chunk = item.prompt[start : start + (self._llama.chunk if exact else self._llama.ordinary_chunk)]
         assert item.keys is not None
-        last = self._llama.prefill(item.keys, start, chunk)
+        last = (self._llama.prefill if exact else self._llama.extend)(item.keys, start, chunk)
         item.prefilled += len(chunk)
         rows: list[Row] = [(item.id, item.execution, start + place, "prefill") for place in range(len(chunk))]
         steps: list[Step] = []
@@ -78,11 +81,28 @@ class Engine:
             item.share()
             fresh = [sibling for sibling in item.running() if not sibling.generated]
             if fresh:
-                logits = self._llama.logits(last)[0]
+                logits = self._llama.logits(last, exact=exact)[0]
                 rows += [self._row(item, sibling, 0, "decode") for sibling in fresh]
                 steps = self._sample(item, [(sibling, logits) for sibling in fresh])
         self._trace.write(rows)
         return steps or [Step(request_id=item.id)]
+
+    def _behind(self, item: Generation) -> Sibling | None:
+        """A sibling whose known tokens are put back many at once: where that need not be exact."""
+        if item.parameters.exact:
+            return None
+        return next((sibling for sibling in item.running() if item.pending(sibling) > 1), None)
+
+    def _catch_up(self, item: Generation) -> list[Step]:
+        sibling = self._behind(item)
+        assert sibling is not None
+        assert sibling.keys is not None
+        first = sibling.cached - len(item.prompt)
+        tokens = sibling.generated[first:-1][: self._llama.ordinary_chunk]
+        self._llama.extend(sibling.keys, sibling.cached, tokens)
+        sibling.cached += len(tokens)
+        self._trace.write([self._row(item, sibling, first + place, "replay") for place in range(len(tokens))])
+        return [Step(request_id=item.id)]
 
     def _decode(self, items: Sequence[Generation]) -> list[Step]:
         runs: list[Run] = []
@@ -109,8 +129,9 @@ class Engine:
                     rows.append(self._row(item, sibling, len(sibling.generated), "decode"))
                 sibling.cached += count
             sampled.append((item, ready))
-        x = self._llama.decode(runs)
-        logits = self._llama.logits(x) if any(ready for _, ready in sampled) else None
+        exact = any(item.parameters.exact for item in items)
+        x = self._llama.decode(runs, exact=exact)
+        logits = self._llama.logits(x, exact=exact) if any(ready for _, ready in sampled) else None
         steps: list[Step] = []
         for item, ready in sampled:
             if logits is None or not ready:

@@ -22,7 +22,7 @@ from .parameters import Parameters
 from .transcript import Transcript
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sibling:
     """One answer.
 
@@ -58,7 +58,7 @@ class Sibling:
         return result
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Generation:
     """One request in the engine; ``prefilled`` counts the positions of its prompt whose keys are computed."""
 
@@ -127,8 +127,9 @@ class Generation:
     def result(self) -> dict[str, Any]:
         """What the request ends with."""
         results = [sibling.result() for sibling in self.siblings]
+        exact = {} if self.parameters.exact else {"exact": False}
         if len(results) == 1:
-            return results[0]
+            return results[0] | exact
         usages = [result.pop("usage") for result in results]
         return {
             "choices": [{"index": index, **result} for index, result in enumerate(results)],
@@ -136,4 +137,5 @@ class Generation:
                 "prompt_tokens": len(self.prompt),
                 "completion_tokens": sum(usage["completion_tokens"] for usage in usages),
             },
+            **exact,
         }

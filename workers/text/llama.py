@@ -6,6 +6,10 @@ one token each, whichever requests they belong to. A token's keys, values and lo
 function of the tokens before it alone: not of the batch, not of the slot, not of whether it was
 computed for the first time or again by another process after a crash.
 
+Who does not ask for that gets the ordinary shapes: as many rows as there are tokens, keys up to the
+last position and no further, long chunks that begin anywhere (:meth:`Llama.extend`, ``exact=False``).
+Nothing is computed for padding, and the bits depend on who else was there.
+
 The rows of one decode pass may be consecutive positions of one request, if they are known: all
 rows' keys are written before any row attends. So replay runs M times faster than decoding did.
 """
@@ -50,6 +54,7 @@ class Llama:
         self.rows = -(-slots // 4) * 4
         # A pass must stay short beside a decode pass, and a GPU is idle with less than this.
         self.chunk = 32 if device.type == "cpu" else BUCKET
+        self.ordinary_chunk = 4 * self.chunk
         tensors = {name: tensor.to(device) for name, tensor in bundle.tensors.items()}
         self.embedding = tensors["embedding"]
         self.dtype = self.embedding.dtype
@@ -85,31 +90,28 @@ class Llama:
             count = len(tokens)
             padded = torch.zeros(self.chunk, dtype=torch.int64)
             padded[:count] = torch.tensor(tokens)
-            length = -(-(start + count) // BUCKET) * BUCKET
-            places = torch.arange(start, start + self.chunk)
-            future = torch.arange(length).unsqueeze(0) > places.unsqueeze(1)
-            mask = torch.zeros(self.chunk, length).masked_fill(future, -torch.inf).to(self.device)
-            heads = self.shape.heads
+            return self._chunk(keys, start, padded, count, -(-(start + count) // BUCKET) * BUCKET)
 
-            def attend(layer: int, qkv: Tensor) -> Tensor:
-                # Rows of padding leave no keys behind.
-                keys[layer, :, start : start + count] = qkv[:count, heads:].transpose(0, 1)
-                return self.operators.attend_chunk(qkv[:, :heads].contiguous(), keys[layer, :, :length], mask)
-
-            x = self._forward(padded, places, attend)
-            return x[count - 1 : count]
-
-    def decode(self, runs: Sequence[Run]) -> Tensor:
-        """Compute at most M generated tokens; returns [M, width], the runs' rows first, in their order."""
+    def extend(self, keys: Tensor, start: int, tokens: Sequence[int]) -> Tensor:
+        """Compute any number of known tokens from any position, not exactly. Returns the last one's row [1, width]."""
         with torch.inference_mode():
-            tokens, places, seen = [0] * self.rows, [0] * self.rows, []
+            return self._chunk(keys, start, torch.tensor(tokens), len(tokens), start + len(tokens))
+
+    def decode(self, runs: Sequence[Run], *, exact: bool = True) -> Tensor:
+        """Compute at most M generated tokens; returns [M, width], the runs' rows first, in their order.
+
+        Without ``exact`` there are no other rows.
+        """
+        with torch.inference_mode():
+            rows = self.rows if exact else sum(len(run.tokens) for run in runs)
+            tokens, places, seen = [0] * rows, [0] * rows, []
             writes = []
             row = 0
             for run in runs:
                 writes.append((run.keys, run.start, row, len(run.tokens)))
                 for position, token in enumerate(run.tokens, start=run.start):
                     tokens[row], places[row] = token, position
-                    length = (position // BUCKET + 1) * BUCKET
+                    length = (position // BUCKET + 1) * BUCKET if exact else position + 1
                     first = self._positions - position - 1
                     seen.append(Seen(row, run.keys, length, self._stairs[first : first + length].view(1, 1, length)))
                     row += 1
@@ -122,11 +124,11 @@ class Llama:
 
             return self._forward(torch.tensor(tokens), torch.tensor(places), attend)
 
-    def logits(self, x: Tensor) -> NDArray[Any]:
+    def logits(self, x: Tensor, *, exact: bool = True) -> NDArray[Any]:
         """The logits of up to M rows [rows, width], as float32 on the host: [rows, vocabulary]."""
         with torch.inference_mode():
             count = len(x)
-            if count < self.rows:
+            if exact and count < self.rows:
                 x = torch.cat((x, x.new_zeros(self.rows - count, x.shape[1])))
             x = self.operators.norm(x, self._norm, self.shape.norm_epsilon)
             result: NDArray[Any] = self.operators.linear(x, self._head)[:count].cpu().numpy()
@@ -136,6 +138,20 @@ class Llama:
         """One packed weight of each shape that products are computed with, by name."""
         layer = self._layers[0]
         return {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": self._head}
+
+    def _chunk(self, keys: Tensor, start: int, tokens: Tensor, count: int, length: int) -> Tensor:
+        places = torch.arange(start, start + len(tokens))
+        future = torch.arange(length).unsqueeze(0) > places.unsqueeze(1)
+        mask = torch.zeros(len(tokens), length).masked_fill(future, -torch.inf).to(self.device)
+        heads = self.shape.heads
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            # Rows of padding leave no keys behind.
+            keys[layer, :, start : start + count] = qkv[:count, heads:].transpose(0, 1)
+            return self.operators.attend_chunk(qkv[:, :heads].contiguous(), keys[layer, :, :length], mask)
+
+        x = self._forward(tokens, places, attend)
+        return x[count - 1 : count]
 
     def _forward(self, tokens: Tensor, places: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         shape, operators = self.shape, self.operators

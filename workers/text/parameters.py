@@ -23,6 +23,7 @@ _OFF: Final[dict[str, Any]] = {
     "logit_bias": {},
     "min_tokens": 0,
     "n": 1,
+    "exact": True,
 }
 """What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
 
@@ -37,6 +38,7 @@ class Parameters:
     formulas are those of :func:`~perdure.workers.text.sampler.adjust`. ``logprobs`` is ``None``, or how
     many tokens' log-probabilities come with the chosen token's own
     (:func:`~perdure.workers.text.sampler.score`). ``n`` is how many answers are asked for.
+    Without ``exact`` the ordinary shapes will do, which are faster and not the same after a resume.
     """
 
     prompt: str | None
@@ -55,6 +57,7 @@ class Parameters:
     logprobs: int | None
     min_tokens: int
     n: int
+    exact: bool
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -86,6 +89,7 @@ class Parameters:
             logprobs=fields["logprobs"],
             min_tokens=fields["min_tokens"],
             n=fields["n"],
+            exact=fields["exact"],
         )
 
     def sibling(self, index: int) -> Parameters:
