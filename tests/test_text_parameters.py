@@ -34,6 +34,7 @@ BAD = [
     ("token_ids huge", {"token_ids": [2**31]}, "token_ids"),
     ("exact a number", {"prompt": "a", "exact": 0}, "exact"),
     ("exact a string", {"prompt": "a", "exact": "no"}, "exact"),
+    ("kv a number", {"prompt": "a", "kv": 1}, "kv"),
     ("no messages", {"messages": []}, "messages"),
     ("n 0", {"prompt": "a", "n": 0}, "n"),
     ("n negative", {"prompt": "a", "n": -1}, "n"),

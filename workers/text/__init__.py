@@ -30,14 +30,14 @@ class Generate(BatchTask):
     to which nothing is added; and may have ``max_tokens`` (128), ``min_tokens`` (0), ``temperature``
     (0: greedy), ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1),
     ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100),
-    ``logprobs``, ``n`` (1) and ``exact`` (true). Penalties and biases are functions of the tokens so far (formulas:
+    ``logprobs``, ``n`` (1), ``exact`` (true) and ``kv`` (false). Penalties and biases are functions of the tokens so far (formulas:
     :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
     ``{"text", "token_ids", "finish_reason": "stop" | "length", "usage": {"prompt_tokens",
     "completion_tokens"}}``. A token that ends the text is neither counted nor, as a rule, an output;
     it is one only when text was held back until then. The outputs are all that a later execution
-    needs: there is no state.
+    needs: there is no state, unless ``kv`` asks for one.
 
     With ``logprobs`` (true, or 0 to 20) each output has a ``"logprob"`` too, with more than 0
     ``"top_logprobs"`` as well, ``[[token, logprob], …]``, and the result has ``"logprobs"``, a mapping
@@ -53,6 +53,10 @@ class Generate(BatchTask):
     and an answer after a crash may go on with other tokens than it would have had. The result then has
     ``"exact": False``. What was put out is kept in any case; a restart from zero that comes out
     differently is told to the reader as that of any other task.
+
+    With ``kv`` the keys and values of the prompt are the request's state once they are computed, as many
+    of them as ``PERDURE_MAX_STATE`` has room for, and a resume reads them instead of computing them. The
+    answer is the same to the last bit. The result has ``"kv_tokens"``, for how many tokens of the prompt.
 
     A step that put a prompt or known tokens into the cache has neither output nor result.
     """
@@ -109,7 +113,7 @@ class Generate(BatchTask):
         self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self._context = bundle.shape.context
         self._threads = torch.get_num_threads()
-        self._engine = Engine(llama, Trace(settings.trace))
+        self._engine = Engine(llama, Trace(settings.trace), self._fingerprint, settings.max_state)
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
@@ -155,7 +159,8 @@ class Generate(BatchTask):
             for _ in range(parameters.n)
         ]
         known = _known(request, len(tokenizer.pieces), parameters)
-        engine.admit(Generation.of(request.id, request.execution, prompt, parameters, transcripts, known))
+        item = Generation.of(request.id, request.execution, prompt, parameters, transcripts, known, request.state)
+        engine.admit(item)
 
     def step(self) -> list[Step]:
         """One forward pass; nothing when no request is admitted."""

@@ -32,6 +32,7 @@ FIELDS: Final = (
     "min_tokens",
     "n",
     "exact",
+    "kv",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -89,6 +90,7 @@ def checked(payload: Any) -> dict[str, Any]:
         "min_tokens": _min_tokens(given, max_tokens),
         "n": _integer(given, "n", 1, 1, _SIBLINGS),
         "exact": _flag(given, "exact", True),
+        "kv": _flag(given, "kv", False),
     }
 
 

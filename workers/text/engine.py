@@ -8,6 +8,7 @@ computed anyway. Knows no Redis.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 
 from ..tasks import Step
 from .generation import Generation, Sibling
+from .kv import held, restore, room, save
 from .llama import Llama, Run
 from .sampler import adjust, choose, score
 from .trace import Row, Trace
+
+LOG: Final = logging.getLogger("rq.worker")
 
 PREFILLS: Final = 2
 """Prefill passes between two decode passes, at most: a long prompt slows the others, and stops nobody."""
@@ -32,7 +36,10 @@ class Engine:
     3. A request leaves with the step that carries its result or error, or by :meth:`drop`.
     """
 
-    def __init__(self, llama: Llama, trace: Trace) -> None:
+    def __init__(self, llama: Llama, trace: Trace, fingerprint: str = "", max_state: int = 0) -> None:
+        """``fingerprint`` of what computes here; ``max_state``: most bytes of a state."""
+        self._fingerprint = fingerprint
+        self._max_state = max_state
         self._llama = llama
         self._trace = trace
         self._requests: dict[str, Generation] = {}
@@ -48,6 +55,7 @@ class Engine:
         """Take a request in."""
         if not item.ended:
             item.keys = self._llama.keys(len(item.prompt) + item.parameters.max_tokens)
+        self._restore(item)
         self._requests[item.id] = item
 
     def drop(self, request_id: str) -> None:
@@ -78,14 +86,51 @@ class Engine:
         rows: list[Row] = [(item.id, item.execution, start + place, "prefill") for place in range(len(chunk))]
         steps: list[Step] = []
         if not item.in_prefill:
+            state = self._save(item)
             item.share()
             fresh = [sibling for sibling in item.running() if not sibling.generated]
             if fresh:
                 logits = self._llama.logits(last, exact=exact)[0]
                 rows += [self._row(item, sibling, 0, "decode") for sibling in fresh]
                 steps = self._sample(item, [(sibling, logits) for sibling in fresh])
+            if state is not None and not any(step.ends for step in steps):
+                # First, so that it is in the same checkpoint as the first outputs, or in an earlier one.
+                steps.insert(0, Step(request_id=item.id, state=state))
         self._trace.write(rows)
         return steps or [Step(request_id=item.id)]
+
+    def _save(self, item: Generation) -> Any:
+        """The prompt's keys as a state, once, where that was asked for; else ``None``."""
+        if not item.parameters.kv or item.kept is not None:
+            return None
+        assert item.keys is not None
+        item.kept = room(item.keys, len(item.prompt), self._llama.chunk, self._max_state)
+        if item.kept < len(item.prompt):
+            LOG.warning(
+                "the keys of request %s's prompt are more than PERDURE_MAX_STATE (%d bytes); "
+                "a resume will find those of %d of its %d tokens, and compute the rest",
+                item.id, self._max_state, item.kept, len(item.prompt),
+            )  # fmt: skip
+        return save(item.keys, item.kept, self._fingerprint) if item.kept else None
+
+    def _restore(self, item: Generation) -> None:
+        """Take the prompt's keys from the state, if it has them; the tokens that are left are computed."""
+        state, item.state = item.state, None
+        if item.ended:
+            item.kept = held(state)
+            return
+        if item.parameters.kv and state is not None:
+            assert item.keys is not None
+            item.kept = restore(state, item.keys, self._fingerprint) or None
+            if item.kept is None:
+                LOG.warning("the state of request %s is none for this model; its prompt is computed again", item.id)
+                return
+            # The row of the prompt's last token is not stored. Whoever needs it computes its chunk again.
+            complete = item.kept == len(item.prompt) and all(sibling.generated for sibling in item.running())
+            chunk = self._llama.chunk
+            item.prefilled = item.kept if complete else min(item.kept, len(item.prompt) - 1) // chunk * chunk
+            if complete:
+                item.share()
 
     def _behind(self, item: Generation) -> Sibling | None:
         """A sibling whose known tokens are put back many at once: where that need not be exact."""

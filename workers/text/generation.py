@@ -60,7 +60,11 @@ class Sibling:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One request in the engine; ``prefilled`` counts the positions of its prompt whose keys are computed."""
+    """One request in the engine.
+
+    ``prefilled`` counts the positions of its prompt whose keys are computed; ``kept`` those that are
+    in its state, ``None`` before there was one to write.
+    """
 
     id: str
     execution: str
@@ -69,6 +73,8 @@ class Generation:
     siblings: list[Sibling]
     keys: Tensor | None = None
     prefilled: int = 0
+    state: Any = None
+    kept: int | None = None
     prompt_ids: NDArray[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,14 +89,15 @@ class Generation:
         parameters: Parameters,
         transcripts: Iterable[Transcript],
         known: Iterable[Mapping[str, Any]],
+        state: Any = None,
     ) -> Generation:
-        """A request with a transcript for each of its siblings, and its outputs so far, in order."""
+        """A request with a transcript for each of its siblings; its outputs so far, in order, and its state."""
         siblings = [
             Sibling(index, parameters.sibling(index), transcript) for index, transcript in enumerate(transcripts)
         ]
         for output in known:
             siblings[output.get("index", 0)].take(output)
-        return cls(request_id, execution, list(prompt), parameters, siblings)
+        return cls(request_id, execution, list(prompt), parameters, siblings, state=state)
 
     @property
     def ended(self) -> bool:
@@ -127,9 +134,11 @@ class Generation:
     def result(self) -> dict[str, Any]:
         """What the request ends with."""
         results = [sibling.result() for sibling in self.siblings]
-        exact = {} if self.parameters.exact else {"exact": False}
+        notes: dict[str, Any] = {} if self.parameters.exact else {"exact": False}
+        if self.parameters.kv:
+            notes["kv_tokens"] = self.kept or 0
         if len(results) == 1:
-            return results[0] | exact
+            return results[0] | notes
         usages = [result.pop("usage") for result in results]
         return {
             "choices": [{"index": index, **result} for index, result in enumerate(results)],
@@ -137,5 +146,5 @@ class Generation:
                 "prompt_tokens": len(self.prompt),
                 "completion_tokens": sum(usage["completion_tokens"] for usage in usages),
             },
-            **exact,
+            **notes,
         }

@@ -24,6 +24,7 @@ _OFF: Final[dict[str, Any]] = {
     "min_tokens": 0,
     "n": 1,
     "exact": True,
+    "kv": False,
 }
 """What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
 
@@ -39,6 +40,7 @@ class Parameters:
     many tokens' log-probabilities come with the chosen token's own
     (:func:`~perdure.workers.text.sampler.score`). ``n`` is how many answers are asked for.
     Without ``exact`` the ordinary shapes will do, which are faster and not the same after a resume.
+    With ``kv`` the prompt's keys are checkpointed.
     """
 
     prompt: str | None
@@ -58,6 +60,7 @@ class Parameters:
     min_tokens: int
     n: int
     exact: bool
+    kv: bool
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -90,6 +93,7 @@ class Parameters:
             min_tokens=fields["min_tokens"],
             n=fields["n"],
             exact=fields["exact"],
+            kv=fields["kv"],
         )
 
     def sibling(self, index: int) -> Parameters:
