@@ -266,7 +266,7 @@ def test_one_failure_of_arithmetic_leaves_the_others(task, monkeypatch):
         return choose(logits, parameters, index)
 
     expected = answer(PAYLOAD, SETTINGS)
-    monkeypatch.setattr("perdure.workers.text.engine.choose", sometimes)
+    monkeypatch.setattr("perdure.workers.text.generation.choose", sometimes)
     task.admit(Request(id="a", payload=PAYLOAD))
     task.admit(Request(id="bad", payload=PAYLOAD | {"seed": 99}))
     steps = [step for steps in steps_until(task, ended("a", "bad")) for step in steps if step.ends]

@@ -15,7 +15,7 @@ from perdure.workers.tasks import NOTHING, Request
 from perdure.workers.text import Generate
 from perdure.workers.text.parameters import complete
 
-from .worker_kit import Lab
+from .worker_kit import Lab, eventually
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1)
 PROMPT = "A prompt that is long enough is worth more than its keys. " * 3
@@ -155,13 +155,16 @@ def test_a_killed_worker_leaves_its_keys_to_the_next(lab: Lab, tmp_path):
     trace = tmp_path / "trace"
     lab.settings |= {"model": "tiny", "device": "cpu", "threads": 1, "trace": str(trace)}
     payload = complete(PAYLOAD | {"max_tokens": 300, "n": 2})
-    first = lab.worker(tasks=("perdure.workers.text.generate",))
+    workers = [lab.worker(tasks=("perdure.workers.text.generate",), wait=False) for _ in range(2)]
+    eventually(lambda: all(lab.ready(worker.name) for worker in workers), 100)
     identifier = lab.submit("perdure.workers.text.generate", payload)
     lab.moved(identifier, 10)
+    holder = lab.record(identifier).worker
+    first, second = sorted(workers, key=lambda worker: worker.name != holder)
     first.kill()
     assert not lab.record(identifier).ended
-    second = lab.worker(tasks=("perdure.workers.text.generate",))
-    assert lab.ended(identifier).status == "finished"
+    record = lab.ended(identifier)
+    assert (record.status, record.worker) == ("finished", second.name)
     lines = [json.loads(line) for line in (trace / f"{second.pid}.jsonl").read_text().splitlines()]
     assert not any(row[3] == "prefill" for line in lines for row in line["rows"])
     task = Generate(SETTINGS)

@@ -164,7 +164,7 @@ def test_a_failing_answer_ends_its_request_and_no_other(task, monkeypatch):
             raise ArithmeticError("not finite")
         return choose(logits, parameters, index)
 
-    monkeypatch.setattr("perdure.workers.text.engine.choose", sometimes)
+    monkeypatch.setattr("perdure.workers.text.generation.choose", sometimes)
     task.admit(Request(id="a", payload=TRIPLE))
     task.admit(Request(id="b", payload=SINGLE | {"seed": 3}))
     steps: list[Step] = []

@@ -11,7 +11,6 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...protocol.errors import InvalidRequest
 from ...protocol.settings import Settings
 from ..tasks import BatchTask, Request, Step
 from .parameters import Parameters, complete
@@ -127,10 +126,10 @@ class Generate(BatchTask):
     def admit(self, request: Request) -> None:
         """Take a request in, from its payload and from the outputs it already has.
 
-        Raises :class:`InvalidRequest` for what :meth:`prepare` would refuse, and for what only
+        Raises :class:`~perdure.protocol.errors.InvalidRequest` for what :meth:`prepare` would refuse, and for what only
         the model can tell: a prompt that does not fit, a token that it does not know.
         """
-        from .generation import Generation
+        from .generation import Generation, known_outputs
         from .transcript import Transcript
 
         engine, tokenizer = self._loaded()
@@ -146,7 +145,7 @@ class Generate(BatchTask):
             prompt = tokenizer.encode(parameters.prompt)
         else:
             prompt = tokenizer.encode_chat(parameters.messages or ())
-        self._check_room(len(prompt), parameters)
+        parameters.check_room(len(prompt), self._context)
         transcripts = [
             Transcript(
                 tokenizer.pieces,
@@ -158,7 +157,7 @@ class Generate(BatchTask):
             )
             for _ in range(parameters.n)
         ]
-        known = _known(request, len(tokenizer.pieces), parameters)
+        known = known_outputs(request, len(tokenizer.pieces), parameters)
         item = Generation.of(request.id, request.execution, prompt, parameters, transcripts, known, request.state)
         engine.admit(item)
 
@@ -188,53 +187,6 @@ class Generate(BatchTask):
         if self._engine is None or self._tokenizer is None:
             raise RuntimeError("load() comes first")
         return self._engine, self._tokenizer
-
-    def _check_room(self, prompt_tokens: int, parameters: Parameters) -> None:
-        if prompt_tokens == 0:
-            raise InvalidRequest(f"{parameters.source} holds no token for this model", field=parameters.source)
-        if prompt_tokens >= self._context:
-            raise InvalidRequest(
-                f"{parameters.source} has {prompt_tokens} tokens, but the model's context is {self._context} "
-                "including the answer",
-                field=parameters.source,
-            )
-        if prompt_tokens + parameters.max_tokens > self._context:
-            raise InvalidRequest(
-                f"max_tokens is {parameters.max_tokens}, but after {prompt_tokens} tokens of {parameters.source} the "
-                f"model's context of {self._context} has room for {self._context - prompt_tokens}",
-                field="max_tokens",
-            )
-
-
-def _known(request: Request, vocabulary: int, parameters: Parameters) -> list[dict[str, Any]]:
-    """The outputs so far. Raises :class:`ValueError` for outputs of something else."""
-    logprobs, siblings = parameters.logprobs, parameters.n
-    top = 0 if logprobs is None else min(logprobs, vocabulary)
-    for place, output in enumerate(request.outputs):
-        if not (
-            isinstance(output, dict)
-            and _is_below(output.get("token"), vocabulary)
-            and (siblings == 1 or _is_below(output.get("index"), siblings))
-            and (logprobs is None or isinstance(output.get("logprob"), float))
-            and (not top or _is_top(output.get("top_logprobs"), top, vocabulary))
-        ):
-            raise ValueError(f"output {place} of request {request.id} is not one of text generation: {output!r:.60}")
-    return request.outputs
-
-
-def _is_below(value: Any, end: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
-
-
-def _is_top(value: Any, count: int, vocabulary: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and _is_below(pair[0], vocabulary) and isinstance(pair[1], float)
-            for pair in value
-        )
-    )
 
 
 generate = Generate()

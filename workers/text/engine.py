@@ -18,7 +18,6 @@ from ..tasks import Step
 from .generation import Generation, Sibling
 from .kv import held, restore, room, save
 from .llama import Llama, Run
-from .sampler import adjust, choose, score
 from .trace import Row, Trace
 
 LOG: Final = logging.getLogger("rq.worker")
@@ -206,7 +205,7 @@ class Engine:
         steps: list[Step] = []
         for sibling, logits in ready:
             try:
-                output = self._next(item, sibling, logits)
+                output = item.advance(sibling, logits)
             except ArithmeticError as error:
                 self.drop(item.id)
                 return [*steps, Step(request_id=item.id, error=error)]
@@ -217,23 +216,6 @@ class Engine:
             else:
                 steps.append(Step(request_id=item.id, output=output))
         return steps
-
-    def _next(self, item: Generation, sibling: Sibling, logits: NDArray[Any]) -> dict[str, Any] | None:
-        parameters, transcript = sibling.parameters, sibling.transcript
-        adjusted = adjust(logits, parameters, item.prompt_ids, sibling.generated, transcript.ends)
-        token = choose(adjusted, parameters, len(sibling.generated))
-        sibling.generated.append(token)
-        scored = {} if parameters.logprobs is None else score(logits, token, parameters.logprobs)
-        if scored:
-            sibling.scores.append(scored)
-        before = len(transcript.tokens)
-        text = transcript.add(token)
-        if transcript.finish_reason:
-            sibling.keys = None
-            # The token that ends a text is no output of its own, except to carry text that was held back.
-            if len(transcript.tokens) == before and not text:
-                return None
-        return item.output(sibling, token, text, scored)
 
     def _end(self, item: Generation, output: dict[str, Any] | None = None) -> Step:
         self.drop(item.id)

@@ -18,7 +18,9 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..tasks import Request
 from .parameters import Parameters
+from .sampler import adjust, choose, score
 from .transcript import Transcript
 
 
@@ -126,8 +128,25 @@ class Generation:
             sibling.keys = keys.clone() if place else keys
             sibling.cached = len(self.prompt)
 
-    def output(self, sibling: Sibling, token: int, text: str, scored: Mapping[str, Any]) -> dict[str, Any]:
-        """What a sibling's token is for the client."""
+    def advance(self, sibling: Sibling, logits: NDArray[Any]) -> dict[str, Any] | None:
+        """Choose a sibling's next token from a row of logits; its output, or ``None`` where it has none.
+
+        Raises :class:`ArithmeticError` for logits that are no numbers.
+        """
+        parameters, transcript = sibling.parameters, sibling.transcript
+        adjusted = adjust(logits, parameters, self.prompt_ids, sibling.generated, transcript.ends)
+        token = choose(adjusted, parameters, len(sibling.generated))
+        sibling.generated.append(token)
+        scored = {} if parameters.logprobs is None else score(logits, token, parameters.logprobs)
+        if scored:
+            sibling.scores.append(scored)
+        before = len(transcript.tokens)
+        text = transcript.add(token)
+        if transcript.finish_reason:
+            sibling.keys = None
+            # The token that ends a text is no output of its own, except to carry text that was held back.
+            if len(transcript.tokens) == before and not text:
+                return None
         index = {"index": sibling.index} if len(self.siblings) > 1 else {}
         return {**index, "token": token, "text": text, **scored}
 
@@ -148,3 +167,34 @@ class Generation:
             },
             **notes,
         }
+
+
+def known_outputs(request: Request, vocabulary: int, parameters: Parameters) -> list[dict[str, Any]]:
+    """The outputs so far. Raises :class:`ValueError` for outputs of something else."""
+    logprobs, siblings = parameters.logprobs, parameters.n
+    top = 0 if logprobs is None else min(logprobs, vocabulary)
+    for place, output in enumerate(request.outputs):
+        if not (
+            isinstance(output, dict)
+            and _is_below(output.get("token"), vocabulary)
+            and (siblings == 1 or _is_below(output.get("index"), siblings))
+            and (logprobs is None or isinstance(output.get("logprob"), float))
+            and (not top or _is_top(output.get("top_logprobs"), top, vocabulary))
+        ):
+            raise ValueError(f"output {place} of request {request.id} is not one of text generation: {output!r:.60}")
+    return request.outputs
+
+
+def _is_below(value: Any, end: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
+
+
+def _is_top(value: Any, count: int, vocabulary: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and _is_below(pair[0], vocabulary) and isinstance(pair[1], float)
+            for pair in value
+        )
+    )

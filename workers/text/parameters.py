@@ -127,6 +127,25 @@ class Parameters:
                     field="logit_bias",
                 )
 
+    def check_room(self, prompt_tokens: int, context: int) -> None:
+        """Compare a prompt of so many tokens, and what is to follow it, with a model's context.
+
+        Raises :class:`InvalidRequest` naming the field.
+        """
+        if prompt_tokens == 0:
+            raise InvalidRequest(f"{self.source} holds no token for this model", field=self.source)
+        if prompt_tokens >= context:
+            raise InvalidRequest(
+                f"{self.source} has {prompt_tokens} tokens, but the model's context is {context} including the answer",
+                field=self.source,
+            )
+        if prompt_tokens + self.max_tokens > context:
+            raise InvalidRequest(
+                f"max_tokens is {self.max_tokens}, but after {prompt_tokens} tokens of {self.source} the "
+                f"model's context of {context} has room for {context - prompt_tokens}",
+                field="max_tokens",
+            )
+
 
 def complete(payload: Any) -> dict[str, Any]:
     """The payload to store: its defaults filled in, and a seed drawn if none was given.
