@@ -8,8 +8,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
-from perdure.protocol.codec import pack, unpack
+from perdure.protocol.packed_state import pack_state, unpack_state
 from perdure.protocol.settings import Settings
 from perdure.workers.tasks import NOTHING, Request
 from perdure.workers.text import Generate
@@ -37,6 +38,11 @@ def traced(tmp_path_factory):
     return task, prefilled
 
 
+def through_redis(state: Any) -> Any:
+    """As another process would find it."""
+    return unpack_state(b"".join(pack_state(state, limit=10**8).stored.pieces))
+
+
 def run(task: Generate, request: Request) -> tuple[list[Any], list[Any], Any]:
     """The outputs, the states, and the result."""
     task.admit(request)
@@ -47,7 +53,8 @@ def run(task: Generate, request: Request) -> tuple[list[Any], list[Any], Any]:
             if step.request_id != request.id:
                 continue
             outputs += [] if step.output is NOTHING else [step.output]
-            states += [] if step.state is NOTHING else [step.state]
+            # As the worker does it: before the next step.
+            states += [] if step.state is NOTHING else [through_redis(step.state)]
             result = step.result
     return outputs, states, result
 
@@ -61,7 +68,7 @@ def test_resumed_equals_uninterrupted_at_every_output(traced, fields):
     outputs, states, result = run(task, Request(id="a", payload=payload))
     assert plain[1] == []
     assert (outputs, result) == (plain[0], plain[2] | {"kv_tokens": len(PROMPT)})
-    state = unpack(pack(states, limit=10**7, what="state"))[0]
+    state = states[0]
     assert len(states) == 1
     for cut in range(len(outputs) + 1):
         name = f"{'-'.join(fields)}-{cut}"
@@ -110,7 +117,7 @@ def test_what_does_not_fit_is_computed_again(caplog, kept):
     assert result["kv_tokens"] == kept
     assert len(states) == bool(kept)
     if kept:
-        pack(states[0], limit=task._settings().max_state, what="state")
+        pack_state(states[0], limit=task._settings().max_state)
     state = states[0] if states else None
     for cut in (0, 1, 4):
         rest = run(task, Request(id="b", payload=PAYLOAD, outputs=outputs[:cut], state=state))
@@ -122,20 +129,24 @@ def test_keys_of_another_model_are_never_used(traced, caplog):
     task, prefilled = traced
     outputs, states, result = run(task, Request(id="a", payload=PAYLOAD))
     sound = states[0]
-    zeros = bytes(len(sound["data"]))
+    zeros = torch.zeros_like(sound["keys"])
     strange: list[Any] = [
-        sound | {"fingerprint": "another", "data": zeros},
-        sound | {"kv": 2, "data": zeros},
-        sound | {"dtype": "bfloat16", "data": zeros},
-        sound | {"shape": [3, 4, 10, 16], "data": zeros},
-        sound | {"data": zeros[:-1]},
+        sound | {"fingerprint": "another", "keys": zeros},
+        sound | {"kv": 2, "keys": zeros},
+        sound | {"keys": zeros.bfloat16()},
+        sound | {"keys": zeros[:2]},
+        sound | {"keys": zeros[..., :16]},
+        sound | {"keys": torch.zeros(3, 4, 500, 32)},
+        sound | {"keys": bytes(100)},
         {"latents": zeros},
         17,
     ]
     for place, state in enumerate(strange):
         name = f"strange-{place}"
         request = Request(id="b", execution=name, payload=PAYLOAD, outputs=outputs[:3], state=state)
-        assert run(task, request) == (outputs[3:], [sound], result)
+        rest, written, again = run(task, request)
+        assert (rest, again) == (outputs[3:], result)
+        assert [torch.equal(item["keys"], sound["keys"]) for item in written] == [True]
         assert prefilled(name) == len(PROMPT)
     assert caplog.text.count("none for this model") == len(strange)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -29,40 +28,27 @@ def room(keys: Tensor, positions: int, step: int, limit: int) -> int:
 
 
 def save(keys: Tensor, positions: int, fingerprint: str) -> dict[str, Any]:
-    """The first ``positions`` of ``keys`` [layers, 2 K, positions, d] as a state: plain values and bytes."""
-    part = keys[:, :, :positions].contiguous().cpu()
-    return {
-        "kv": FORMAT,
-        "fingerprint": fingerprint,
-        "dtype": str(part.dtype).removeprefix("torch."),
-        "shape": list(part.shape),
-        "data": part.view(torch.uint8).numpy().tobytes(),
-    }
+    """The first ``positions`` of ``keys`` [layers, 2 K, positions, d] as a state.
+
+    Not copied here: whoever stores a state copies its tensors, and the keys of a prompt stay as they are.
+    """
+    return {"kv": FORMAT, "fingerprint": fingerprint, "keys": keys[:, :, :positions]}
 
 
 def held(state: Any) -> int:
     """How many positions a state says that it has; 0 for none."""
-    return int(state["shape"][2]) if isinstance(state, dict) and state.get("kv") == FORMAT else 0
+    keys = state.get("keys") if isinstance(state, dict) and state.get("kv") == FORMAT else None
+    return int(keys.shape[2]) if isinstance(keys, Tensor) and keys.dim() == 4 else 0
 
 
 def restore(state: Any, keys: Tensor, fingerprint: str) -> int:
     """Put a saved state into ``keys``; how many positions it held, 0 if it is none for these keys."""
-    if not isinstance(state, dict) or state.get("kv") != FORMAT or state.get("fingerprint") != fingerprint:
+    positions = held(state)
+    if not 0 < positions <= keys.shape[2] or state.get("fingerprint") != fingerprint:
         return 0
-    shape, data = state.get("shape"), state.get("data")
-    layers, heads, positions, width = keys.shape
-    if not (
-        state.get("dtype") == str(keys.dtype).removeprefix("torch.")
-        and isinstance(shape, list)
-        and len(shape) == 4
-        and [*shape[:2], shape[3]] == [layers, heads, width]
-        and isinstance(shape[2], int)
-        and 0 < shape[2] <= positions
-        and isinstance(data, bytes)
-        and len(data) == layers * heads * shape[2] * width * keys.element_size()
-    ):
+    part = state["keys"]
+    if part.dtype != keys.dtype or part.shape != keys[:, :, :positions].shape:
         return 0
-    # A copy: what frombuffer gives cannot be written to, of which torch warns.
-    part = torch.from_numpy(numpy.frombuffer(data, dtype=numpy.uint8).copy()).view(keys.dtype).view(shape)
-    keys[:, :, : shape[2]] = part.to(keys.device)
-    return int(shape[2])
+    with torch.inference_mode():
+        keys[:, :, :positions] = part.to(keys.device)
+    return positions
