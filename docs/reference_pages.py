@@ -35,7 +35,13 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "perdure.protocol.states": ("State",),
         },
     ),
-    "workers": ("Workers and tasks", {"perdure.workers": ("task", "Step", "Request", "BatchTask", "Worker")}),
+    "workers": (
+        "Workers and tasks",
+        {
+            "perdure.workers": ("task", "Step", "Request", "BatchTask", "Worker"),
+            "perdure.workers.testing": ("resume_at_every_step", "Report"),
+        },
+    ),
     "errors": (
         "Errors",
         {

@@ -84,7 +84,7 @@ class Diffuse(BatchTask):
         shape = (1, CHANNELS, size, size)
         step, latents = 0, noise(seed, 0, shape)
         if request.state is not None:
-            step, latents = request.state["step"], to_tensor(request.state["latents"], shape)
+            step, latents = request.state["step"], request.state["latents"]
         self.images[request.id] = Image(seed, steps, step, latents)
 
     def step(self) -> Iterable[Step]:
@@ -100,7 +100,7 @@ class Diffuse(BatchTask):
             yield Step(
                 request_id=identifier,
                 output={"step": image.step, "of": image.steps},
-                state={"step": image.step, "latents": to_state(image.latents)},
+                state={"step": image.step, "latents": image.latents},
             )
 
     def drop(self, request_id: str) -> None:
@@ -135,17 +135,6 @@ def noise(seed: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The noise of one step. Hashed, since neighbouring seeds would share their numbers: 7 + 1 = 8 + 0."""
     digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
-
-
-def to_state(latents: torch.Tensor) -> bytes:
-    """The tensor's bytes; its shape and type follow from the payload."""
-    data: bytes = latents.numpy().tobytes()
-    return data
-
-
-def to_tensor(data: bytes, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that :func:`to_state` wrote."""
-    return torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)
 
 
 def png(latents: torch.Tensor) -> bytes:
