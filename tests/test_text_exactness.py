@@ -62,7 +62,7 @@ def bits(monkeypatch):
         assert previous == logits.tobytes(), f"other bits for seed {parameters.seed} at output {index}"
         return choose(logits, parameters, index)
 
-    monkeypatch.setattr("perdure.workers.text.engine.choose", spy)
+    monkeypatch.setattr("perdure.workers.text.generation.choose", spy)
     return seen
 
 

@@ -96,7 +96,7 @@ def test_resumed_equals_uninterrupted_at_every_output(task, fields):
 
 def test_resumed_equals_uninterrupted_among_neighbours(task):
     """All cuts again, five at a time, with more answers than rows."""
-    payload = TRIPLE | {"n": 4, "max_tokens": 12}
+    payload = TRIPLE | {"n": 4, "max_tokens": 9}
     outputs, result = run_alone(task, Request(id="a", payload=payload))
     for cuts in (range(start, min(start + 5, len(outputs) + 1)) for start in range(0, len(outputs) + 1, 5)):
         found = run_together(task, [Request(id=str(cut), payload=payload, outputs=list(outputs[:cut])) for cut in cuts])
