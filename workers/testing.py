@@ -229,7 +229,8 @@ class _Recorded(Holdings):
     __slots__ = ("steps", "store_now")
 
     def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
-        self.steps += any(not step.ends for step in steps)
+        # A turn that also ends the request is no place to be cut at.
+        self.steps += bool(steps) and not any(step.ends for step in steps)
         return super().offer(steps, executions)
 
     def wait_stored(self, identifiers: Sequence[str]) -> None:
