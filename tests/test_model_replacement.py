@@ -61,6 +61,7 @@ def assert_restarted_once_uncharged(handle: Handle) -> None:
     assert restarts[0].offset > 0
 
 
+@pytest.mark.slow
 def test_all_workers_are_replaced_by_another_model(lab: Lab, client: Client) -> None:
     """One killed, one drained: every request ends with the new model; no client reads the outputs of two as one."""
     payload = {"n": N, "sleep": 0.02}

@@ -117,6 +117,7 @@ def test_the_workers_serializer_is_the_schedulers(lab: Lab, serializer: str) -> 
     assert worker.end() == 0
 
 
+@pytest.mark.slow
 def test_a_job_that_repeats_and_one_that_retries_come_again(lab: Lab) -> None:
     """RQ's ``Repeat`` and ``Retry`` with an interval both wait in RQ's scheduled registry."""
     from rq import Repeat, Retry

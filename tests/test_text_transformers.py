@@ -169,6 +169,7 @@ def test_a_producer_needs_neither_transformers_nor_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_followed_by_another(lab: Lab, task):
     """kill -9 in the middle: the second worker goes on after the outputs that are stored."""
     payload = task.prepare(PAYLOAD | {"max_tokens": 400})

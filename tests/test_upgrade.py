@@ -129,6 +129,7 @@ def test_both_releases_serve_one_queue(lab: Lab, releases: Releases) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["old", "new"])
 def test_a_killed_worker_is_followed_by_one_of_the_other_release(lab: Lab, releases: Releases, first: str) -> None:
     """There and back again, kill -9 each time, with a small state and one of more than a MiB.

@@ -121,6 +121,7 @@ def test_a_plain_job_is_let_end(lab: Lab) -> None:
     assert job.return_value() == "rested"
 
 
+@pytest.mark.slow
 def test_a_stop_while_redis_is_down(server_binary: Path, tmp_path: Path) -> None:
     """SIGTERM during an outage: the worker gives up in bounded time, and its requests are handed on afterwards."""
     with Server(tmp_path / "redis", binary=server_binary) as server, laboratory(server.url, tmp_path) as lab:

@@ -183,6 +183,7 @@ def test_a_frozen_worker_is_fenced_and_rejoins(lab: Lab) -> None:
     assert lab.check(two, 3).worker == frozen.name
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_that_gets_its_request_back(lab: Lab) -> None:
     """Alone in the pool it claims its own request again: what its old step still puts out is not taken for new."""
     lab.reaper()
