@@ -75,6 +75,21 @@ def test_losses_with_progress_between_accuse_nobody(pool: Pool):
         assert pool.suspects() == []
 
 
+def test_what_an_earlier_checkpoint_stepped_is_not_taken_for_this_one_s(pool: Pool):
+    """A worker of the release before stores checkpoints beside an old number; its time since the claim counts."""
+    pool.submit("a")
+    hand = Hand(pool)
+    hand.step(hand.take("a"), [0], stepped=0.1)
+    pool.reap(hand.incarnation)
+    hand = Hand(pool, "old")
+    claim = hand.take("a")
+    hand.step(claim, [1], stepped=0.1)
+    pool.connection.hset(key("checkpoint", "a"), "stepped", "1:100")
+    pool.connection.hincrby(key("job", "a"), "claimed", -5000)
+    pool.reap(hand.incarnation)
+    assert (pool.waiting(), pool.suspects()) == (["a"], [])
+
+
 def test_losses_alone_end_at_the_total(connection: redis.Redis):
     """What kills without leaving evidence is not cleared by that: it ends as well, only later."""
     pool = Pool.over(connection, max_crashes_total=4)

@@ -185,4 +185,6 @@ def test_a_killed_worker_is_followed_by_another(lab: Lab, task):
     assert (record.status, record.worker != holder) == ("finished", True)
     outputs = lab.outputs(identifier)
     assert len(outputs) == 400
-    assert outputs[:stored] == run(task, Request(id="a", payload=payload | {"max_tokens": stored}))["a"][0]
+    # With the last token that is allowed, an unfinished character is let go as well: that one is left out.
+    whole = run(task, Request(id="a", payload=payload | {"max_tokens": stored}))["a"][0]
+    assert outputs[: stored - 1] == whole[: stored - 1]

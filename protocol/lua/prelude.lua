@@ -432,8 +432,10 @@ local function credit_progress(id, claimed_ms)
   -- Outputs say more than checkpoints; these count only where there are no outputs.
   if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
   redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
-  -- (An older release says nothing of stepping; there, loading the model counts as well.)
-  local stepped = tonumber(point[4]) or tonumber(point[3]) - claimed_ms
+  -- (An older release says nothing of stepping, and leaves what was said of an earlier checkpoint; there, loading the
+  -- model counts as well.)
+  local which, ms = string.match(point[4] or '', '^(%d+):(%d+)$')
+  local stepped = which == point[2] and tonumber(ms) or tonumber(point[3]) - claimed_ms
   if stepped >= 1000 then
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
   end
@@ -589,7 +591,7 @@ local function store(id, offset, outputs, blob, seq, has_state, state, crc, fing
   end
   if seq > have_seq then
     redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint,
-      'stepped', stepped)
+      'stepped', int(seq) .. ':' .. stepped)
     if has_state == '1' then put_state(id, state, crc, tonumber(chunks), length) end
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
     refresh(id)
