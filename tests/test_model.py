@@ -21,6 +21,7 @@ from perdure.protocol.states import TRANSITIONS
 MODEL = Path(__file__).parent.parent / "docs" / "model" / "lease.pml"
 
 NOT_MODELLED = {
+    "chunk": "writes parts of a state that only `progress`, which is modelled, makes the checkpoint's",
     "adopt": "a plain RQ job becomes a request: before the protocol that is modelled",
     "settle": "ends a plain RQ job, in RQ's own transaction",
     "stop": "a cancel with another word",

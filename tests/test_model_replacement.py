@@ -125,6 +125,7 @@ def test_side_by_side_the_old_model_ends_what_it_began(lab: Lab, client: Client)
     assert all(reason.startswith("another model began it") for reason in released)
 
 
+@pytest.mark.slow
 def test_a_pool_of_text_generation_gets_another_model(lab: Lab, client: Client, tmp_path: Path) -> None:
     """Real generations, cut in the middle: each answer is wholly that of the new model, also after an old beginning."""
     folder = write_folder(tmp_path / "model", weights(tied=False), max_position_embeddings=1024)

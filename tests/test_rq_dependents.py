@@ -25,6 +25,7 @@ def after(lab: Lab, request: str, number: int = 4, *, queue: str = "gpu", allow_
     return Queue(queue, connection=lab.connection).enqueue("lab_tasks.double", number, depends_on=dependency)
 
 
+@pytest.mark.slow
 def test_a_job_runs_once_its_request_has_finished(lab: Lab) -> None:
     """Not before; a chain goes on; one that is enqueued after the end runs at once."""
     worker = lab.worker()

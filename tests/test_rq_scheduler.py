@@ -53,6 +53,7 @@ def test_jobs_are_run_when_they_are_due(lab: Lab) -> None:
     assert list(lab.connection.scan_iter("rq:scheduler*")) == []
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies_is_replaced(lab: Lab) -> None:
     """SIGKILL to it: another one has its locks at once, and the worker goes on."""
     worker = lab.worker("--with-scheduler")
@@ -84,6 +85,7 @@ def test_a_scheduler_dies_with_its_worker(lab: Lab) -> None:
     eventually(lambda: gone(other))
 
 
+@pytest.mark.slow
 def test_a_scheduler_rides_out_a_redis_that_is_frozen_or_refuses(lab: Lab) -> None:
     """Its connection is cut: it, or one in its place, goes on."""
     worker = lab.worker("--with-scheduler")

@@ -68,6 +68,7 @@ def test_its_tokens_are_the_published_ones(task):
 HELLO = [19556, 905, 216, 33, 34, 35]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_in_company(task):
     """At the first token, in the middle and at the last one, four at a time."""
     for payload in (CHAT, SAMPLED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 from rq import Worker as StockWorker
 
 from perdure.protocol.keys import key
@@ -62,6 +63,7 @@ def test_without_a_guardian_a_reaper_hands_on_what_was_lost(lab: Lab) -> None:
     assert one in reaper.log
 
 
+@pytest.mark.slow
 def test_without_any_reaper_the_guardians_sweep(lab: Lab) -> None:
     """With no reaper process, the guardian of a living worker hands on what a lost process tree held."""
     first, second = lab.worker(), lab.worker()

@@ -66,6 +66,7 @@ def test_a_long_load_is_not_judged(lab: Lab) -> None:
     assert (record.executions, lab.events(one)) == (1, [])
 
 
+@pytest.mark.slow
 def test_a_tasks_own_step_timeout_holds_from_its_first_step(lab: Lab) -> None:
     """A task that asks for longer steps than the pool allows gets them: at once, and after other tasks ran."""
     lab.reaper()

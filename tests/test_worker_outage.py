@@ -93,6 +93,7 @@ def own(server_binary: Path, tmp_path: Path) -> Iterator[tuple[Server, Lab]]:
         yield server, lab
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["stop", "kill"])
 def test_an_outage_costs_nothing(own: tuple[Server, Lab], harm: str) -> None:
     """3 s without Redis, frozen or dead and restarted from its file: all go on, gapless and uncharged."""
@@ -158,6 +159,7 @@ def test_a_lost_reply_changes_nothing(server: Server, lab: Lab, script: str) -> 
         proxy.close()
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_fenced_and_rejoins(lab: Lab) -> None:
     """Stopped longer than its heartbeat may be late: its writes are refused, and it works on under a new name."""
     lab.reaper()
