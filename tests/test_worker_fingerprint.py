@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from .worker_kit import Lab, Process, eventually
 
 PAYLOAD = {"n": 40, "sleep": 0.02}
@@ -36,6 +38,7 @@ def test_another_model_hands_a_request_back(lab: Lab) -> None:
     assert (lab.store.result(one), record.epoch, record.attempt) == ("A", 0, 0)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_restarts_the_request(lab: Lab) -> None:
     """When no living worker shows the fingerprint, the request begins from zero in a new epoch, uncharged."""
     one, _ = begun(lab, "A")

@@ -57,6 +57,7 @@ def test_a_worker_that_hangs_claims_nothing_more(lab: Lab, kind: str) -> None:
     assert stuck.running
 
 
+@pytest.mark.slow
 def test_a_long_load_is_not_judged(lab: Lab) -> None:
     """Loading for several leases, but less than the load timeout, is progress."""
     lab.reaper()
