@@ -11,7 +11,7 @@ import redis
 from .codec import RestrictedPickle, unpack, unpack_exception, unpack_result
 from .keys import key
 from .packed_state import unpack_state
-from .records import Checkpoint, Details, Event, RequestRecord
+from .records import Checkpoint, Details, Event, RequestRecord, whole
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
@@ -31,24 +31,24 @@ class Reads:
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.time()
             for incarnation, _ in beats:
-                pipe.hgetall(key("incarnation", incarnation.decode()))
-                pipe.hkeys(key("held", incarnation.decode()))
+                pipe.hgetall(key("incarnation", incarnation.decode(errors="replace")))
+                pipe.hkeys(key("held", incarnation.decode(errors="replace")))
             (seconds, micros), *replies = pipe.execute()
         now = seconds + micros / 1e6
         result = []
-        for (incarnation, deadline), record, held in zip(beats, replies[::2], replies[1::2], strict=True):
-            fields = {name.decode(): value.decode(errors="replace") for name, value in record.items()}
+        for (raw, deadline), record, held in zip(beats, replies[::2], replies[1::2], strict=True):
+            fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in record.items()}
             result.append(
                 {
-                    "incarnation": incarnation.decode(),
+                    "incarnation": raw.decode(errors="replace"),
                     "worker": fields.get("worker", ""),
                     "queues": fields.get("queues", "").split(","),
-                    "pid": int(fields.get("pid") or 0),
+                    "pid": whole(fields.get("pid")),
                     "host": fields.get("host", ""),
                     "device": fields.get("device", ""),
                     "ready": fields.get("ready") == "1",
                     "dead_in": deadline / 1000 - now,
-                    "held": sorted(item.decode() for item in held),
+                    "held": sorted(item.decode(errors="replace") for item in held),
                 }
             )
         return result
@@ -69,7 +69,7 @@ class Reads:
         """Names of all queues that ever held a job, sorted."""
         stem = len(key("queue"))
         members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
-        return sorted(member.decode()[stem:] for member in members)
+        return sorted(member.decode(errors="replace")[stem:] for member in members)
 
     def fetch(self, identifier: str) -> RequestRecord | None:
         """One request, or ``None`` if there is none of ours with this id."""
@@ -144,7 +144,9 @@ class Reads:
             raw, crc = bytearray(), total
             for number in range(1, int(chunks) + 1):
                 piece: Any = self.connection.get(key("chunk", f"{identifier}:{seq}:{number}"))
-                raw += piece or b""
+                if not piece:
+                    return None, False
+                raw += piece
                 between()
         if zlib.crc32(raw) != int(crc or -1):
             return None, False
@@ -160,10 +162,10 @@ class Reads:
             (seq, offset, at, fingerprint, length), size, now = pipe.execute()
         if at is None:
             return None
-        age = now[0] + now[1] / 1e6 - int(at) / 1000
+        age = now[0] + now[1] / 1e6 - whole(at) / 1000
         return Checkpoint(
-            seq=int(seq), offset=int(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(),
-            bytes=int(length or size),
+            seq=whole(seq), offset=whole(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(errors="replace"),
+            bytes=whole(length) or size,
         )  # fmt: skip
 
     def details(self, identifier: str, queue: str) -> Details:
@@ -177,7 +179,7 @@ class Reads:
         raw = dict(zip(names, values, strict=True))
 
         def in_seconds(milliseconds: bytes | float | None) -> float | None:
-            return None if milliseconds is None else float(milliseconds) / 1000
+            return None if milliseconds is None else whole(milliseconds) / 1000
 
         return Details(
             now=seconds + micros / 1e6,
@@ -185,7 +187,7 @@ class Reads:
             deadline=in_seconds(raw["deadline"]),
             queue_deadline=in_seconds(raw["queue_deadline"]),
             step_timeout=in_seconds(raw["step_ms"]),
-            retries_left=int(raw["retries_left"] or 0),
+            retries_left=whole(raw["retries_left"]),
             degraded=None if raw["degraded"] is None else raw["degraded"] == b"1",
             idempotent=bool(raw["digest"]),
             meta=_meta(raw["meta"]),
@@ -194,7 +196,13 @@ class Reads:
     def history(self, identifier: str) -> list[Event]:
         """What happened to a request, oldest first; its ordinary course is not in it."""
         lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
-        return [Event.parse(line) for line in lines]
+        events = []
+        for line in lines:
+            try:
+                events.append(Event.parse(line))
+            except ValueError:
+                pass  # nobody of ours wrote it
+        return events
 
 
 def _meta(raw: bytes | None) -> dict[str, Any] | None:

@@ -210,10 +210,10 @@ class Event:
 
     @classmethod
     def parse(cls, line: bytes) -> Event:
-        """Read a tab-separated line as the scripts write it."""
+        """Read a tab-separated line as the scripts write it. Raises ``ValueError`` for any other."""
         at, event, worker, execution, offset, kind, reason = line.decode(errors="replace").split("\t", 6)
         return cls(
-            at=int(at) / 1000, event=event, worker=worker, execution=execution, offset=int(offset), kind=kind,
+            at=whole(at) / 1000, event=event, worker=worker, execution=execution, offset=whole(offset), kind=kind,
             reason=reason,
         )  # fmt: skip
 
@@ -306,11 +306,11 @@ class RequestRecord:
             return values.get(name, b"").decode(errors="replace")
 
         def number(name: str) -> int:
-            return int(values.get(name) or 0)
+            return whole(values.get(name))
 
         return cls(
             id=identifier,
-            status=_state(text("status")),
+            status=_state(text("status"), text("last").rpartition(":")[2]),
             queue=text("origin"),
             task=text("task"),
             attempt=number("attempt"),
@@ -330,6 +330,22 @@ class RequestRecord:
         )
 
 
-def _state(word: str) -> State:
-    """RQ's word as a state. RQ has more words for what waits elsewhere than in its queue (under a rate limit, say)."""
-    return State.SCHEDULED if word in ("rate_limited", "deferred", "ready_to_enqueue") else State(word)
+def _state(word: str, verdict: str) -> State:
+    """RQ's word as a state. RQ has more words for what waits elsewhere than in its queue (under a rate limit, say).
+
+    A status is for display, and anybody may write it: with a word that is none, the last verdict speaks.
+    """
+    if word in ("rate_limited", "deferred", "ready_to_enqueue"):
+        return State.SCHEDULED
+    return next((State(found) for found in (word, verdict) if found in _WORDS), State.QUEUED)
+
+
+_WORDS = frozenset(State)
+
+
+def whole(raw: str | bytes | float | None) -> int:
+    """A number that stands in Redis; 0 for what is none, such as a field that somebody else has overwritten."""
+    try:
+        return int(raw or 0)
+    except (ValueError, OverflowError):
+        return 0

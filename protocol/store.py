@@ -31,6 +31,7 @@ from .records import (
     Pulse,
     Reaped,
     Sweep,
+    whole,
 )
 from .scripts import MAX_REQUESTS, load
 from .settings import Settings
@@ -337,7 +338,7 @@ class Store(Reads):
     def check_protocol(self) -> None:
         """Raise :class:`ProtocolMismatch` when Redis holds a newer protocol than this release speaks."""
         raw: Any = self.connection.get(key("schema"))
-        if raw is not None and int(raw) > SCHEMA:
+        if whole(raw) > SCHEMA:
             raise newer_protocol()
 
     # --- within ----------------------------------------------------------------------------------
@@ -426,9 +427,10 @@ def _text(reply: Any) -> Any:
 
 
 def _claim(row: Sequence[bytes]) -> Claim:
-    identifier, execution, queue, kind, task = (value.decode() for value in row[:5])
+    identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
     return Claim(
         id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
-        attempt=int(row[6]) + 1, seq=int(row[7]), offset=int(row[8]), epoch=int(row[9]), fingerprint=row[10].decode(),
-        client=row[11].decode(), timeout=float(row[12]), step_timeout=int(row[13]) / 1000 if row[13] else None,
+        attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
+        fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
+        step_timeout=whole(row[13]) / 1000 or None,
     )  # fmt: skip

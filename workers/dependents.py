@@ -24,6 +24,7 @@ from rq.registry import ReadyJobRegistry
 from rq.worker_registration import clean_worker_registry
 
 from ..protocol.keys import key
+from .notices import serializer_of
 
 INTERVAL = 1.0
 """Seconds between two looks at the notes."""
@@ -67,10 +68,14 @@ class Dependents:
         while not self._stopped.wait(INTERVAL):
             try:
                 if time.monotonic() - self._cleaned > CLEANUP_INTERVAL:
+                    self._cleaned = time.monotonic()
                     self._clean()
                 self.enqueue()
             except redis.RedisError:
                 self.connection.connection_pool.disconnect()  # an outage: the courier logs it
+            except Exception as error:
+                # RQ's code stumbles over names that are no UTF-8, say: the next round is to come all the same.
+                self.log.error("cannot look after jobs that wait: %s: %s", type(error).__name__, error)
 
     def enqueue(self) -> None:
         """Enqueue what waits for requests that have ended. Harmless when others do the same. Raises ``RedisError``."""
@@ -82,17 +87,21 @@ class Dependents:
                     raise
                 except Exception:
                     self.log.exception("cannot enqueue the jobs that depend on %s; they stay deferred", name)
-                self.connection.srem(key("parents"), name)
+                self.connection.srem(key("parents"), name.encode(errors="surrogateescape"))
             if len(noted) < PORTION:
                 break
 
     def _noted(self) -> list[str]:
         found: Any = self.connection.srandmember(key("parents"), PORTION)
-        return [name.decode() for name in found]
+        return [name.decode(errors="surrogateescape") for name in found]
 
     def _enqueue_after(self, name: str) -> None:
         try:
-            job = self.job_class.fetch(name, connection=self.connection, serializer=self.serializer)
+            task = self.connection.hget(key("job", name), "task")
+            # RQ reads a job's meta with it at once.
+            job = self.job_class.fetch(
+                name, connection=self.connection, serializer=serializer_of(task, self.serializer)
+            )
         except NoSuchJobError:
             return  # it was deleted, and so were those that waited for it, if that was wanted
         queue = self.queue_class(
@@ -130,4 +139,3 @@ class Dependents:
             registry.cleanup()
         if Group.acquire_maintenance_lock(self.connection, GROUPS_INTERVAL - 1):
             Group.clean_registries(self.connection)
-        self._cleaned = time.monotonic()

@@ -108,7 +108,12 @@ class Notices:
         """Act upon notes that nobody else acts upon; returns how many. Raises ``RedisError``."""
         found: Any = self.connection.srandmember(key("notices"), PORTION)
         done = 0
-        for note in (raw.decode() for raw in found):
+        for raw in found:
+            note = raw.decode(errors="replace")
+            if note.encode() != raw or note.count(":") < 2:
+                self.log.warning("dropped a note of an end that no script of ours has written")
+                self.connection.srem(key("notices"), raw)
+                continue
             mark = key("notice", note)
             if not self.connection.set(mark, 1, nx=True, ex=ALONE):
                 continue  # another worker does
@@ -122,8 +127,11 @@ class Notices:
 
     def _tell(self, name: str, execution: str, verdict: str) -> None:
         try:
-            job = self.job_class.fetch(name, connection=self.connection, serializer=self.serializer)
             task: Any = self.connection.hget(key("job", name), "task")
+            # RQ reads a job's meta with it at once.
+            job = self.job_class.fetch(
+                name, connection=self.connection, serializer=serializer_of(task, self.serializer)
+            )
             if task:
                 job.func_name = task.decode()  # not the envelope's, which nobody has asked for
             self._call(job, execution, verdict, request=bool(task))
@@ -136,7 +144,7 @@ class Notices:
 
     def _call(self, job: Job, execution: str, verdict: str, *, request: bool) -> None:
         # A request's result is a plain pickle, whatever the worker's serializer.
-        result = _result_of(job, execution, RestrictedPickle if request else self.serializer)
+        result = _result_of(job, execution, serializer_of(request, self.serializer))
         try:
             if verdict == "finished":
                 execute_success_callback(job, TimerDeathPenalty, result.return_value if result else None)
@@ -150,6 +158,11 @@ class Notices:
                 call_exception_handlers(self.handlers, job, AbandonedJobError, AbandonedJobError(), None)
             if verdict in ("finished", "failed"):
                 job.send_webhooks(verdict, exc_string=(result.exc_string if result else None) or "")
+
+
+def serializer_of(task: object, serializer: Any) -> Any:
+    """What RQ's code may read a job with: of a request (it has a task), only plain values."""
+    return RestrictedPickle if task else serializer
 
 
 def _result_of(job: Job, execution: str, serializer: Any) -> Result | None:

@@ -241,10 +241,13 @@ class Worker(SimpleWorker):
         """RQ's commands, in RQ's pub/sub thread; the courier talks to Redis about those that name requests."""
         try:
             payload = parse_payload(message)
-            command, name, execution = payload["command"], payload.get("job_id", ""), payload.get("execution_id", "")
+            words = [payload["command"], payload.get("job_id", ""), payload.get("execution_id", "")]
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("RQ's thread would end of what it cannot look up")
         except (ValueError, KeyError, TypeError, AttributeError):
             self.log.warning("Worker %s: ignored a message that is no command of RQ's", self.name)
             return
+        command, name, execution = words
         if command in ("stop-job", "stop-execution") and self._courier is not None:
             if self._courier.holdings.stop_request(name, execution):
                 self.log.info("Worker %s: asked to stop request %s", self.name, name)

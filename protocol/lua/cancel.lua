@@ -46,7 +46,7 @@ for _ = 1, tonumber(arg()) do
     redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
     drop_checkpoint(id)
     history(id, state, worker, execution, '0', '', reason)
-    share_ttl(id, tonumber(job[5]) or 7 * DAY)
+    share_ttl(id, number_of(job[5], 7 * DAY))
     count('canceled', queue)
     hint(job[4], id, 'end')
     answers[#answers + 1] = 'canceled'

@@ -25,7 +25,7 @@ for _ = 1, tonumber(arg()) do
     local point = redis.call('HMGET', name, 'seq', 'writing')
     local writing = point[2] or ''
     local whose, after = string.match(writing, '^(.*):(%d+):%d+$')
-    local late = tonumber(seq) <= (tonumber(point[1]) or 0) or (whose == execution and tonumber(after) > tonumber(seq))
+    local late = tonumber(seq) <= number_of(point[1]) or (whose == execution and number_of(after) > tonumber(seq))
     if not late then
       -- The chunk first: at maxmemory it is refused, and then nothing has been changed.
       redis.call('SET', chunk_name(id, seq, number), data, 'EX', DAY)

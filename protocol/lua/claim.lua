@@ -52,6 +52,9 @@ end
 
 if reaped(incarnation) then return { 'reaped', '0' } end
 
+-- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
+redis.call('HDEL', KEY.held .. incarnation, '')
+
 local rows, number, bytes = {}, 0, 0
 
 local function give(id, execution, queue)
@@ -152,6 +155,7 @@ local function choose_payload(id, chosen)
   if wanted == chosen then return end
   local name = KEY.job .. id
   local payloads = redis.call('HMGET', name, 'payload', 'payload_aside')
+  if not payloads[2] then return end
   redis.call('HSET', name, 'degraded', wanted, 'payload', payloads[2], 'payload_aside', payloads[1])
   local reason = wanted == '1' and 'the pool is degraded: it runs with its overrides' or 'the pool has recovered: it runs without its overrides'
   history(id, wanted == '1' and 'degraded' or 'restored', '', '', '0', '', reason)
@@ -163,7 +167,7 @@ local function take(id, queue, execution, plain_timeout, step_ms)
   redis.call('PERSIST', name)
   redis.call('HSET', name, 'status', 'started', 'started_at', date, 'last_heartbeat', date, 'worker_name', worker,
     'execution', execution, 'claimed', int(now_ms), 'holder', incarnation)
-  redis.call('HINCRBY', name, 'executions', 1)
+  add(name, 'executions', 1)
   if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
   local length = lease_length(step_ms, lease_ms)
   -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
@@ -189,7 +193,7 @@ local function start(id, queue, execution)
   local at = redis.call('HGET', KEY.checkpoint .. id, 'at')
   if not at then
     restart(id, 'no checkpoint', execution)
-  elseif now_ms - tonumber(at) > ttl_ms then
+  elseif now_ms - number_of(at) > ttl_ms then
     restart(id, 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s', execution)
   elseif resume == '0' then
     restart(id, 'resuming is turned off', execution)
@@ -221,7 +225,7 @@ local function give_suspects(queue)
   local name, company, limit = KEY.suspects .. queue, 128, free
   for _, id in ipairs(redis.call('ZRANGE', name, 0, 127)) do
     local job = redis.call('HMGET', KEY.job .. id, 'task', 'company')
-    local allowed = math.min(company, tonumber(job[2] or '1'))
+    local allowed = math.min(company, number_of(job[2], 1))
     if task == '' or not job[1] or job[1] == task then
       if used > 0 and used + 1 > allowed then break end
       redis.call('ZREM', name, id)
@@ -296,7 +300,7 @@ for _, queue in ipairs(queues) do
         end
         start(id, queue, fresh[used])
       else
-        take(id, queue, fresh[used], tonumber(job[2]) or 180)
+        take(id, queue, fresh[used], number_of(job[2], 180))
         give(id, fresh[used], queue)
         task = '\0plain' -- alone: nothing else matches this
         limit = used

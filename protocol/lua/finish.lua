@@ -28,11 +28,11 @@ for _ = 1, tonumber(arg()) do
     end
   else
     local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq')
-    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(point[1] or '0'), '0', '', '', '')
+    local stored, have = store(id, tonumber(offset), tonumber(outputs), blob, number_of(point[1]), '0', '', '', '')
     if not stored then
       answers[#answers + 1] = 'gap ' .. int(have)
     else
-      local queue, ttl = job[3], tonumber(job[5]) or DAY
+      local queue, ttl = job[3], number_of(job[5], DAY)
       local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
       detach(queue, id, execution, incarnation, worker)
       leave_registries(queue, id)
@@ -44,8 +44,8 @@ for _ = 1, tonumber(arg()) do
       share_ttl(id, ttl)
       count('finished', queue)
       if redis.call('EXISTS', KEY.worker .. worker) == 1 then
-        redis.call('HINCRBY', KEY.worker .. worker, 'successful_job_count', 1)
-        redis.call('HINCRBYFLOAT', KEY.worker .. worker, 'total_working_time', seconds)
+        add(KEY.worker .. worker, 'successful_job_count', 1)
+        redis.pcall('HINCRBYFLOAT', KEY.worker .. worker, 'total_working_time', seconds)
       end
       hint(job[4], id, 'end')
       answers[#answers + 1] = 'ok'

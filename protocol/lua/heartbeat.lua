@@ -49,7 +49,7 @@ if redis.call('EXISTS', name) == 1 and redis.call('HEXISTS', name, 'death') == 0
   for _, queue in ipairs(queues) do redis.call('SADD', KEY.workers_of .. queue, name) end
 end
 
-local renewed = tonumber(redis.call('HGET', record, 'wip') or '0')
+local renewed = number_of(redis.call('HGET', record, 'wip'))
 if now_s - renewed > HOUR / 2 then
   local held = redis.call('HGETALL', KEY.held .. incarnation)
   for i = 1, #held, 2 do
@@ -66,6 +66,6 @@ if now_s - renewed > HOUR / 2 then
   redis.call('HSET', record, 'wip', int(now_s))
 end
 
-local pulse = tonumber(redis.call('HGET', KEY.pulse, 'at') or '0')
+local pulse = number_of(redis.call('HGET', KEY.pulse, 'at'))
 local due = pulse > now_ms or now_ms - pulse > tonumber(due_ms)
 return { 'ok', due and '1' or '0' }

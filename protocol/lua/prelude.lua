@@ -48,8 +48,24 @@ local function never_refused()
   redis.call('DEL', KEY.schema .. ':none')
 end
 
+-- A number that stands in Redis; `other` (or 0) for what is none: somebody else may have written it, and a script
+-- that stops halfway leaves halfway.
+local function number_of(text, other)
+  local number = tonumber(text or '')
+  if number and number >= -9007199254740992 and number <= 9007199254740992 then return math.floor(number) end
+  return other or 0
+end
+
+-- HINCRBY; what is no number counts as 0.
+local function add(name, field, by)
+  local sum = redis.pcall('HINCRBY', name, field, by)
+  if type(sum) ~= 'table' then return sum end
+  redis.call('HSET', name, field, by)
+  return by
+end
+
 local function count(event, queue, by)
-  redis.call('HINCRBY', KEY.counters, event .. ':' .. queue, by or 1)
+  add(KEY.counters, event .. ':' .. queue, by or 1)
 end
 
 -- One line of a request's history: tab-separated, so that redis-cli shows it as it is.
@@ -77,7 +93,7 @@ end
 -- Whether the caller's protocol is the newest that has written here; from now on it is, if it is newer. So the
 -- first worker or producer of a newer protocol stops all that speak an older one.
 local function speaks(schema)
-  local newest = tonumber(redis.call('GET', KEY.schema) or '-1')
+  local newest = number_of(redis.call('GET', KEY.schema), -1)
   if newest > tonumber(schema) then return false end
   if newest < tonumber(schema) then redis.call('SET', KEY.schema, schema) end
   return true
@@ -91,13 +107,13 @@ end
 -- Whether the pool has too few workers. Whoever says so says until when: nobody need take it back.
 local function degraded()
   local mode = redis.call('HMGET', KEY.mode, 'mode', 'until')
-  return mode[1] == 'degraded' and now_ms < (tonumber(mode[2]) or 0)
+  return mode[1] == 'degraded' and now_ms < number_of(mode[2])
 end
 
 -- How long a lease lasts (ms): one and a half times the request's own step timeout (step_ms of its hash), else
 -- what the worker says, which knows the task's.
 local function lease_length(step_ms, lease_ms)
-  return step_ms and 1.5 * tonumber(step_ms) or lease_ms
+  return step_ms and 1.5 * number_of(step_ms, lease_ms / 1.5) or lease_ms
 end
 
 -- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
@@ -133,7 +149,7 @@ end
 -- Delete the chunks that a mark names, but for one, `but` of the checkpoint `seq`.
 local function drop_chunks(id, mark, seq, but)
   local old, chunks = string.match(mark or '', ':(%d+):(%d+)$')
-  for number = 1, tonumber(chunks or '0') do
+  for number = 1, math.min(number_of(chunks), 65536) do
     if old ~= seq or number ~= tonumber(but) then redis.call('UNLINK', chunk_name(id, old, number)) end
   end
 end
@@ -177,7 +193,7 @@ local function refresh(id)
   local seq, chunks = string.match(redis.call('HGET', KEY.checkpoint .. id, 'chunks') or '', ':(%d+):(%d+)$')
   -- Not at every checkpoint: there may be many, and they live for a day.
   if not seq or redis.call('TTL', chunk_name(id, seq, 1)) > DAY - HOUR then return end
-  for number = 1, tonumber(chunks) do redis.call('EXPIRE', chunk_name(id, seq, number), DAY) end
+  for number = 1, math.min(number_of(chunks), 65536) do redis.call('EXPIRE', chunk_name(id, seq, number), DAY) end
 end
 
 local function drop_checkpoint(id)
@@ -195,7 +211,7 @@ local function restart(id, reason, execution)
   drop_checkpoint(id)
   if not had then return end
   redis.call('HDEL', name, 'best_offset', 'best_seq')
-  redis.call('HINCRBY', name, 'epoch', 1)
+  add(name, 'epoch', 1)
   history(id, 'restart', '', execution or '', offset or '0', '', reason)
   count('restarts', redis.call('HGET', name, 'origin') or '')
 end
@@ -278,7 +294,7 @@ end
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
 local function watch_deadline(queue, id)
   local deadline = redis.call('HGET', KEY.job .. id, 'deadline')
-  if deadline then redis.call('ZADD', KEY.deadlines .. queue, deadline, id) end
+  if number_of(deadline) > 0 then redis.call('ZADD', KEY.deadlines .. queue, deadline, id) end
 end
 
 -- Seconds before retry number n (1 is the first): base * 2^(n-1), at most cap, then spread over its last
@@ -368,7 +384,7 @@ end
 local function bury(queue, id, execution, worker, started, kind, reason, exception)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'failure_ttl', 'client')
-  local ttl = tonumber(job[1]) or 7 * DAY
+  local ttl = number_of(job[1], 7 * DAY)
   leave_registries(queue, id)
   redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', (execution ~= '' and execution or '-') .. ':failed',
     'error_kind', kind, 'error_reason', reason)
@@ -378,7 +394,7 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   share_ttl(id, ttl)
   count('failed', queue)
   if worker ~= '' and redis.call('EXISTS', KEY.worker .. worker) == 1 then
-    redis.call('HINCRBY', KEY.worker .. worker, 'failed_job_count', 1)
+    add(KEY.worker .. worker, 'failed_job_count', 1)
   end
   hint(job[2], id, 'end')
 end
@@ -386,13 +402,13 @@ end
 -- Why a waiting request has missed its time; nil if it has not.
 local function late(id)
   local due = redis.call('HMGET', KEY.job .. id, 'deadline', 'queue_deadline')
-  if due[1] and tonumber(due[1]) <= now_ms then return 'its deadline passed while it waited' end
-  if due[2] and tonumber(due[2]) <= now_ms then return 'no worker took it within its queue_timeout' end
+  if due[1] and number_of(due[1], now_ms + 1) <= now_ms then return 'its deadline passed while it waited' end
+  if due[2] and number_of(due[2], now_ms + 1) <= now_ms then return 'no worker took it within its queue_timeout' end
 end
 
 -- End a held request whose deadline (as its hash has it) has passed. Returns whether it was so.
 local function end_running(queue, id, execution, incarnation, deadline)
-  if not deadline or tonumber(deadline) > now_ms then return false end
+  if not deadline or number_of(deadline, now_ms + 1) > now_ms then return false end
   local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
   local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
   detach(queue, id, execution, incarnation, worker)
@@ -425,17 +441,17 @@ end
 local function credit_progress(id, claimed_ms)
   local name = KEY.job .. id
   local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at', 'stepped')
-  if not point[3] or tonumber(point[3]) < claimed_ms then return end
-  local offset, seq = tonumber(point[1]) or 0, tonumber(point[2]) or 0
+  if number_of(point[3]) < claimed_ms then return end
+  local offset, seq = number_of(point[1]), number_of(point[2])
   local job = redis.call('HMGET', name, 'best_offset', 'best_seq', 'max_retries')
-  local best_offset, best_seq = tonumber(job[1]) or 0, tonumber(job[2]) or 0
+  local best_offset, best_seq = number_of(job[1]), number_of(job[2])
   -- Outputs say more than checkpoints; these count only where there are no outputs.
   if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
   redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
   -- (An older release says nothing of stepping, and leaves what was said of an earlier checkpoint; there, loading the
   -- model counts as well.)
   local which, ms = string.match(point[4] or '', '^(%d+):(%d+)$')
-  local stepped = which == point[2] and tonumber(ms) or tonumber(point[3]) - claimed_ms
+  local stepped = which == point[2] and tonumber(ms) or number_of(point[3]) - claimed_ms
   if stepped >= 1000 then
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
   end
@@ -448,7 +464,7 @@ end
 local function decide(queue, id, execution, incarnation, policy)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel', 'status')
-  local worker, claimed_ms = job[1] or '', tonumber(job[2]) or now_ms
+  local worker, claimed_ms = job[1] or '', number_of(job[2], now_ms)
   local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
   detach(queue, id, execution, incarnation, worker)
   if job[3] == '1' or job[4] == 'canceled' or job[4] == 'stopped' then
@@ -460,29 +476,29 @@ local function decide(queue, id, execution, incarnation, policy)
     redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
     drop_checkpoint(id)
     history(id, 'canceled', worker, execution, '0', '', 'its worker ended before it could confirm')
-    share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
+    share_ttl(id, number_of(redis.call('HGET', name, 'failure_ttl'), 7 * DAY))
     count('canceled', queue)
     hint(redis.call('HGET', name, 'client'), id, 'end')
     return 'canceled'
   end
   credit_progress(id, claimed_ms)
-  local left = tonumber(redis.call('HGET', name, 'retries_left')) or 0
+  local left = number_of(redis.call('HGET', name, 'retries_left'))
   local verdict, delay = 'retry', 0
   if policy.retry ~= '1' then verdict = 'bury' end
   if policy.charge == '1' then
-    redis.call('HINCRBY', name, 'attempt', 1)
+    add(name, 'attempt', 1)
     if left < 1 then
       verdict = 'bury'
     else
-      redis.call('HINCRBY', name, 'retries_left', -1)
-      local all = tonumber(redis.call('HGET', name, 'max_retries')) or left
+      add(name, 'retries_left', -1)
+      local all = number_of(redis.call('HGET', name, 'max_retries'), left)
       delay = backoff(id, math.max(1, all - left + 1), policy.base, policy.cap)
     end
   end
   -- One loss without evidence accuses nobody; a crash does, and so does a second loss without progress.
   local accused, alone = policy.crash == '1', policy.flight <= 1
   if policy.loss == '1' then
-    local losses = redis.call('HINCRBY', name, 'losses', 1)
+    local losses = add(name, 'losses', 1)
     -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
     if losses > 1 then
       accused = true
@@ -490,16 +506,16 @@ local function decide(queue, id, execution, incarnation, policy)
     end
   end
   if accused then
-    local total = redis.call('HINCRBY', name, 'crashes_total', 1)
-    local crashes = tonumber(redis.call('HGET', name, 'crashes')) or 0
+    local total = add(name, 'crashes_total', 1)
+    local crashes = number_of(redis.call('HGET', name, 'crashes'))
     -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
     if alone and policy.crash == '1' then
-      crashes = redis.call('HINCRBY', name, 'crashes', 1)
+      crashes = add(name, 'crashes', 1)
       delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap))
     end
     if crashes >= policy.max_crashes or total >= policy.max_crashes_total then verdict = 'bury' end
   end
-  local executions = tonumber(redis.call('HGET', name, 'executions')) or 0
+  local executions = number_of(redis.call('HGET', name, 'executions'))
   if executions >= policy.max_executions then verdict = 'bury' end
   if verdict == 'bury' then
     bury(queue, id, execution, worker, started, policy.kind, policy.reason, policy.exception)
@@ -526,7 +542,7 @@ local function settle_canceled(id)
   if redis.call('HEXISTS', name, 'task') == 0 then return end
   redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
   drop_checkpoint(id)
-  share_ttl(id, tonumber(redis.call('HGET', name, 'failure_ttl')) or 7 * DAY)
+  share_ttl(id, number_of(redis.call('HGET', name, 'failure_ttl'), 7 * DAY))
   hint(redis.call('HGET', name, 'client'), id, 'end')
 end
 
@@ -580,7 +596,7 @@ end
 local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint, stepped, chunks, length)
   local name = KEY.checkpoint .. id
   local stored = redis.call('HMGET', name, 'offset', 'seq')
-  local have, have_seq = tonumber(stored[1]) or 0, tonumber(stored[2]) or 0
+  local have, have_seq = number_of(stored[1]), number_of(stored[2])
   if offset > have then return nil, have end
   if outputs > 0 and offset + outputs > have then
     -- Resends are verbatim, so an entry is stored whole or not at all.

@@ -40,7 +40,7 @@ for _ = 1, tonumber(arg()) do
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
-    local new = tonumber(seq) > tonumber(redis.call('HGET', KEY.checkpoint .. id, 'seq') or '0')
+    local new = tonumber(seq) > number_of(redis.call('HGET', KEY.checkpoint .. id, 'seq'))
     local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
     local stored, have
     if not missing then

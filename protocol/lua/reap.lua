@@ -48,7 +48,7 @@ local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
     note_waited_for(id)
     return 'ended'
   end
-  local retries = tonumber(job[2]) or 0
+  local retries = number_of(job[2])
   if retries < 1 then
     bury(queue, id, execution, worker, started, why, text, blob)
     return 'failed'
@@ -93,7 +93,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local held = redis.call('HGETALL', KEY.held .. holder)
   redis.call('HSET', record, 'reaped', why, 'reaped_at', int(now_ms))
   redis.call('HSETNX', record, 'had', int(#held / 2)) -- a second bounded call finds fewer
-  local flight = tonumber(redis.call('HGET', record, 'had'))
+  local flight = number_of(redis.call('HGET', record, 'had'), 1)
   redis.call('EXPIRE', record, HOUR)
   -- From last to first: each goes to the front, so they stand there in the order of their claims. (A small hash
   -- keeps its order; in a large one it is by chance, which harms nobody.)
@@ -119,7 +119,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
       redis.call('DEL', KEY.worker .. worker, KEY.worker .. worker .. ':executions')
     end
   end
-  redis.call('HINCRBY', KEY.counters, 'reaped', 1)
+  add(KEY.counters, 'reaped', 1)
   report(holder, worker, '', '', why, 'gone')
 end
 
@@ -138,8 +138,8 @@ end
 
 -- A sweep. Its pulse first: the next one learns from it whether time went on as it should.
 local pulse = redis.call('HMGET', KEY.pulse, 'at', 'since')
-local at, since = tonumber(pulse[1]), tonumber(pulse[2])
-if not at or not since or at > now_ms or now_ms - at > pulse_ms then since = now_ms end
+local at, since = number_of(pulse[1]), number_of(pulse[2])
+if at == 0 or since == 0 or at > now_ms or now_ms - at > pulse_ms then since = now_ms end
 redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since))
 if now_ms - since < timeout_ms then return answer('0') end
 
@@ -160,8 +160,8 @@ local function in_flight(holder)
   if crowd[holder] then return crowd[holder] end
   local record, held = KEY.incarnation .. holder, redis.call('HLEN', KEY.held .. holder)
   local before = redis.call('HMGET', record, 'hung', 'hung_at')
-  if before[1] and now_ms - tonumber(before[2]) < 10000 then
-    held = math.max(held, tonumber(before[1]))
+  if before[1] and now_ms - number_of(before[2]) < 10000 then
+    held = math.max(held, number_of(before[1]))
   elseif redis.call('EXISTS', record) == 1 then
     redis.call('HSET', record, 'hung', int(held), 'hung_at', int(now_ms))
   end

@@ -43,16 +43,16 @@ for i = #rows, 1, -1 do
     redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
     drop_checkpoint(id)
     history(id, 'canceled', worker, execution, '0', '', reason)
-    share_ttl(id, tonumber(job[6]) or 7 * DAY)
+    share_ttl(id, number_of(job[6], 7 * DAY))
     count('canceled', queue)
     hint(job[7], id, 'end')
     answers[i] = 'canceled'
   else
     local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
     local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
-    credit_progress(id, tonumber(redis.call('HGET', name, 'claimed')) or now_ms)
+    credit_progress(id, number_of(redis.call('HGET', name, 'claimed'), now_ms))
     detach(queue, id, execution, incarnation, worker)
-    local gone, executions = false, tonumber(redis.call('HGET', name, 'executions')) or 0
+    local gone, executions = false, number_of(redis.call('HGET', name, 'executions'))
     local times = executions
     if fingerprint ~= '' then
       local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
@@ -60,7 +60,7 @@ for i = #rows, 1, -1 do
       -- It waits for a worker that lives but is busy: however often it is handed back until then, it is not failed.
       if not gone then
         redis.call('HSET', name, 'executions', int(math.max(0, executions - 1)))
-        times = redis.call('HINCRBY', name, 'waits', 1)
+        times = add(name, 'waits', 1)
       end
     end
     if executions >= tonumber(max_executions) and (fingerprint == '' or gone) then
