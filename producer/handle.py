@@ -146,7 +146,8 @@ class Handle(Reference[Session]):
             start: skip as many outputs, which you have already.
             restarts: when the request began again from zero and puts out something else than before, go on with
                 the new outputs from the first. If they are equal, they go on where they were in any case.
-            timeout: longest time in seconds without a new output; ``None`` and ``math.inf`` as in :meth:`result`.
+            timeout: longest time in seconds without a new output; ``None`` and ``math.inf`` as in :meth:`result`. While
+                Redis does not answer it stands still, once more for as long; then ``RedisUnavailable`` is raised.
 
         Raises, after all that was put out, :class:`RequestFailed` or :class:`RequestCanceled`; also
         :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.

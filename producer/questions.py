@@ -181,19 +181,24 @@ def result(identifier: str, limit: float, patience: float) -> Question[Any]:
 
 
 def stream(reader: OutputReader, identifier: str, limit: float, patience: float) -> Question[None]:
-    """Give each output once, until it ends. ``limit``: seconds without a new one; ``patience`` as in :func:`result`."""
+    """Give each output once, until it ends. ``limit``: seconds without a new one; ``patience`` as in :func:`result`.
+
+    While Redis does not answer nothing new can come: that time does not count, up to another ``limit``.
+    """
     deadline = time.monotonic() + limit
     record = yield from fetched(identifier, deadline)
     reader.notice(record.epoch)
     watch: Watch = yield Join(identifier, record.client)
     with watch:
         while True:
-            moved = yield from _drain(reader, identifier, limit, deadline)
-            if moved:
-                deadline = time.monotonic() + limit
+            asked = time.monotonic()
+            moved = yield from _drain(reader, identifier, limit, deadline + limit)
+            deadline = time.monotonic() + limit if moved else deadline + _away(asked)
             if not moved or watch.look:
                 watch.look = False
-                record = yield from fetched(identifier, deadline)
+                asked = time.monotonic()
+                record = yield from fetched(identifier, deadline + limit)
+                deadline += _away(asked)
                 if reader.notice(record.epoch):
                     continue
                 if record.ended:
@@ -206,6 +211,12 @@ def stream(reader: OutputReader, identifier: str, limit: float, patience: float)
                     f"request {identifier} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
                     f"on; read on with stream(start={reader.count}), or look at it with: perdure show {identifier}"
                 )
+
+
+def _away(asked: float) -> float:
+    """Seconds for which Redis was away, if an answer to what was ``asked`` (monotonic) took so long that it must have been."""
+    took = time.monotonic() - asked
+    return took if took > STREAM_SILENCE else 0.0
 
 
 def _drain(reader: OutputReader, identifier: str, limit: float, deadline: float) -> Question[bool]:
