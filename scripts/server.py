@@ -169,7 +169,7 @@ class Server:
         return "\n".join(text.splitlines()[-lines:])
 
     def kill(self) -> None:
-        """SIGKILL, as a crash: what was not yet written to the file (up to a second) may be lost."""
+        """SIGKILL, as a crash: what was not yet written to the file may be lost; that is little, but up to 2 s if its disk is slow."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
