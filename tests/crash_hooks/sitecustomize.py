@@ -10,6 +10,8 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 ROLES = {"guardian": "perdure.workers.guardian", "reaper": "perdure.recovery", "worker": "worker", "producer": "-c"}
 
@@ -35,13 +37,13 @@ def die() -> None:
         signal.pause()
 
 
-def wrap(owner, name, matches, number, when):
+def wrap(owner: Any, name: str, matches: Callable[[Any], bool], number: int, when: str) -> None:
     """Have the n-th matching call of a method kill the process, before or after it."""
     real = getattr(owner, name)
     calls = 0
 
     @functools.wraps(real)
-    def dying(self, *args, **kwargs):
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         mine = matches(self)
         calls += mine

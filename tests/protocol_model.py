@@ -1,0 +1,548 @@
+"""What may be true of requests, in plain Python: the model that the real scripts are held against.
+
+Every call goes to the real store and is then judged: the answer must be the one that the model gives, or one of
+those that it allows; afterwards :meth:`World.check` compares all of Redis with it. A call is a value, so that
+any of them can be sent again, verbatim, at any later time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from perdure.protocol.codec import unpack
+from perdure.protocol.keys import key
+from perdure.protocol.records import Claim, Finish, NewRequest, Progress
+from perdure.protocol.settings import Settings
+from perdure.protocol.store import Store
+from perdure.recovery.failures import POLICIES
+
+from .protocol_clock import Clock, Look
+
+QUEUES = ("gpu-high", "gpu")
+TOMBSTONE_MS = 3_600_000
+
+
+@dataclass
+class Expected:
+    """One accepted request: what its keys must say."""
+
+    new: NewRequest
+    deadline: int
+    execution: str = ""
+    holder: str = ""
+    lease: int = 0
+    last: str = ""
+    verdict: str = ""
+    ended_at: int = 0
+    requeued: bool = False
+    """RQ has pushed it again; the claim that meets it forgets the verdict."""
+    stray: bool = False
+    """An entry of its queue's list may lead nowhere: it ended, or became suspect, while it stood there."""
+    cancel: bool = False
+    stopped: bool = False
+    epoch: int = 0
+    log: list[Any] = field(default_factory=list)
+    seq: int = 0
+    at: int | None = None
+    """When its checkpoint was last written or renewed; None without one."""
+    state: bytes = b""
+    fingerprint: str = ""
+    attempt: int = 0
+    left: int = 0
+    moved: bool = False
+    """This execution has stored a checkpoint after at least a second of stepping."""
+    gone: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.new.id
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.verdict) and not self.requeued
+
+    def end(self, verdict: str, execution: str, now: int) -> None:
+        """Its one end; a second is the worst of all mistakes."""
+        assert not self.ended, f"{self.id} ended as {self.verdict} and again as {verdict}"
+        self.verdict, self.requeued, self.ended_at = verdict, False, now
+        self.last = f"{execution or '-'}:{verdict}"
+        if not self.execution:
+            self.stray = True
+        self.let_go()
+        self.cancel = self.stopped = False
+        if verdict != "failed":  # a dead letter can be requeued, and then goes on
+            self.drop_checkpoint()
+
+    def let_go(self) -> None:
+        self.execution = self.holder = ""
+        self.moved = False
+
+    def drop_checkpoint(self) -> None:
+        self.at, self.seq, self.state, self.fingerprint = None, 0, b"", ""
+
+    def restart(self) -> None:
+        """From zero; in a new epoch if there was anything."""
+        self.epoch += bool(self.log or self.at is not None)
+        self.log = []
+        self.drop_checkpoint()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a worker, a producer or a reaper."""
+
+    verb: str
+    incarnation: str = ""
+    worker: str = ""
+    rows: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class World:
+    """The real store, and what the model knows of it."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.settings = Settings()
+        self.store = Store(connection, self.settings)
+        self.clock = Clock(connection)
+        self.requests: dict[str, Expected] = {}
+        self.executions: set[str] = set()
+        self.beats: dict[str, int] = {}
+        self.tombs: dict[str, int] = {}
+        self.shown: dict[str, int] = {}
+        self.look = Look(connection)
+        self.sound = True
+        """No mistake has been found."""
+        self.patient = False
+        """Compare later, once for several calls."""
+
+    @property
+    def now(self) -> int:
+        return self.clock.now
+
+    @property
+    def living(self) -> list[Expected]:
+        return [item for item in self.requests.values() if not item.gone]
+
+    def held_by(self, incarnation: str) -> list[Expected]:
+        return [item for item in self.living if item.execution and item.holder == incarnation]
+
+    def is_reaped(self, incarnation: str) -> bool:
+        return self.now - self.tombs.get(incarnation, -TOMBSTONE_MS) < TOMBSTONE_MS
+
+    def apply(self, call: Call) -> Any:
+        """Send a call, judge the answer, and compare everything."""
+        self.sound = False
+        answer = getattr(self, f"_{call.verb}")(call)
+        self.sound = True
+        if not self.patient:
+            self.check()
+        return answer
+
+    def let_pass(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.check()
+
+    # --- producers -----------------------------------------------------------------------------------
+
+    def _enqueue(self, call: Call) -> list[str]:
+        answers = self.store.enqueue(call.rows, client="me")
+        for new, answer in zip(call.rows, answers, strict=True):
+            known = self.requests.get(new.id)
+            if known is not None and not known.gone:
+                assert answer == "already", answer
+                continue
+            assert answer == "accepted", answer
+            deadline = self.now + round(new.deadline * 1000) if new.deadline else 0
+            self.requests[new.id] = Expected(new, deadline, left=new.max_retries)
+        return answers
+
+    def _cancel(self, call: Call) -> list[str]:
+        """By anybody, or by the worker that was told so."""
+        answers = self.store.cancel(call.rows, reason="asked", incarnation=call.incarnation, worker=call.worker)
+        for (identifier, execution), answer in zip(call.rows, answers, strict=True):
+            item = self.requests[identifier]
+            if item.gone:
+                assert answer == "unknown", answer
+            elif execution and execution != item.execution:
+                mine = item.last in (f"{execution}:canceled", f"{execution}:stopped")
+                assert answer == ("canceled" if mine else "lost"), answer
+            elif not execution and item.execution:
+                assert answer == "requested", answer
+                item.cancel = True
+            elif item.ended:
+                assert answer == ("canceled" if item.verdict in ("canceled", "stopped") else "ended"), answer
+            else:
+                assert answer == "canceled", answer
+                item.end("stopped" if item.stopped else "canceled", execution, self.now)
+        return answers
+
+    # --- workers -------------------------------------------------------------------------------------
+
+    def _heartbeat(self, call: Call) -> str:
+        status = self.store.heartbeat(
+            incarnation=call.incarnation, worker=call.worker, queues=QUEUES, pid=4711, host="here", fingerprints=call.rows,
+        ).status  # fmt: skip
+        assert status == ("reaped" if self.is_reaped(call.incarnation) else "ok"), status
+        if status == "ok":
+            self.beats[call.incarnation] = self.now + 5000
+            self.shown |= dict.fromkeys(call.rows, self.now)
+        return status
+
+    def _claim(self, call: Call) -> Any:
+        incarnation, known = call.incarnation, call.options["known"]
+        before = self.look
+        answer = self.store.claim(incarnation=incarnation, worker=call.worker, queues=QUEUES, **call.options)
+        if self.is_reaped(incarnation):
+            assert answer.status == "reaped"
+            assert not answer.claims
+            return answer
+        lacking = {item.id for item in self.held_by(incarnation) if item.id not in known}
+        if lacking:
+            assert {claim.id for claim in answer.claims} == lacking, "what it holds was not given again"
+        for claim in answer.claims:
+            item = self.requests[claim.id]
+            if lacking:
+                assert claim.execution == item.execution
+            else:
+                self._give(item, claim, incarnation, call.options["task"])
+            item.lease = self.now + 30_000
+            place = (item.seq, len(item.log), item.epoch, item.fingerprint) if item.at else (0, 0, item.epoch, "")
+            assert (claim.seq, claim.offset, claim.epoch, claim.fingerprint) == place, "not from its last checkpoint"
+        assert len({claim.task for claim in answer.claims}) <= 1, "two tasks at once"
+        self._check_isolation(before, incarnation)
+        if answer.claims:
+            self.beats.setdefault(incarnation, self.now + 5000)
+        return answer
+
+    def _give(self, item: Expected, claim: Claim, incarnation: str, task: str) -> None:
+        assert not item.execution, f"{item.id} was given to two"
+        assert not item.ended, f"{item.id} runs after its end"
+        assert not item.gone
+        assert claim.execution not in self.executions
+        assert task in ("", claim.task)
+        assert claim.task == item.new.task
+        if item.requeued:
+            item.verdict, item.requeued, item.last = "", False, ""
+            item.attempt, item.left, item.deadline = 0, item.new.max_retries, 0
+        assert not item.deadline or self.now < item.deadline, "given after its deadline"
+        if item.at is None or self.now - item.at > 3_600_000:
+            item.restart()
+        self.executions.add(claim.execution)
+        item.execution, item.holder = claim.execution, incarnation
+
+    def _check_isolation(self, before: Look, incarnation: str) -> None:
+        self.look = Look(self.store.connection)
+        isolating = self.look.zset(key("isolating"))
+        if incarnation in isolating.keys() - before.zset(key("isolating")).keys():
+            living = sum(deadline > self.now for deadline in self.beats.values())
+            assert len(isolating) <= max(1, living // 2), "too many isolate"
+
+    def _progress(self, call: Call) -> list[str]:
+        answers = self.store.progress(call.incarnation, call.rows)
+        for row, answer in zip(call.rows, answers, strict=True):
+            item = self.requests[row.id]
+            assert answer == self._expect_progress(item, row), (answer, row, item)
+        return answers
+
+    def _expect_progress(self, item: Expected, row: Progress) -> str:
+        if item.gone or row.execution != item.execution:
+            return "lost"
+        item.lease = self.now + 30_000
+        if item.cancel or item.stopped:
+            return "cancel"
+        if (gap := self._append(item, row)) is not None:
+            return gap
+        if row.seq > item.seq:
+            assert item.fingerprint in ("", row.fingerprint), "two models in one epoch"
+            item.seq, item.at, item.fingerprint = row.seq, self.now, row.fingerprint
+            item.state = row.state if isinstance(row.state, bytes) else b""
+            item.moved = row.stepped >= 1
+        if item.deadline and self.now >= item.deadline:
+            item.end("failed", item.execution, self.now)
+            return "deadline"
+        return "ok"
+
+    def _append(self, item: Expected, row: Progress | Finish) -> str | None:
+        if row.offset > len(item.log):
+            return f"gap {len(item.log)}"
+        if row.outputs and row.offset + row.outputs > len(item.log):
+            assert row.offset == len(item.log)
+            item.log += unpack(row.blob)[2]
+        return None
+
+    def _renew(self, call: Call) -> list[str]:
+        answers = self.store.renew(call.incarnation, call.rows)
+        for (identifier, execution), answer in zip(call.rows, answers, strict=True):
+            item, expected = self.requests[identifier], "ok"
+            if item.gone or execution != item.execution:
+                expected = "lost"
+            else:
+                item.lease = self.now + 30_000
+                item.at = self.now if item.at is not None else None
+                if item.cancel or item.stopped:
+                    expected = "cancel"
+                elif item.deadline and self.now >= item.deadline:
+                    item.end("failed", execution, self.now)
+                    expected = "deadline"
+            assert answer == expected, (answer, expected)
+        return answers
+
+    def _stop(self, call: Call) -> list[str]:
+        answers = self.store.stop(call.incarnation, call.rows)
+        for (identifier, execution), answer in zip(call.rows, answers, strict=True):
+            item = self.requests[identifier]
+            mine = not item.gone and execution == item.execution
+            assert answer == ("cancel" if mine else "lost"), answer
+            item.stopped = item.stopped or (mine and not item.cancel)
+        return answers
+
+    def _finish(self, call: Call) -> list[str]:
+        answers = self.store.finish(call.incarnation, call.worker, call.rows)
+        for row, answer in zip(call.rows, answers, strict=True):
+            item = self.requests[row.id]
+            if item.gone or row.execution != item.execution:
+                expected = "already" if item.last == f"{row.execution}:finished" and not item.gone else "lost"
+            elif (gap := self._append(item, row)) is not None:
+                expected = gap
+            else:
+                item.end("finished", row.execution, self.now)
+                expected = "ok"
+            assert answer == expected, (answer, expected)
+        return answers
+
+    def _fail(self, call: Call) -> list[str]:
+        answers = self.store.fail(call.incarnation, call.worker, call.rows)
+        for row, answer in zip(call.rows, answers, strict=True):
+            item = self.requests[row.id]
+            if item.gone or row.execution != item.execution:
+                assert answer == self._bygone(item, row.execution), answer
+            else:
+                self._decided(item, answer, charge=row.charge, retry=row.retry, free=not (row.crash or row.loss))
+        return answers
+
+    def _bygone(self, item: Expected, execution: str) -> str:
+        return "already" if not item.gone and item.last.startswith(f"{execution}:") else "lost"
+
+    def _decided(self, item: Expected, outcome: str, *, charge: bool, retry: bool = True, free: bool = False) -> None:
+        """An execution ended without a result. ``free``: no crash or loss counts against it."""
+        execution = item.execution
+        if item.cancel or item.stopped:
+            assert outcome == "canceled", outcome
+            # A stop that RQ wrote keeps its word, also after a cancel that came later.
+            item.end("stopped" if item.stopped else "canceled", execution, self.now)
+            return
+        left = int(self._job(item)["retries_left"])
+        if item.moved and left == item.new.max_retries - charge != item.left - charge:
+            item.left = item.new.max_retries  # progress gave the budget back
+        exhausted = charge and item.left < 1
+        item.attempt += charge
+        item.left -= charge and not exhausted
+        assert left == item.left, "attempts are charged otherwise"
+        if exhausted or not retry:
+            assert outcome == "failed", "more attempts than it has"
+        elif free:
+            assert outcome != "failed" or int(self._job(item)["executions"]) >= self.settings.max_executions
+        if outcome == "failed":
+            item.end("failed", execution, self.now)
+        else:
+            assert outcome in ("queued", "scheduled"), outcome
+            item.last = f"{execution}:retried"
+            item.let_go()
+
+    def _job(self, item: Expected) -> dict[str, str]:
+        found: Any = self.store.connection.hgetall(key("job", item.id))
+        return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
+
+    def _release(self, call: Call) -> list[str]:
+        marks = call.options["fingerprints"]
+        answers = self.store.release(call.incarnation, call.worker, call.rows, reason="draining", **call.options)
+        for (identifier, execution), mark, answer in reversed([*zip(call.rows, marks, answers, strict=True)]):
+            item = self.requests[identifier]
+            if item.gone or execution != item.execution:
+                assert answer == self._bygone(item, execution), answer
+                continue
+            if item.cancel or item.stopped:
+                assert answer == "canceled", answer
+                item.end("stopped" if item.stopped else "canceled", execution, self.now)
+                continue
+            left = int(self._job(item)["retries_left"])
+            assert left == item.left or (item.moved and left == item.new.max_retries), "a release is free"
+            item.left = left
+            lost = bool(mark) and self.now - self.shown.get(mark, 0) > 5000
+            if answer == "failed":
+                assert int(self._job(item)["executions"]) >= self.settings.max_executions
+                item.end("failed", execution, self.now)
+                continue
+            assert answer == ("scheduled" if call.options["delay"] and not lost else "queued"), answer
+            item.last = f"{execution}:released"
+            item.let_go()
+            if lost:
+                item.restart()
+        return answers
+
+    # --- recovery ------------------------------------------------------------------------------------
+
+    def _reap(self, call: Call) -> Any:
+        """Evidence against one incarnation."""
+        policy = POLICIES[call.options["kind"]]
+        holdings = self.held_by(call.incarnation)
+        sweep = self.store.reap(
+            incarnation=call.incarnation, kind=call.options["kind"], reason="seen", charge=policy.charge,
+            crash=policy.crash, loss=policy.loss,
+        )  # fmt: skip
+        assert {row.id for row in sweep.reaped if row.id} == {item.id for item in holdings}
+        self._taken(sweep.reaped, charge=policy.charge)
+        assert self.is_reaped(call.incarnation)
+        return sweep
+
+    def _sweep(self, call: Call) -> Any:
+        if call.options["settled"]:
+            self.store.connection.hset(key("pulse"), mapping={"at": self.now, "since": self.now - 3_600_000})
+        silent = {name for name, deadline in self.beats.items() if deadline <= self.now}
+        due = {item.id for item in self.living if item.execution and (item.lease <= self.now or item.holder in silent)}
+        sweep = self.store.reap(QUEUES, kind="WORKER_LOST", reason="no heartbeat")
+        assert sweep.judged or not call.options["settled"]
+        taken = {row.id for row in sweep.reaped if row.id}
+        assert taken == (due if sweep.judged else set()), f"due are {due}, taken were {taken}"
+        self._taken(sweep.reaped, charge=False)
+        return sweep
+
+    def _taken(self, rows: Sequence[Any], *, charge: bool) -> None:
+        for row in rows:
+            if row.id:
+                item = self.requests[row.id]
+                assert (item.execution, item.holder) == (row.execution, row.incarnation)
+                self._decided(item, row.outcome, charge=charge and row.kind != "HANG")
+            else:
+                self.tombs[row.incarnation] = self.now
+                self.beats.pop(row.incarnation, None)
+
+    def _promote(self, call: Call) -> int:
+        return self.store.promote(QUEUES)
+
+    def _expire(self, call: Call) -> int:
+        for item in self.living:
+            if item.at is not None and self.now - item.at >= 3_600_000:
+                if item.execution:
+                    item.at = self.now
+                elif item.ended:
+                    item.drop_checkpoint()
+                else:
+                    item.restart()
+        return self.store.expire(QUEUES)
+
+    def requeue(self, identifier: str) -> bool:
+        """As ``perdure requeue`` does: RQ's own code."""
+        from perdure.scripts.moves import _requeue_one
+
+        item = self.requests[identifier]
+        done = _requeue_one(self.store.connection, item.new.queue, identifier)
+        dead = not item.gone and item.ended and item.verdict == "failed"
+        assert done == dead, "only a dead letter is requeued"
+        if done:
+            item.requeued, item.stray = True, True
+        self.check()
+        return done
+
+    # --- everything ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare all of Redis with the model."""
+        self.sound = False
+        self.look = Look(self.store.connection)
+        for item in self.living:
+            self._check_job(item)
+        self._check_holdings()
+        self.sound = True
+
+    def _check_job(self, item: Expected) -> None:
+        look, name = self.look, key("job", item.id)
+        if name not in look.raw:
+            kept = 1000 * (item.new.result_ttl if item.verdict == "finished" else item.new.failure_ttl)
+            assert item.ended, f"{item} has vanished"
+            assert self.now - item.ended_at >= kept - 1000, f"{item} has vanished too early"
+            item.gone = True
+            return
+        job = look.hash(name)
+        waits = not item.ended and not item.execution
+        if waits and not item.requeued and item.deadline and self.now >= item.deadline and job["last"] == "-:failed":
+            item.end("failed", "", self.now)
+            waits = False
+        assert job["execution"] == item.execution
+        assert job["last"] == item.last
+        assert job["epoch"] == str(item.epoch)
+        places = self._places(item)
+        if item.execution:
+            assert places.pop("leases", 0) == 1, f"{item.id} is held without a lease"
+        if waits:
+            apart = [name for name, times in places.items() if times and name != "queue"]
+            assert apart or places["queue"], f"{item.id} is lost: it stands nowhere"
+            assert len(apart) <= 1, f"{item.id} stands in {apart}"
+            if "company" in job:
+                item.stray = True
+            elif not item.stray:
+                assert sum(places.values()) == 1, f"{item.id} stands in {places}"
+        else:
+            if not item.stray:
+                assert not places["queue"], f"{item.id} is held or has ended, and stands in its queue as well"
+            assert not any(times for name, times in places.items() if name != "queue"), (
+                f"{item.id} also stands in {places}"
+            )
+        if item.ended:
+            assert job["status"] == item.verdict, (job, self.store.history(item.id))
+            registry = "canceled" if item.verdict == "stopped" else item.verdict
+            assert item.id in look.zset(key(registry, item.new.queue)) or self.now - item.ended_at > 1_000_000
+        # A wait for a requeue's claim too: what lives has no TTL, what has ended has one.
+        assert (look.ttl[name] > 0) == item.ended, f"{item.id}: TTL {look.ttl[name]}"
+        self._check_outputs(item)
+
+    def _places(self, item: Expected) -> dict[str, int]:
+        queue = item.new.queue
+        places = {name: int(item.id in self.look.zset(key(name, queue))) for name in ("leases", "retries", "suspects")}
+        return places | {"queue": self.look.names(key("queue", queue)).count(item.id)}
+
+    def _check_outputs(self, item: Expected) -> None:
+        look = self.look
+        log: list[Any] = []
+        for raw in look.raw.get(key("output", item.id), []):
+            epoch, offset, values = unpack(raw)
+            assert (epoch, offset) == (item.epoch, len(log)), f"{item.id}: a gap or a repeat at {offset}"
+            log += values
+        assert log == item.log, f"{item.id}: {log} is not {item.log}"
+        point = look.hash(key("checkpoint", item.id))
+        if item.at is None:
+            assert not point, f"{item.id} has a checkpoint {point}"
+        else:
+            assert (int(point["seq"]), int(point["offset"])) == (item.seq, len(item.log))
+            assert (int(point["at"]), point["fingerprint"]) == (item.at, item.fingerprint)
+            assert look.field(key("checkpoint", item.id), "state") == item.state
+        assert (item.id in look.zset(key("checkpoints"))) == (item.at is not None)
+        for stem in ("output", "checkpoint", "history"):
+            assert look.ttl.get(key(stem, item.id), 1) > 0 or not item.ended, f"{item.id}: its {stem} has no TTL"
+        ends = [fields for _, fields in look.raw.get(key("results", item.id), [])]
+        assert sum(fields[fields.index(b"type") + 1] == b"1" for fields in ends) <= 1, "finished twice"
+
+    def _check_holdings(self) -> None:
+        look = self.look
+        held = {
+            (name, identifier, execution)
+            for name, where in look.below("held").items()
+            for identifier, execution in look.hash(where).items()
+        }
+        assert held == {(item.holder, item.id, item.execution) for item in self.living if item.execution}
+        leases = {
+            identifier: score for queue in QUEUES for identifier, score in look.zset(key("leases", queue)).items()
+        }
+        assert leases == {item.id: item.lease for item in self.living if item.execution}
+        running = {f"{item.id}:{item.execution}" for item in self.living if item.execution}
+        assert {name for queue in QUEUES for name in look.zset(key("wip", queue))} == running
+        for name in {holder for holder, _, _ in held}:
+            mine = [item.id for item in self.held_by(name)]
+            company = [int(look.hash(key("job", item)).get("company", "128")) for item in mine]
+            assert len(mine) <= min(company), f"{mine} run together, with a suspect that allows {min(company)}"
+        assert look.zset(key("beats")) == self.beats
