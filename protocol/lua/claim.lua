@@ -217,7 +217,7 @@ end
 
 local function isolate()
   redis.call('ZADD', KEY.isolating, int(now_ms), incarnation)
-  redis.call('EXPIRE', KEY.isolating, HOUR)
+  redis.call('EXPIRE', KEY.isolating, DAY) -- a suspect may run for hours before it is cleared
 end
 
 -- Give the oldest suspect of a queue, and as many more of its task as each of them allows.

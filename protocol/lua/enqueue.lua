@@ -51,7 +51,10 @@ for _ = 1, tonumber(arg()) do
   else
     local date, delay = utc(), tonumber(delay_ms)
     drop_all_chunks(id)
-    redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id)
+    -- What an expired request of this id has left, its place among the checkpoints too.
+    if redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id) > 0 then
+      redis.call('ZREM', KEY.checkpoints, id)
+    end
     redis.call('SADD', KEY.queues, KEY.queue .. queue)
     redis.call('HSET', name, 'created_at', date, 'enqueued_at', delay > 0 and '' or date, 'started_at', '', 'ended_at', '',
       'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '',

@@ -95,9 +95,9 @@ class Evidence:
 
 
 def read_journals(paths: Iterable[Path]) -> dict[str, Seen]:
-    """All requests of all producers."""
+    """All requests of all producers. A producer's ninth life reads on what its eighth submitted, the tenth after it."""
     seen: dict[str, Seen] = {}
-    for path in paths:
+    for path in sorted(paths, key=_life):
         for line in journal.read(path):
             name, what = line["id"], line["what"]
             if what == journal.INTENT:
@@ -109,6 +109,12 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Seen]:
             elif what == journal.END:
                 seen[name].ends.append(line)
     return seen
+
+
+def _life(path: Path) -> tuple[str, int]:
+    """Producer and number of its life, of a name such as ``p1.10.jsonl``."""
+    producer, life, _ = path.name.split(".")
+    return producer, int(life)
 
 
 def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, Stored]:
