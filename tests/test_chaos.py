@@ -89,6 +89,16 @@ def test_what_a_killed_producer_leaves_half_written_is_not_read(tmp_path: Path) 
     assert len(seen["one"].outputs) == 1
 
 
+def test_a_producer_s_tenth_life_comes_after_its_ninth(tmp_path: Path) -> None:
+    """It reads on what the ninth has submitted, and names sort otherwise."""
+    for life, what in ((9, journal.INTENT), (10, journal.OUTPUT)):
+        log = journal.Journal(tmp_path / f"p1.{life}.jsonl")
+        details: dict[str, Any] = {"task": WALK, "payload": {}} if what == journal.INTENT else {"index": 0, "output": 1}
+        log.write(what, "one", **details)
+        log.close()
+    assert len(read_journals(sorted(tmp_path.iterdir()))["one"].outputs) == 1
+
+
 # --- the judge -------------------------------------------------------------------------------------------
 
 NUMBER = 8

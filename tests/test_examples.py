@@ -98,6 +98,7 @@ def run_through(generator: Any) -> tuple[list[Any], Any]:
 # --- documents ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_document_is_counted_the_same_after_two_kills(lab: Lab) -> None:
     """Two kills in a row in the middle of a file: every piece once, and the sums of an uninterrupted run."""
     path = lab.folder / "novel.txt"
@@ -381,6 +382,7 @@ def commands(name: str) -> list[str]:
     return re.findall(r"^ {4}\$ (.+)$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_newcomer_can_follow_the_docstrings(tmp_path: Path) -> None:
     """The pool and then the example, each by the command that its docstring shows, on an embedded server."""
     pytest.importorskip("torch")

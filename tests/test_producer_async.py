@@ -288,6 +288,7 @@ def test_a_request_without_a_producer_can_be_waited_for(play: Any, hands: Hands,
 # --- many waiters, one listener ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thousands_wait_on_one_connection(
     play: Any, hands: Hands, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_plain_job_cannot_be_stopped(lab: Lab) -> None:
     lab.check(lab.submit("count", {"n": 3}), 3)
 
 
+@pytest.mark.slow
 def test_the_shutdown_command_drains(lab: Lab) -> None:
     """What runs is handed back, and the worker leaves with status 0."""
     worker = lab.worker()

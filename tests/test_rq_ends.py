@@ -53,6 +53,7 @@ def test_webhooks_and_rate_limits_of_plain_jobs(lab: Lab, ours: bool) -> None:
     assert slots(lab.connection) == ([], [])
 
 
+@pytest.mark.slow
 def test_the_end_of_a_plain_job_whose_worker_was_lost(lab: Lab) -> None:
     """As RQ ends an abandoned job: failed, its callback and webhook called, its slot passed on, its dependents run."""
     queue = Queue("gpu", connection=lab.connection)
@@ -89,6 +90,7 @@ def test_a_lost_plain_job_with_retries_goes_on_to_repeat(lab: Lab) -> None:
     eventually(lambda: called(lab, job.id) == "failure AbandonedJobError")
 
 
+@pytest.mark.slow
 def test_a_retry_waits_without_its_slot(lab: Lab) -> None:
     """Under a rate limit, what waits for its retry lets another one run, and gets a slot again when it is due."""
     queue = Queue("gpu", connection=lab.connection)

@@ -38,6 +38,7 @@ def finished(job: Job) -> None:
     assert job.return_value(refresh=True) == 8
 
 
+@pytest.mark.slow
 def test_jobs_are_run_when_they_are_due(lab: Lab) -> None:
     """``enqueue_in`` runs its job, beside a request; SIGTERM ends the scheduler as well, and its locks are free."""
     worker = lab.worker("--with-scheduler")
@@ -109,6 +110,7 @@ def test_a_burst_moves_what_is_due_first(lab: Lab) -> None:
     assert list(lab.connection.scan_iter("rq:scheduler*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("serializer", ["json", "rq.serializers.JSONSerializer"])
 def test_the_workers_serializer_is_the_schedulers(lab: Lab, serializer: str) -> None:
     """``--serializer``: jobs of that kind are moved and run."""

@@ -61,6 +61,7 @@ def test_an_enqueued_task_becomes_a_request(lab: Lab, tasks: Any) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_an_enqueued_task_resumes(lab: Lab, tasks: Any) -> None:
     """It has what every request has: its worker is killed, and it goes on."""
     worker = lab.worker()

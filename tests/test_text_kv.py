@@ -161,6 +161,7 @@ def test_it_is_asked_for(traced):
     assert run(task, plain)[:2] == (outputs[2:], [])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_its_keys_to_the_next(lab: Lab, tmp_path):
     """Through Redis, two processes and a kill -9: the second computes no prompt."""
     trace = tmp_path / "trace"

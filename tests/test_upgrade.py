@@ -107,6 +107,7 @@ def test_the_release_is_the_one_that_is_written_down() -> None:
             assert not re.search(rb"(?<![\w./])/(home|root|work|Users|tmp/\w+)/", wheel.read(name)), name
 
 
+@pytest.mark.slow
 def test_both_releases_serve_one_queue(lab: Lab, releases: Releases) -> None:
     """Producers of both, workers of both, a reaper of each: every request ends once, with the right outputs."""
     lab.reaper(environment=releases.environment("old"))
@@ -176,6 +177,7 @@ def test_a_payload_that_was_degraded_stays_so_in_an_old_worker(lab: Lab, release
     assert handle.degraded()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["old", "new"])
 def test_the_guardian_of_one_release_reaps_the_other(lab: Lab, releases: Releases, lost: str) -> None:
     """No reaper runs; a worker and its guardian are lost together, as with their host."""

@@ -80,6 +80,7 @@ def test_a_canceled_request_that_waits_is_never_run(lab: Lab) -> None:
     assert (lab.record(one).status, lab.record(one).executions, lab.waiting()) == ("canceled", 0, [])
 
 
+@pytest.mark.slow
 def test_suspend_and_resume(lab: Lab) -> None:
     """``rq suspend`` lets what runs end and stops claims, ``rq resume`` starts them again."""
 

@@ -49,6 +49,7 @@ def test_a_poison_among_31_innocents(lab: Lab):
     assert not lab.connection.exists(key("suspects", "gpu"))
 
 
+@pytest.mark.slow
 def test_a_native_crash_leaves_its_stacks(lab: Lab):
     """The signal's name is the reason, and the dead letter shows where every thread stood."""
     bad = lab.submit("crash_tasks.poison", {"how": "abort"})
@@ -65,6 +66,7 @@ def test_a_native_crash_leaves_its_stacks(lab: Lab):
     assert lab.outputs(bad) == [0, 1, 2], "one output each time did not keep it alive"
 
 
+@pytest.mark.slow
 def test_a_poison_without_evidence_ends_too(lab: Lab):
     """It kills its process with SIGKILL, as the kernel does: nothing is left to be read."""
     bad = lab.submit("crash_tasks.poison", {"how": "kill"})

@@ -17,6 +17,7 @@ from perdure.scripts.server import Server
 from .worker_kit import Lab, eventually, gone, laboratory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_drain_hands_everything_back_in_order(lab: Lab, number: signal.Signals) -> None:
     """A stop signal: checkpoints kept, requests in front in their old order, nothing charged, exit 0 in a moment."""

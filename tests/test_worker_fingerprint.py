@@ -25,6 +25,7 @@ def begun(lab: Lab, fingerprint: str, **options: Any) -> tuple[str, Process]:
     return one, worker
 
 
+@pytest.mark.slow
 def test_another_model_hands_a_request_back(lab: Lab) -> None:
     """While a living worker has the model that began it, no other continues or restarts the request."""
     lab.worker(queues=("elsewhere",), tasks=("lab_tasks.model",), environment=shows("A"))

@@ -63,6 +63,7 @@ def test_a_hostile_envelope_is_never_unpickled(lab: Lab) -> None:
     assert not (lab.folder / "hacked").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_restarts_from_zero(lab: Lab) -> None:
     """A log that cannot be read takes no worker down: the request begins again in a new epoch, and says so."""
     first = lab.worker()

@@ -48,6 +48,7 @@ def test_a_killed_guardian_is_replaced(lab: Lab) -> None:
     assert lab.events(one) == []
 
 
+@pytest.mark.slow
 def test_without_a_guardian_a_reaper_hands_on_what_was_lost(lab: Lab) -> None:
     """A worker killed with its guardian is found by its missing heartbeats; the reaper moves what it held."""
     reaper = lab.reaper()

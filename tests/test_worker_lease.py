@@ -34,6 +34,7 @@ def test_a_worker_gets_back_what_hung_in_it(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a batch", "every thread"])
 def test_a_worker_that_hangs_claims_nothing_more(lab: Lab, kind: str) -> None:
     """Its slots are free, but whatever it took would wait for a whole lease: all of it is another worker's."""
@@ -106,6 +107,7 @@ def test_a_requests_own_step_timeout_is_its_own(lab: Lab) -> None:
     assert lab.events(neighbour) == [("redelivered", "WORKER_LOST")]
 
 
+@pytest.mark.slow
 def test_a_requests_own_step_timeout_comes_before_the_tasks_and_the_settings(lab: Lab) -> None:
     """Longer than the worker's setting, it survives; shorter than the task's, it is judged."""
     lab.reaper()
@@ -117,6 +119,7 @@ def test_a_requests_own_step_timeout_comes_before_the_tasks_and_the_settings(lab
     assert lab.outputs(short) == [0]
 
 
+@pytest.mark.slow
 def test_a_load_is_no_hang_of_a_request_with_short_steps(lab: Lab) -> None:
     """While its task loads, its lease is renewed as often as that needs."""
     lab.reaper()

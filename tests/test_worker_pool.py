@@ -23,6 +23,7 @@ def ready(lab: Lab) -> list[int]:
     return [item["pid"] for item in lab.store.workers() if item["ready"] and item["dead_in"] > 0]
 
 
+@pytest.mark.slow
 def test_the_dead_are_replaced_and_all_leave_together(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from perdure.scripts.server import Server
 
 from .worker_kit import Lab, eventually, laboratory
@@ -59,6 +61,7 @@ def test_a_killed_worker_with_four_threads_in_flight_loses_nothing(lab: Lab) -> 
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_thread_that_hangs_is_found_though_its_mates_move(lab: Lab) -> None:
     """Its request goes elsewhere as HANG; the mates and all later requests of the worker are not touched."""
     lab.reaper()
