@@ -95,7 +95,10 @@ def test_a_requests_own_step_timeout_is_its_own(lab: Lab) -> None:
     """A short one is judged by it at once, its neighbour in the same worker by the pool's long one; both go on."""
     lab.reaper()
     stuck = lab.worker()
-    neighbour = lab.submit("stall_among_others", {"n": 100})
+    beside = lab.folder / "neighbour"
+    beside.mkdir()
+    # It stands still as well, so that it cannot end before the other is judged, however slow the machine is.
+    neighbour = lab.submit("stall_among_others", {"n": 100, "at": 50, "folder": str(beside)})
     lab.moved(neighbour)
     short = lab.submit("stall_among_others", {"n": 6, "at": 3, "folder": str(lab.folder)}, step_timeout=0.3)
     eventually(lambda: ("suspected", "HANG") in lab.events(short))
