@@ -55,7 +55,11 @@ Examples:
 )
 @click.option("--seed", type=int, help="Makes the schedule and the requests; one of chance, which is printed.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=1), default=60.0, show_default=True, help="It ends within 15 s more."
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    help="It ends within 15 s (a long run: a twentieth) more.",
 )
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to FILE.")
 @click.option("--svg", "svg_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the picture to FILE.")

@@ -5,7 +5,8 @@
 3. quiet: nothing new; what is open may end, for at most :data:`QUIET` seconds.
 4. end: all processes stop, and what producers and Redis know is gathered.
 
-Every phase is bounded, and the whole is over 15 s after the given duration.
+Every phase is bounded, and the whole is over 15 s after the given duration, or a twentieth of it: what happened to
+tens of thousands of requests takes longer to read.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import redis
 
 from ...producer import Client
 from ...protocol.connection import connect
+from ...protocol.keys import key
 from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ..pool import environment_for
 from ..server import Server
 from .crew import Crew
-from .evidence import Evidence, delete_all, read_journals, read_requests, read_samples, strangers_and_leaks
+from .evidence import QUEUES, Evidence, delete_all, read_journals, read_requests, read_samples, strangers_and_leaks
 from .faults import CLASSES
 from .journal import Journal
 from .load import words
@@ -60,7 +62,9 @@ LATE: Final = 20.0
 """Seconds before the last submit from which on those that have loaded a model are spared."""
 
 BACKSTOP: Final = 14.5
-"""Seconds after the duration when the process ends whatever it is doing."""
+"""Seconds after the duration when the process ends whatever it is doing; after a long run :data:`GATHERING` of it."""
+
+GATHERING: Final = 1 / 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,8 @@ class Conductor:
                 write_through(server)
                 crew.kept.add(server.pid)
             golden = self._start_golden(crew)
-            timer = threading.Timer(options.seconds + BACKSTOP, _give_up, (crew,))
+            rest = max(BACKSTOP, GATHERING * options.seconds)
+            timer = threading.Timer(options.seconds + rest, _give_up, (crew,))
             timer.daemon = True
             timer.start()
             try:
@@ -228,9 +233,17 @@ class Conductor:
             time.sleep(TICK)
 
     def _ended(self, stage: Stage) -> bool:
-        """Whether nothing waits or runs, as Redis has it."""
+        """Whether nothing waits or runs, and nothing of it is left, as Redis has it."""
+        connection = stage.store.connection
         with contextlib.suppress(redis.RedisError):
-            _, leaks = strangers_and_leaks(stage.store.connection, ())
+            with connection.pipeline(transaction=True) as pipe:
+                for queue in QUEUES:
+                    pipe.llen(key("queue", queue))
+                    for name in ("leases", "retries", "suspects"):
+                        pipe.zcard(key(name, queue))
+                if any(pipe.execute()):
+                    return False  # cheaply: what follows looks at every key
+            _, leaks = strangers_and_leaks(connection, ())
             return not any("TTL" not in leak for leak in leaks)
         return False
 
