@@ -57,14 +57,26 @@ redis.call('HDEL', KEY.held .. incarnation, '')
 
 local rows, number, bytes = {}, 0, 0
 
-local function give(id, execution, queue)
-  local job = redis.call('HMGET', KEY.job .. id, 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout', 'step_ms')
-  local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'offset', 'fingerprint')
-  local row = { id, execution, queue, job[1] and 'request' or 'plain', job[1] or '', job[2] or '', job[3] or '0',
-    point[1] or '0', point[2] or '0', job[4] or '0', point[3] or '', job[5] or '', job[6] or '-1', job[7] or '' }
+-- What is wanted of a job and of its checkpoint, read once: a call of Redis costs more than what it reads.
+local JOB = { 'status', 'last', 'origin', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout',
+  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions' }
+local POINT = { 'seq', 'offset', 'fingerprint', 'at', 'chunks', 'writing' }
+
+local function read(name, fields)
+  local record = {}
+  for i, value in ipairs(redis.call('HMGET', name, unpack(fields))) do record[fields[i]] = value or nil end
+  return record
+end
+
+local function give(id, execution, queue, job, point)
+  job = job or read(KEY.job .. id, JOB)
+  point = point or read(KEY.checkpoint .. id, POINT)
+  local row = { id, execution, queue, job.task and 'request' or 'plain', job.task or '', job.payload or '', job.attempt or '0',
+    point.seq or '0', point.offset or '0', job.epoch or '0', point.fingerprint or '', job.client or '', job.timeout or '-1',
+    job.step_ms or '' }
   for _, value in ipairs(row) do rows[#rows + 1] = value end
   number = number + 1
-  bytes = bytes + #(job[2] or '')
+  bytes = bytes + #(job.payload or '')
 end
 
 -- 1. What was given before and did not arrive.
@@ -93,31 +105,33 @@ end
 if number > 0 then return answer('ok') end
 if redis.call('EXISTS', KEY.suspended) == 1 then return answer('suspended') end
 
--- 2. Is the popped id to be run? Whatever is not, leaves the queue here.
+local waited = batch('ZREM')
+
+-- 2. Is the popped id to be run? Its job if it is; whatever is not, leaves the queue here.
 local function runnable(id, queue)
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'status', 'last', 'origin', 'created_at')
-  if not job[4] then
+  local job = read(name, JOB)
+  if not job.created_at then
     forget(id)
-    return false
+    return nil
   end
-  if redis.call('ZSCORE', KEY.leases .. queue, id) then return false end -- pushed twice; it runs already
-  local verdict = string.match(job[2] or '', ':(%a+)$')
-  if redis.call('HEXISTS', name, 'task') == 0 then
+  if redis.call('ZSCORE', KEY.leases .. queue, id) then return nil end -- pushed twice; it runs already
+  local verdict = string.match(job.last or '', ':(%a+)$')
+  if not job.task then
     -- A plain job that we once ended may be enqueued again under the same id; RQ's status is its truth.
     if verdict then
       redis.call('HDEL', name, 'last')
       leave_registries(queue, id)
     end
-    if job[1] == 'canceled' or job[1] == 'stopped' then return false end
-    return true
+    if job.status == 'canceled' or job.status == 'stopped' then return nil end
+    return job
   end
   if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
     local registry = verdict == 'stopped' and 'canceled' or verdict
     if redis.call('ZSCORE', KEY[registry] .. queue, id) then
       -- It ended, and somebody with an old copy of the job pushed it and wrote its status.
       redis.call('HSET', name, 'status', verdict)
-      return false
+      return nil
     end
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
@@ -126,22 +140,25 @@ local function runnable(id, queue)
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
-  elseif job[1] == 'canceled' or job[1] == 'stopped' then
+    job = read(name, JOB)
+  elseif job.status == 'canceled' or job.status == 'stopped' then
     settle_canceled(id)
-    return false
+    return nil
   end
-  local reason = late(id)
-  if reason then
-    bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
-    return false
+  if job.deadline or job.queue_deadline then
+    local reason = late(id)
+    if reason then
+      bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
+      return nil
+    end
   end
-  redis.call('ZREM', KEY.retries .. queue, id)
-  return true
+  waited.add(KEY.retries .. queue, id)
+  return job
 end
 
 -- A queue's entry of a suspect leads nowhere: it may only run in limited company (5).
-local function waits_apart(id, queue)
-  if redis.call('HEXISTS', KEY.job .. id, 'company') == 0 then return false end
+local function waits_apart(id, queue, job)
+  if not job.company then return false end
   to_suspects(queue, id)
   return true
 end
@@ -149,59 +166,71 @@ end
 -- 3. What begins from zero while the pool is degraded takes the payload that its producer gave for that; afterwards,
 -- the whole one again. The one that runs stands in `payload`, the other one aside, so that whoever resumes it, a
 -- worker of an older release too, runs the same.
-local function choose_payload(id, chosen)
-  if not chosen or redis.call('EXISTS', KEY.checkpoint .. id) == 1 then return end
+local function choose_payload(id, job)
+  if not job.degraded or redis.call('EXISTS', KEY.checkpoint .. id) == 1 then return end
   local wanted = degraded() and '1' or '0'
-  if wanted == chosen then return end
+  if wanted == job.degraded then return end
   local name = KEY.job .. id
   local payloads = redis.call('HMGET', name, 'payload', 'payload_aside')
   if not payloads[2] then return end
   redis.call('HSET', name, 'degraded', wanted, 'payload', payloads[2], 'payload_aside', payloads[1])
   local reason = wanted == '1' and 'the pool is degraded: it runs with its overrides' or 'the pool has recovered: it runs without its overrides'
   history(id, wanted == '1' and 'degraded' or 'restored', '', '', '0', '', reason)
+  job.payload = payloads[2]
 end
 
--- 4. Execution, lease, and what RQ's own worker would have written.
-local function take(id, queue, execution, plain_timeout, step_ms)
-  local name, composite, date = KEY.job .. id, id .. ':' .. execution, utc()
-  redis.call('PERSIST', name)
-  redis.call('HSET', name, 'status', 'started', 'started_at', date, 'last_heartbeat', date, 'worker_name', worker,
-    'execution', execution, 'claimed', int(now_ms), 'holder', incarnation)
-  add(name, 'executions', 1)
-  if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
-  local length = lease_length(step_ms, lease_ms)
+-- 4. Execution, lease, and what RQ's own worker would have written. The registries that only show it get all that this
+-- claim takes in one call each; what makes it held is written at once, so that nothing that was popped can be lost.
+local shown, traces = batch('ZADD'), batch('SADD')
+local taken = {}
+
+local function take(id, queue, execution, job, plain_timeout)
+  local name, composite = KEY.job .. id, id .. ':' .. execution
+  local length = lease_length(job.step_ms, lease_ms)
   -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
-  if plain_timeout then length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000 end
+  if plain_timeout then
+    length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000
+    redis.call('PERSIST', name) -- what of ours comes again was persisted above
+  end
   redis.call('ZADD', KEY.leases .. queue, int(now_ms + length), id)
   redis.call('HSET', KEY.held .. incarnation, id, execution)
-  redis.call('ZADD', KEY.wip .. queue, int(now_s + HOUR), composite)
+  redis.call('HSET', name, 'status', 'started', 'started_at', utc(), 'last_heartbeat', utc(), 'worker_name', worker,
+    'execution', execution, 'claimed', int(now_ms), 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
+  if job.deadline or job.queue_deadline then
+    if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
+  end
   redis.call('HSET', KEY.execution .. composite, 'id', execution, 'job_id', id, 'created_at', timestamp(),
     'last_heartbeat', timestamp(), 'worker_name', worker)
   redis.call('EXPIRE', KEY.execution .. composite, HOUR + 60)
   redis.call('ZADD', KEY.executions .. id, int(now_s + HOUR + 60), execution)
   redis.call('EXPIRE', KEY.executions .. id, HOUR + 60)
-  redis.call('SADD', KEY.worker .. worker .. ':executions', composite)
-  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
-  count('claimed', queue)
+  shown.add(KEY.wip .. queue, int(now_s + HOUR), composite)
+  traces.add(KEY.worker .. worker .. ':executions', composite)
+  taken[queue] = (taken[queue] or 0) + 1
 end
 
 local status, used, scanned = 'ok', 0, 0
 local empty = next(held) == nil
 
 -- A checkpoint that is stale or foreign to this run is no place to go on from.
-local function start(id, queue, execution)
-  local at = redis.call('HGET', KEY.checkpoint .. id, 'at')
-  if not at then
-    restart(id, 'no checkpoint', execution)
-  elseif now_ms - number_of(at) > ttl_ms then
-    restart(id, 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s', execution)
+local function start(id, queue, execution, job)
+  local point = read(KEY.checkpoint .. id, POINT)
+  local reason
+  if not point.at then
+    -- Nothing at all is the usual case: it has never run.
+    if next(point) or redis.call('EXISTS', KEY.output .. id) == 1 then reason = 'no checkpoint' end
+  elseif now_ms - number_of(point.at) > ttl_ms then
+    reason = 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s'
   elseif resume == '0' then
-    restart(id, 'resuming is turned off', execution)
+    reason = 'resuming is turned off'
   end
-  local job = redis.call('HMGET', KEY.job .. id, 'step_ms', 'degraded')
-  choose_payload(id, job[2])
-  take(id, queue, execution, nil, job[1])
-  give(id, execution, queue)
+  if reason then
+    restart(id, reason, execution)
+    job.epoch, point = redis.call('HGET', KEY.job .. id, 'epoch'), {}
+  end
+  choose_payload(id, job)
+  take(id, queue, execution, job)
+  give(id, execution, queue, job, point)
 end
 
 -- 5. Suspects. Whether this worker may isolate: it does already, or fewer than half of the living do.
@@ -229,13 +258,14 @@ local function give_suspects(queue)
     if task == '' or not job[1] or job[1] == task then
       if used > 0 and used + 1 > allowed then break end
       redis.call('ZREM', name, id)
-      if runnable(id, queue) then
+      local found = runnable(id, queue)
+      if found then
         company, used = allowed, used + 1
         if task == '' then
           task = job[1]
           limit = slots_of[task] or free
         end
-        start(id, queue, fresh[used])
+        start(id, queue, fresh[used], found)
         if used >= math.min(limit, company) or bytes >= max_bytes then break end
       end
     end
@@ -284,9 +314,9 @@ for _, queue in ipairs(queues) do
       break
     end
     scanned = scanned + 1
-    if runnable(id, queue) and not waits_apart(id, queue) then
-      local job = redis.call('HMGET', KEY.job .. id, 'task', 'timeout')
-      local path = job[1]
+    local job = runnable(id, queue)
+    if job and not waits_apart(id, queue, job) then
+      local path = job.task
       if (not path and not (empty and task == '')) or (path and task ~= '' and path ~= task) then
         redis.call('LPUSH', name, id) -- it needs an empty worker; it keeps its place
         status = 'blocked'
@@ -298,10 +328,10 @@ for _, queue in ipairs(queues) do
           task = path
           limit = slots_of[path] or free
         end
-        start(id, queue, fresh[used])
+        start(id, queue, fresh[used], job)
       else
-        take(id, queue, fresh[used], number_of(job[2], 180))
-        give(id, fresh[used], queue)
+        take(id, queue, fresh[used], job, number_of(job.timeout, 180))
+        give(id, fresh[used], queue, job)
         task = '\0plain' -- alone: nothing else matches this
         limit = used
       end
@@ -319,7 +349,12 @@ end
 
 if status == 'ok' and number == 0 and apart then status = 'blocked' end -- what waits is left to those who isolate
 
+waited.send()
 if number > 0 then
+  shown.send()
+  traces.send()
+  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
+  for queue, many in pairs(taken) do count('claimed', queue, many) end
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
   redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker)

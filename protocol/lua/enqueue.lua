@@ -32,7 +32,7 @@
 -- and must hear that its request is in.
 local schema, client, limit = arg(), arg(), tonumber(arg())
 if not speaks(schema) then return { 'newer' } end
-local answers, rung = {}, {}
+local answers, rung, accepted = {}, {}, {}
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
   local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
@@ -50,12 +50,12 @@ for _ = 1, tonumber(arg()) do
     answers[#answers + 1] = 'full'
   else
     local date, delay = utc(), tonumber(delay_ms)
-    drop_all_chunks(id)
     -- What an expired request of this id has left, its place among the checkpoints too.
-    if redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id) > 0 then
-      redis.call('ZREM', KEY.checkpoints, id)
+    if redis.call('EXISTS', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id) > 0 then
+      drop_checkpoint(id)
+      redis.call('DEL', KEY.output .. id, KEY.history .. id, KEY.results .. id)
     end
-    redis.call('SADD', KEY.queues, KEY.queue .. queue)
+    if not accepted[queue] then redis.call('SADD', KEY.queues, KEY.queue .. queue) end
     redis.call('HSET', name, 'created_at', date, 'enqueued_at', delay > 0 and '' or date, 'started_at', '', 'ended_at', '',
       'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '',
       'failure_callback_name', '', 'stopped_callback_name', '', 'data', data, 'description', description,
@@ -81,9 +81,10 @@ for _ = 1, tonumber(arg()) do
       if deadline == 0 or queue_deadline < deadline then deadline = queue_deadline end
     end
     if deadline > 0 then redis.call('ZADD', KEY.deadlines .. queue, int(deadline), id) end
-    count('submitted', queue)
+    accepted[queue] = (accepted[queue] or 0) + 1
     answers[#answers + 1] = 'accepted'
   end
 end
+for queue, number in pairs(accepted) do count('submitted', queue, number) end
 for queue in pairs(rung) do ring(queue) end
 return answers

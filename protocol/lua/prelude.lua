@@ -15,6 +15,37 @@ local function arg()
   return ARGV[cursor]
 end
 
+-- One command for many, sent when all members are known: a call of Redis costs a script as much as the work in it.
+-- add(name, ...) collects members of the key `name`; send() runs the command once for each key (for DEL and the like,
+-- which take only names, once).
+local function batch(command)
+  local names, members = {}, {}
+  local calls = {}
+  function calls.add(name, ...)
+    if select('#', ...) == 0 then
+      names[#names + 1] = name
+      return
+    end
+    local list = members[name]
+    if not list then
+      list = {}
+      members[name] = list
+      names[#names + 1] = name
+    end
+    for _, value in ipairs({ ... }) do list[#list + 1] = value end
+  end
+  function calls.send()
+    if #names == 0 then return end
+    if next(members) == nil then
+      redis.call(command, unpack(names))
+    else
+      for _, name in ipairs(names) do redis.call(command, name, unpack(members[name])) end
+    end
+    names, members = {}, {}
+  end
+  return calls
+end
+
 -- A number as text: '%d' and tostring() turn large numbers into floats or exponents.
 local function int(number)
   return string.format('%.0f', number)
@@ -25,8 +56,16 @@ local function timestamp()
   return string.format('%.0f.%06d', now_s, tonumber(clock[2]))
 end
 
--- A date as RQ's utcformat writes it. Days to civil date: Howard Hinnant's algorithm (no os.date here).
+-- The same for a moment that stands somewhere as ms; nil for what is none.
+local function seconds_of(ms)
+  local number = tonumber(ms or '')
+  return number and string.format('%.6f', number / 1000) or nil
+end
+
+-- The date as RQ's utcformat writes it, made once. Days to civil date: Howard Hinnant's algorithm (no os.date here).
+local date
 local function utc()
+  if date then return date end
   local days = math.floor(now_s / DAY)
   local rest = now_s - days * DAY
   local z = days + 719468
@@ -38,8 +77,9 @@ local function utc()
   local day = doy - math.floor((153 * mp + 2) / 5) + 1
   local month = mp < 10 and mp + 3 or mp - 9
   local year = yoe + era * 400 + (month <= 2 and 1 or 0)
-  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
+  date = string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
     math.floor(rest % 3600 / 60), rest % 60, tonumber(clock[2]))
+  return date
 end
 
 -- At maxmemory Redis refuses what needs memory only until a script has written: this write needs none. What ends,
@@ -242,7 +282,16 @@ local function note_to_tell(id, last)
   return true
 end
 
--- After the end, everything of a request shares one TTL (seconds; RQ's -1 keeps it for ever).
+-- A TTL in seconds; RQ's -1 keeps the key for ever.
+local function expire(name, ttl)
+  if ttl < 0 then
+    redis.call('PERSIST', name)
+  else
+    redis.call('EXPIRE', name, ttl)
+  end
+end
+
+-- After the end, everything of a request shares one TTL.
 local function share_ttl(id, ttl)
   local waited_for = note_waited_for(id)
   local told = note_to_tell(id, redis.call('HGET', KEY.job .. id, 'last') or '')
@@ -251,13 +300,7 @@ local function share_ttl(id, ttl)
     ttl = math.max(ttl, 60)
     redis.call('EXPIRE', KEY.job .. id .. ':dependents', ttl)
   end
-  for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do
-    if ttl < 0 then
-      redis.call('PERSIST', name .. id)
-    else
-      redis.call('EXPIRE', name .. id, ttl)
-    end
-  end
+  for _, name in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do expire(name .. id, ttl) end
 end
 
 -- The score of an ended request in RQ's registries: when it may leave them; RQ writes a negative TTL as it is.
