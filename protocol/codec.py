@@ -12,6 +12,7 @@ import hashlib
 import io
 import pickle
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -143,6 +144,7 @@ class RestrictedPickle:
         return _Refusing(io.BytesIO(data)).load()
 
 
+@lru_cache(maxsize=1024)
 def envelope(function: str, task: str) -> bytes:
     """RQ's ``data`` field: a call of ``function(task)``, as RQ itself would store it."""
     return zlib.compress(RestrictedPickle.dumps((function, None, (task,), {})))

@@ -7,11 +7,13 @@ without an error (tests compare the header with the code as well).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from operator import itemgetter
 from typing import Any
 
 import redis
@@ -64,6 +66,9 @@ class Script:
         self.body = body
         self.header = Header.parse(body)
         self.source = prelude + ("" if name in GIVE_WAY else "never_refused()\n") + body
+        # Not by redis-py's Script, which hashes the source, 40 KB, at every use.
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self._pick = {group: itemgetter(*names) for group, names in self.header.groups.items()}
 
     def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
         """Put named values into the order of the header. Raises ``TypeError`` for a missing or unknown name."""
@@ -74,18 +79,33 @@ class Script:
             )
         result: list[Argument] = [values[name] for name in self.header.arguments]
         for group, names in self.header.groups.items():
+            pick, single = self._pick[group], len(names) == 1
             result.append(len(groups[group]))
             for row in groups[group]:
-                if set(row) != set(names):
+                try:
+                    picked = pick(row)
+                except KeyError:
+                    picked = None
+                if picked is None or len(row) != len(names):
                     raise TypeError(f"a row of {group} in {self.name}.lua has {names}, not {tuple(row)}")
-                result.extend(row[name] for name in names)
+                if single:
+                    result.append(picked)
+                else:
+                    result += picked
         return result
 
     def __call__(self, connection: redis.Redis, values: Row, groups: Mapping[str, Sequence[Row]]) -> Any:
         """Run the script. Raises what redis-py raises; nothing is sent again by itself."""
         arguments = self.arguments(values, groups)
-        script = connection.register_script(self.source)
-        return script(keys=[NAMES["schema"]], args=arguments)
+        if isinstance(connection, redis.client.Pipeline):
+            # Nothing is sent before its end: it asks itself whether the server has the script.
+            return connection.register_script(self.source)(keys=[NAMES["schema"]], args=arguments)
+        try:
+            return connection.evalsha(self.sha, 1, NAMES["schema"], *arguments)
+        except redis.exceptions.NoScriptError:
+            # It has not run: a server forgets its scripts when it starts again.
+            connection.script_load(self.source)
+            return connection.evalsha(self.sha, 1, NAMES["schema"], *arguments)
 
 
 def _lua_names() -> str:
