@@ -66,8 +66,6 @@ class Script:
         self.body = body
         self.header = Header.parse(body)
         self.source = prelude + ("" if name in GIVE_WAY else "never_refused()\n") + body
-        # Not by redis-py's Script, which hashes the source, 40 KB, at every use.
-        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
         self._pick = {group: itemgetter(*names) for group, names in self.header.groups.items()}
 
     def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
@@ -100,12 +98,19 @@ class Script:
         if isinstance(connection, redis.client.Pipeline):
             # Nothing is sent before its end: it asks itself whether the server has the script.
             return connection.register_script(self.source)(keys=[NAMES["schema"]], args=arguments)
+        name = digest(self.source)
         try:
-            return connection.evalsha(self.sha, 1, NAMES["schema"], *arguments)
+            return connection.evalsha(name, 1, NAMES["schema"], *arguments)
         except redis.exceptions.NoScriptError:
             # It has not run: a server forgets its scripts when it starts again.
             connection.script_load(self.source)
-            return connection.evalsha(self.sha, 1, NAMES["schema"], *arguments)
+            return connection.evalsha(name, 1, NAMES["schema"], *arguments)
+
+
+@cache
+def digest(source: str) -> str:
+    """The name under which a server knows a script. (redis-py's Script hashes the source, 40 KB, at every use.)"""
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 def _lua_names() -> str:
