@@ -40,6 +40,8 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {
             "perdure.workers": ("task", "Step", "Request", "BatchTask", "Worker"),
             "perdure.workers.testing": ("resume_at_every_step", "Report"),
+            "perdure.workers.collectives": ("Collectives", "CollectiveFailed"),
+            "perdure.workers.unfit": ("Unfit",),
         },
     ),
     "errors": (

@@ -99,6 +99,13 @@ class Settings:
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     slots: int = field(default=8, metadata={"help": "requests that one worker runs at once in text generation"})
     threads: int = field(default=0, metadata={"help": "threads of torch; 0 leaves torch's own choice"})
+    ranks: int = field(
+        default=1, metadata={"help": "processes that share one model in text generation; they must divide its heads"}
+    )
+    collective_timeout: float = field(
+        default=0.0,
+        metadata={"help": "seconds one collective of a group may take; 0 is 30, but at most 3/4 of the step timeout"},
+    )
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
     resume: bool = field(
         default=True,
@@ -112,6 +119,7 @@ class Settings:
         "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval", "checkpoint_ttl",
         "retry_base", "retry_cap", "reap_interval", "response_timeout", "result_ttl", "failure_ttl", "max_crashes",
         "max_crashes_total", "max_executions", "max_payload", "max_state", "slots",
+        "ranks",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

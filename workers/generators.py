@@ -92,12 +92,17 @@ def _generator(task: Task, request: Request) -> Running:
 
 
 def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTask:
-    """What the engine loop runs for a task: an instance of a batch task, or one made of generators.
+    """What the engine loop runs for a task: an instance of a batch task, a group of them, or one made of generators.
 
     ``news`` is called, from any thread, when requests that move by themselves have something to collect.
     """
     if not isinstance(task, Task):
-        return task() if isinstance(task, type) else task
+        batch = task() if isinstance(task, type) else task
+        if batch.ranks == 1:
+            return batch
+        from .group import Group
+
+        return Group(batch)
     if task.asynchronous:
         from .async_generators import AsyncBatch
 

@@ -21,6 +21,7 @@ from .holdings import Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
 from .tasks import RAISED, AnyTask, BatchTask, Request, Step, resolve
+from .unfit import Unfit
 
 CANNOT_RUN_DELAY = 5.0
 """Seconds before a request may be claimed again that this worker could not run."""
@@ -213,6 +214,9 @@ class EngineLoop:
         self.holdings.stepping = True
         try:
             steps = [_checked(step) for step in engine.batch.step()]
+        except Unfit as error:
+            self._leave(error)
+            return
         except RAISED as error:
             # Nobody can tell whose fault it was: all that took part fail, by the policy for the error.
             self._fail_all(engine, error)
@@ -283,6 +287,12 @@ class EngineLoop:
             self.log.critical("this worker is unfit after %s; leaving, to be replaced", type(error).__name__)
             self.exit_code = 1
             self.holdings.stop()
+
+    def _leave(self, error: Unfit) -> None:
+        """No request is to blame: what is held is handed back, and the process exits with its status."""
+        self.log.critical("this worker is unfit, and hands back what it holds: %s", error)
+        self.exit_code = error.status
+        self.holdings.stop()
 
     def _drop_all(self, engine: Engine) -> None:
         for identifier in list(engine.admitted):

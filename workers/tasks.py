@@ -14,9 +14,12 @@ import inspect
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from ..protocol.errors import InvalidRequest, UnknownTask
+
+if TYPE_CHECKING:
+    from .collectives import Collectives
 
 __all__ = ["NOTHING", "BatchTask", "InvalidRequest", "Request", "Step", "Task", "path_of", "resolve", "task"]
 
@@ -106,9 +109,24 @@ class BatchTask:
     """Seconds that one step may take; ``None`` takes the worker's ``PERDURE_STEP_TIMEOUT``."""
     reproducible: bool = True
     """True when a restart from zero yields the same outputs again."""
+    ranks: int = 1
+    """How many processes run the task together, each a part of it. With more than one, all methods but :meth:`prepare`
+    are called on every rank in the same order, and what rank 0 puts out is what counts."""
+    group: Collectives | None = None
+    """This process' place in the group; ``None`` with one rank."""
 
     def load(self) -> None:
-        """Load weights and the like. Called once per process, before the first :meth:`admit`."""
+        """Load weights and the like. Called once per process, before the first :meth:`admit`.
+
+        In a group, the other ranks load at the same time, and cannot be reached yet.
+        """
+
+    def meet(self) -> None:
+        """Begin anew with the other ranks, on all of them; only called in a group, which :attr:`group` now reaches.
+
+        After :meth:`load`, and again whenever a rank was replaced. No request is admitted. Whatever decides
+        about the next steps must be again as it was after the first time, or the ranks part ways.
+        """
 
     def fingerprint(self) -> str:
         """What must be equal for another worker to continue a request of this task; called after load."""
