@@ -6,6 +6,7 @@ imports neither torch nor a model: a producer that only checks its payloads stay
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from .parameters import Parameters, complete
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .llama import Llama
     from .tokenizer import Tokenizer
 
 __all__ = ["Generate", "generate"]
@@ -55,7 +57,8 @@ class Generate(BatchTask):
 
     With ``kv`` the keys and values of the prompt are the request's state once they are computed, as many
     of them as ``PERDURE_MAX_STATE`` has room for, and a resume reads them instead of computing them. The
-    answer is the same to the last bit. The result has ``"kv_tokens"``, for how many tokens of the prompt.
+    answer is the same to the last bit. The result has ``"kv_tokens"``, for how many tokens of the prompt. Where the
+    model is on several ranks, ``kv`` is ignored.
 
     A step that put a prompt or known tokens into the cache has neither output nor result.
     """
@@ -68,6 +71,13 @@ class Generate(BatchTask):
         self._context = 0
         self._threads = 0
         self._fingerprint = ""
+        self._llama: Llama | None = None
+        self._facts: dict[str, Any] = {}
+
+    @property
+    def ranks(self) -> int:  # type: ignore[override]
+        """How many processes share the model: ``PERDURE_RANKS``."""
+        return self._settings().ranks
 
     @property
     def slots(self) -> int:  # type: ignore[override]
@@ -88,31 +98,52 @@ class Generate(BatchTask):
 
         from .bundle import read
         from .device import describe_device, prepare_device
-        from .engine import Engine
-        from .exactness import sampler_bits, self_check
+        from .exactness import sampler_bits
         from .llama import BUCKET, Llama
+        from .parallel import ParallelLlama, place
         from .tokenizer import Tokenizer
-        from .trace import Trace
 
         settings = self._settings()
-        device = prepare_device(settings)
+        device = prepare_device(place(settings, self.group) if self.group else settings)
         bundle = read(settings)
-        llama = Llama(bundle, device, settings.slots)
+        if self.group:
+            self.group.use(device)
+            llama: Llama = ParallelLlama(bundle, device, settings.slots, self.group)
+        else:
+            llama = Llama(bundle, device, settings.slots)
         self._tokenizer = Tokenizer(bundle.vocabulary, bundle.shape.vocabulary)
-        facts = describe_device(device) | {
+        self._facts = describe_device(device) | {
             "model": bundle.digest,
             "dtype": settings.dtype,
             "rows": llama.rows,
             "chunk": llama.chunk,
             "bucket": BUCKET,
             "operators": llama.operators.name,
-            "bits": self_check(llama),
             "sampler": sampler_bits(),
         }
-        self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self._context = bundle.shape.context
         self._threads = torch.get_num_threads()
-        self._engine = Engine(llama, Trace(settings.trace), self._fingerprint, settings.max_state)
+        self._llama = llama
+        if self.group is None:
+            self._begin()
+
+    def meet(self) -> None:
+        """Prove with the other ranks that they compute exactly, as :meth:`load` does alone."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty engine, and the proof of what it computes with."""
+        from .engine import Engine
+        from .exactness import self_check
+        from .trace import Trace
+
+        assert self._llama is not None
+        settings = self._settings()
+        facts = self._facts | {"bits": self_check(self._llama)}
+        self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        # All ranks compute the same rows: one of them says so.
+        trace = Trace(settings.trace if self.group is None or self.group.rank == 0 else "")
+        self._engine = Engine(self._llama, trace, self._fingerprint, settings.max_state)
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
@@ -138,6 +169,9 @@ class Generate(BatchTask):
         if len(engine) >= self.slots:
             raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
         parameters = Parameters.of(request.payload, request.id)
+        if self.group is not None:
+            # Each rank has the keys of its own heads, and a request one state: that of rank 0.
+            parameters = dataclasses.replace(parameters, kv=False)
         parameters.check_vocabulary(len(tokenizer.pieces))
         if parameters.token_ids is not None:
             prompt = list(parameters.token_ids)
@@ -157,8 +191,9 @@ class Generate(BatchTask):
             )
             for _ in range(parameters.n)
         ]
+        state = request.state if self.group is None else None
         known = known_outputs(request, len(tokenizer.pieces), parameters)
-        item = Generation.of(request.id, request.execution, prompt, parameters, transcripts, known, request.state)
+        item = Generation.of(request.id, request.execution, prompt, parameters, transcripts, known, state)
         engine.admit(item)
 
     def step(self) -> list[Step]:

@@ -163,10 +163,14 @@ class Llama:
             qkv = operators.linear(operators.norm(x, layer.norm_in, shape.norm_epsilon), layer.qkv)
             qkv = qkv.view(rows, rotated + shape.kv_heads, shape.head_width)
             qkv = torch.cat((operators.rotate(qkv[:, :rotated], cosine, sine), qkv[:, rotated:]), dim=1)
-            x = x + operators.linear(attend(number, qkv), layer.out)
+            x = x + self._whole(operators.linear(attend(number, qkv), layer.out))
             gated = operators.linear(operators.norm(x, layer.norm_mid, shape.norm_epsilon), layer.gate_up)
-            x = x + operators.linear(operators.gate(gated), layer.down)
+            x = x + self._whole(operators.linear(operators.gate(gated), layer.down))
         return x
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """The sum of which a product over split heads, or split hidden numbers, is a part; here it is whole."""
+        return part
 
     def _layer(self, tensors: dict[str, Tensor], number: int) -> _Layer:
         name = f"layers.{number}."
