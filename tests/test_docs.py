@@ -17,7 +17,7 @@ import pytest
 from perdure.protocol.codec import pack, unpack
 from perdure.workers import BatchTask, Request, Step, task
 from perdure.workers.generators import as_batch
-from perdure.workers.tasks import NOTHING, AnyTask, is_task
+from perdure.workers.tasks import NOTHING, AnyTask, is_task, resolve
 from perdure.workers.testing import resume_at_every_step
 
 from .worker_kit import Lab
@@ -38,10 +38,10 @@ class Block:
     line: int
 
 
-def blocks() -> list[Block]:
-    """All fenced blocks of the guide in order."""
+def blocks(page: Path = GUIDE) -> list[Block]:
+    """All fenced blocks of a page, the guide, in order."""
     found = []
-    text = GUIDE.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*) ?(\w*)=?(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         language, kind, name, body = match.groups()
         found.append(Block(language, kind, name, body, text.count("\n", 0, match.start()) + 1))
@@ -155,6 +155,28 @@ def test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right(name: s
         else:
             found = differing(each, payload, steps=name == "one")
         assert bool(found) == (kind == "wrong"), f"line {block.line}: steps {found}"
+
+
+@pytest.mark.slow
+def test_the_group_of_the_docs_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes compute what one would, and go on in the middle."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    listed = [block for block in blocks(ROOT / "docs" / "collectives.md") if block.language == "python"]
+    assert [block.kind for block in listed] == ["tasks"]
+    (tmp_path / "group_of_the_docs.py").write_text(listed[0].text, encoding="utf-8")
+    group = as_batch(resolve("group_of_the_docs.Dot"))
+    x = [1.0, 2.0, 3.0, 4.0]
+    expected = (torch.arange(12.0).reshape(3, 4) @ torch.tensor(x)).tolist()
+    try:
+        group.load()
+        for known in (0, 1):
+            group.admit(Request(id="a", payload={"x": x}, outputs=expected[:known]))
+            steps = [step for _ in expected[known:] for step in group.step()]
+            assert [step.output for step in steps] == expected[known:]
+            assert steps[-1].result == "done"
+    finally:
+        group.close()  # type: ignore[attr-defined]
 
 
 # --- cutting -----------------------------------------------------------------------------------------------
