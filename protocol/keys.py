@@ -72,6 +72,7 @@ NAMES: Final[dict[str, str]] = {
     "suspects": f"{OURS}suspects:",
     "isolating": f"{OURS}isolating",
     "beats": f"{OURS}beats",
+    "unready": f"{OURS}unready",
     "incarnation": f"{OURS}incarnation:",
     "held": f"{OURS}held:",
     "output": f"{OURS}output:",

@@ -10,6 +10,7 @@ import redis
 
 from .codec import RestrictedPickle, unpack, unpack_exception, unpack_result
 from .keys import key
+from .mode import DEGRADED, Mode
 from .packed_state import unpack_state
 from .records import Checkpoint, Details, Event, RequestRecord, whole
 
@@ -52,6 +53,17 @@ class Reads:
                 }
             )
         return result
+
+    def mode(self) -> Mode:
+        """Whether the pool is degraded, and how many workers were counted last."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.hmget(key("mode"), "mode", "until", "live", "expected", "since")
+            (seconds, micros), (mode, until, live, expected, since) = pipe.execute()
+        degraded = mode == DEGRADED.encode() and seconds * 1000 + micros // 1000 < whole(until)
+        return Mode(
+            degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None
+        )  # fmt: skip
 
     def standing(self, requests: Sequence[tuple[str, str]]) -> list[str]:
         """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say, but nothing is renewed."""

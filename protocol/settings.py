@@ -78,7 +78,12 @@ class Settings:
     queue_limit: int = field(
         default=0, metadata={"help": "most requests that submit lets wait in a queue; 0 is no limit"}
     )
-    capacity: int = field(default=0, metadata={"help": "workers expected; 0 takes the recent maximum"})
+    capacity: int = field(
+        default=0,
+        metadata={
+            "help": "workers that there should be; with less than half the pool is degraded; 0 takes the last hour's most"
+        },
+    )
     max_payload: int = field(default=8 * 1024 * 1024, metadata={"help": "most bytes of a payload or an output, packed"})
     max_state: int = field(default=64 * 1024 * 1024, metadata={"help": "most bytes of a state, packed"})
     compression: str = field(

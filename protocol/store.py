@@ -18,6 +18,7 @@ import redis
 from .codec import envelope, pack_exception
 from .errors import DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
+from .mode import Count, Tally
 from .packed_state import PackedState, Stored
 from .reads import Reads
 from .records import (
@@ -304,17 +305,19 @@ class Store(Reads):
         charge: bool = False,
         crash: bool = False,
         loss: bool = True,
+        clean: bool = False,
         evidence: str = "",
         limit: int = MAX_REQUESTS,
     ) -> Sweep:
         """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call.
 
+        ``clean``: the incarnation has left of its own accord, and the pool expects one worker less.
         ``evidence``: what the dead left behind, such as the stacks of a native crash; a dead letter keeps it.
         """
         shown = f"{kind}: {reason}\n{evidence}" if evidence else f"{kind}: {reason}"
         values = {
             "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(shown),
-            "charge": int(charge), "crash": int(crash), "loss": int(loss),
+            "charge": int(charge), "crash": int(crash), "loss": int(loss), "clean": int(clean),
             "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
             "timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
             **self._limits(),
@@ -332,6 +335,18 @@ class Store(Reads):
         """Delete stale checkpoints; returns how many."""
         values = {"ttl_ms": _ms(self.settings.checkpoint_ttl), "limit": limit}
         return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
+
+    def weigh(self) -> Count:
+        """How many workers live and are ready, and what was declared last."""
+        values = {"timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms()}
+        now, judged, live, *rest = self._call("weigh", values, {})
+        fields = dict(zip(rest[::2], rest[1::2], strict=True))
+        return Count(int(now), judged == "1", int(live), whole(fields.get("version")), Tally.from_redis(fields))
+
+    def declare(self, count: Count, tally: Tally) -> bool:
+        """Declare the mode that was decided by ``count``; False if somebody else has declared meanwhile."""
+        values = {"version": count.version, "weighed_ms": count.now, **tally.to_redis()}
+        return bool(self._call("declare", values, {}) == "ok")
 
     # --- the protocol itself ---------------------------------------------------------------------
 

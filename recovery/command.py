@@ -23,7 +23,7 @@ OK, USAGE, UNREACHABLE, UNHEALTHY = 0, 2, 3, 4
 # The settings that rule a reaper. They should be the same for all of a pool; the environment sets them for all.
 _FLAGS: Final = (
     "heartbeat", "heartbeat_timeout", "checkpoint_ttl", "retry_base", "retry_cap", "max_crashes", "max_crashes_total",
-    "max_executions", "reap_interval",
+    "max_executions", "reap_interval", "capacity",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import redis
 from ..protocol.records import FailureKind, Reaped
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from .degradation import Degradation
 from .failures import POLICIES, describe
 
 log = logging.getLogger("perdure.reaper")
@@ -46,10 +47,12 @@ class Reaper:
         self.settings = settings
         self.name = name or f"reaper-{socket.gethostname()}-{os.getpid()}"
         self._expired_at = -EXPIRE_INTERVAL
+        self._degradation = Degradation(store, settings, self.name)
         self._outages = 0
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
-        """One round over all queues: reap, promote what is due, end what is late, and now and then expire checkpoints.
+        """One round over all queues: reap, see whether the pool is degraded, promote what is due, end what is late, and
+        now and then expire checkpoints.
 
         ``expire`` asks for the last (or forbids it); by default it is done every :data:`EXPIRE_INTERVAL`.
         Returns what was taken from the dead. Raises what redis-py raises, and ``ProtocolMismatch`` when Redis
@@ -75,6 +78,7 @@ class Reaper:
             reaped += swept.reaped
             if not swept.left:
                 break
+        self._degradation.watch()
         store.promote(queues)
         if expire is None:
             expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL

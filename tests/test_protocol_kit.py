@@ -208,10 +208,10 @@ class Hand:
         self.incarnation = f"{name}-{uuid.uuid4().hex[:8]}"
         self.held: dict[str, Claim] = {}
 
-    def beat(self, fingerprints: Sequence[str] = ()) -> str:
+    def beat(self, fingerprints: Sequence[str] = (), *, ready: bool = True) -> str:
         return self.store.heartbeat(
             incarnation=self.incarnation, worker=self.name, queues=self.queues, pid=4711, host="here",
-            fingerprints=fingerprints,
+            ready=ready, fingerprints=fingerprints,
         ).status  # fmt: skip
 
     def claim(self, free: int | None = None, *, forget: bool = False, resume: bool = True) -> Claims:

@@ -45,7 +45,7 @@ CHECKPOINT = (
 
 SHARED: dict[str, str] = {
     "leases": "zset of gpu", "retries": "zset of gpu", "deadlines": "zset of gpu", "suspects": "zset of gpu",
-    "isolating": "zset", "beats": "zset", "checkpoints": "zset", "fingerprints": "zset", "parents": "set",
+    "isolating": "zset", "beats": "zset", "unready": "zset", "checkpoints": "zset", "fingerprints": "zset", "parents": "set",
     "notices": "set", "counters": "hash", "pulse": "hash", "mode": "hash", "queue": "list of gpu", "bell": "list of gpu",
     "queues": "set", "workers": "set", "workers_of": "set of gpu", "wip": "zset of gpu", "finished": "zset of gpu",
     "failed": "zset of gpu", "canceled": "zset of gpu", "scheduled": "zset of gpu", "deferred": "zset of gpu",
@@ -55,7 +55,8 @@ SHARED: dict[str, str] = {
 """Keys that no single request owns: their types, and of what."""
 
 FIELDS = (
-    "at", "since", "mode", "until", "claimed:gpu", "fenced:gpu", "finished:gpu", "failed:gpu", "redelivered:gpu", "reaped",
+    "at", "since", "mode", "until", "live", "expected", "seen", "recovering", "dwell", "lowest", "lowest_since", "asked",
+    "asked_until", "peaks", "ready_at", "claimed:gpu", "fenced:gpu", "finished:gpu", "failed:gpu", "redelivered:gpu", "reaped",
     "worker", "queues", "pid", "host", "device", "ready", "started", "wip", "had", "hung", "hung_at", "id", "job_id",
     "created_at", "last_heartbeat", "worker_name", "birth", "state", "current_job", "version",
 )  # fmt: skip

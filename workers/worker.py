@@ -128,6 +128,7 @@ class Worker(SimpleWorker):
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
         watcher = SignalWatcher(self._stop_signal)
+        clean = False  # out of order, it is missed: the pool goes on expecting it
         try:
             watcher.install()
             companion.watch(courier.incarnation)
@@ -151,9 +152,10 @@ class Worker(SimpleWorker):
             courier.join()
             if courier.failed is not None:
                 loop.exit_code = 1
+            clean = not loop.exit_code
         finally:
             watcher.remove()
-            self._depart(courier)
+            self._depart(courier, clean=clean)
         if loop.left_behind:
             self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
             logging.shutdown()
@@ -162,8 +164,11 @@ class Worker(SimpleWorker):
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0
 
-    def _depart(self, courier: Courier) -> None:
-        """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it."""
+    def _depart(self, courier: Courier, *, clean: bool = True) -> None:
+        """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it.
+
+        ``clean``: it was told to leave, and is expected no longer.
+        """
         assert self._companion is not None
         if self._scheduler is not None:
             self._scheduler.stop()
@@ -177,7 +182,12 @@ class Worker(SimpleWorker):
             self._notices.stop()
         store = courier.store  # the courier's thread has ended, or was never started
         try:
-            store.reap(incarnation=courier.incarnation, kind=FailureKind.WORKER_LOST, reason="its worker has exited")
+            store.reap(
+                incarnation=courier.incarnation,
+                kind=FailureKind.WORKER_LOST,
+                reason="its worker has exited",
+                clean=clean,
+            )
             self.teardown()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             self.log.warning("Worker %s: cannot sign off in Redis (%s); its guardian will", self.name, error)
@@ -192,7 +202,7 @@ class Worker(SimpleWorker):
         if holdings.parked.wait(holdings.settings.drain_timeout if courier.failed else 0.5):
             return
         self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
-        self._depart(courier)
+        self._depart(courier, clean=not courier.failed and not loop.exit_code)
         logging.shutdown()
         os._exit(1 if courier.failed else loop.exit_code)
 

@@ -28,8 +28,17 @@ end
 if not speaks(schema) then return { 'newer', '0' } end
 if reaped(incarnation) then return { 'reaped', '0' } end
 
-redis.call('ZADD', KEY.beats, int(now_ms + tonumber(timeout_ms)), incarnation)
+local dead_at = int(now_ms + tonumber(timeout_ms))
+redis.call('ZADD', KEY.beats, dead_at, incarnation)
 local record = KEY.incarnation .. incarnation
+-- What is not ready (it loads, or is a spare) is no capacity: see weigh.lua.
+if ready == '1' then
+  redis.call('ZREM', KEY.unready, incarnation)
+  redis.call('HSETNX', record, 'ready_at', int(now_ms))
+else
+  redis.call('ZADD', KEY.unready, dead_at, incarnation)
+  redis.call('EXPIRE', KEY.unready, DAY)
+end
 redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
   'ready', ready)
 redis.call('HSETNX', record, 'started', int(now_ms))

@@ -7,6 +7,7 @@
 -- ARGV charge             '1' charges an attempt
 -- ARGV crash              '1' counts a crash
 -- ARGV loss               '1' counts the loss of a worker
+-- ARGV clean              '1' if it has left of its own accord: the pool expects one worker less from now on
 -- ARGV hang_exception     traceback for one whose lease expired under a healthy heartbeat
 -- ARGV timeout_ms         heartbeat timeout
 -- ARGV pulse_ms           the pulse is old after so many ms
@@ -27,6 +28,7 @@
 -- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
 -- Decides by lease and execution, never by RQ's status.
 local incarnation, kind, reason, exception, charge, crash, loss = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+local clean = arg()
 local hang_exception, timeout_ms, pulse_ms, limit = arg(), arg(), arg(), arg()
 local base, cap, max_crashes, max_crashes_total, max_executions = arg(), arg(), arg(), arg(), arg()
 timeout_ms, pulse_ms, limit = tonumber(timeout_ms), tonumber(pulse_ms), math.min(tonumber(limit), 128)
@@ -86,6 +88,19 @@ local function reap_one(id, execution, holder, worker, why, text, blob, policy)
   report(holder, worker, id, execution, why, outcome)
 end
 
+-- A worker that leaves in order is no loss. Only one that has been ready for a heartbeat timeout can have been counted
+-- among the peaks (recovery/degradation.py); the next declaration must have seen that there are fewer.
+local function expect_one_less(record)
+  local ready_at = number_of(redis.call('HGET', record, 'ready_at'))
+  local peaks = redis.call('HGET', KEY.mode, 'peaks')
+  if ready_at == 0 or now_ms - ready_at < timeout_ms or not peaks then return end
+  local fewer = string.gsub(peaks, '(%d+):(%d+)', function(span, number)
+    return span .. ':' .. int(math.max(0, number_of(number) - 1))
+  end)
+  redis.call('HSET', KEY.mode, 'peaks', fewer)
+  add(KEY.mode, 'version', 1)
+end
+
 -- Everything an incarnation holds, then its registration; a tombstone tells a zombie what happened.
 local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local record = KEY.incarnation .. holder
@@ -106,7 +121,8 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
       { charge = charged, crash = crashed, loss = lost, flight = flight })
   end
   redis.call('DEL', KEY.held .. holder)
-  redis.call('ZREM', KEY.beats, holder)
+  redis.call('ZREM', KEY.unready, holder)
+  if redis.call('ZREM', KEY.beats, holder) == 1 and clean == '1' then expect_one_less(record) end
   if worker ~= '' then
     -- A successor may already use the name: only the registration of this incarnation goes, or one that nobody
     -- has (its hash has expired, as after an outage). A worker that lives is registered again by its heartbeat.
