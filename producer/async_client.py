@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable
 from contextlib import closing
@@ -17,12 +18,13 @@ from ..protocol.keys import check_id
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from ..protocol.settings import Settings
 from . import questions
+from .admission import Submission, advance
 from .arguments import waited, whole
 from .async_session import AsyncSession, LoopWatch
 from .client import Client
 from .handle import Handle, Reference
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Join, Question, Sleep, Step
+from .questions import Call, Fetch, Give, Join, Limit, Question, Sleep, Step
 from .session import PATIENCE
 from .timeline import attempts_of
 
@@ -116,8 +118,10 @@ class AsyncHandle(Reference[AsyncSession]):
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _limit(self, timeout: float | None) -> float:
-        return waited(self._session.settings.response_timeout if timeout is None else timeout, "timeout")
+    def _limit(self, timeout: float | None) -> Limit:
+        if timeout is None:
+            return Limit(self._session.settings.response_timeout, default=True)
+        return Limit(waited(timeout, "timeout"))
 
     async def _ask(self, question: Question[Answer]) -> Answer:
         with closing(question):
@@ -171,22 +175,28 @@ def _awaited(
 
 
 def _handing_out(
-    method: Callable[Concatenate[Client, P], Handle],
+    method: Callable[Concatenate[Client, P], Handle], submission: Callable[..., Submission[Handle]]
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, AsyncHandle]]:
+    """``method``, whose steps are ``submission``'s: it takes and raises the same."""
+    signature = inspect.signature(method)
+
     @wraps(method)
     async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncHandle:
-        return self.get((await self._session.run(partial(method, self._client, *args, **kwargs))).id)
+        signature.bind(self, *args, **kwargs)
+        return self.get((await self._through(submission(self._client, *args, **kwargs))).id)
 
     return call
 
 
 def _handing_out_many(
-    method: Callable[Concatenate[Client, P], list[Handle]],
+    method: Callable[Concatenate[Client, P], list[Handle]], submission: Callable[..., Submission[list[Handle]]]
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, list[AsyncHandle]]]:
+    signature = inspect.signature(method)
+
     @wraps(method)
     async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> list[AsyncHandle]:
-        handles = await self._session.run(partial(method, self._client, *args, **kwargs))
-        return [self.get(handle.id) for handle in handles]
+        signature.bind(self, *args, **kwargs)
+        return [self.get(handle.id) for handle in await self._through(submission(self._client, *args, **kwargs))]
 
     return call
 
@@ -227,14 +237,23 @@ class AsyncClient:
         """The settings that this client works with."""
         return self._session.settings
 
-    submit = _handing_out(Client.submit)
-    submit_many = _handing_out_many(Client.submit_many)
+    submit = _handing_out(Client.submit, Client._submission)
+    submit_many = _handing_out_many(Client.submit_many, Client._submissions)
     list = _awaited(Client.list)
+    mode = _awaited(Client.mode)
     ping = _awaited(Client.ping)
 
     def get(self, id: str) -> AsyncHandle:
         """The handle of a request, whoever submitted it. Asks nobody: an unknown id shows when it is used."""
         return AsyncHandle(check_id(id), self._session)
+
+    async def _through(self, submission: Submission[Answer]) -> Answer:
+        """Drive a submit: its steps block in a thread, its pauses keep none."""
+        while True:
+            pause, answer = await self._session.run(partial(advance, submission))
+            if pause is None:
+                return answer  # type: ignore[return-value]
+            await asyncio.sleep(pause)
 
     async def close(self) -> None:
         """End the listener, threads and connections. What waits raises. Harmless when repeated."""

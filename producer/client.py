@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
 
-from ..protocol.errors import DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.keys import check_id
+from ..protocol.mode import Mode
 from ..protocol.settings import Settings
-from ..protocol.store import Store, conflict, key_conflict, queue_full
-from .arguments import Seconds, waited
+from ..protocol.store import Store
+from .admission import Submission, submit_all, submit_one, through
+from .arguments import Seconds, flag, waited
 from .handle import Handle
 from .listing import Listing, read_listing
 from .session import PATIENCE, Session
-from .submission import build, build_many, chunks
+from .submission import build, build_many
 
 if TYPE_CHECKING:
     from ..workers.tasks import AnyTask
@@ -40,7 +40,8 @@ class Client:
         url: where Redis is; without one, ``PERDURE_REDIS_URL``, ``RQ_REDIS_URL`` or a running embedded server.
         settings: instead of those from the environment.
         connection: a redis-py client of your own, with replies as bytes; it stays open.
-        patience: seconds for which each call outlasts an outage before it raises ``RedisUnavailable``.
+        patience: seconds for which each call outlasts an outage before it raises ``RedisUnavailable``, and for which a
+            submit with ``retry_when_degraded`` waits for a degraded pool.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Client:
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
+        retry_when_degraded: bool = False,
     ) -> Handle:
         """Store a request; once this returns, it will end exactly once.
 
@@ -92,7 +94,7 @@ class Client:
             priority: ``high`` and ``low`` wait in queues of their own, ``<queue>-high`` and ``<queue>-low``. A worker
                 for ``<queue>`` takes from the three strictly in that order: while there is always something of a
                 higher priority, nothing of a lower one runs. So that this does not starve, keep ``high`` rare, or
-                run some workers with the order turned round (``rq worker … gpu-low gpu``).
+                run some workers with the order turned round (``rq worker … gpu-low gpu``). A degraded pool refuses ``low``.
             id: a name of your own, ``[A-Za-z0-9_-]``. Each can be used once.
             idempotency_key: any text instead of an id. Submitted again with the same task and payload, while the
                 first request is kept, it gives a handle of that one, whatever has become of it and whatever the
@@ -100,8 +102,9 @@ class Client:
             delay: seconds until it may enter its queue; its status is ``scheduled`` until then.
             deadline: seconds from now, or a date with a time zone, by which it must have ended. Later it is ended as
                 failed, kind ``DEADLINE``, and ``result()`` raises ``DeadlineExceeded``: waiting within a second,
-                running when its worker next writes. It is not retried; an answer that comes first wins.
-            queue_timeout: seconds that it may wait in its queue until a worker first takes it; later, as above.
+                running when its worker next writes. It is not retried; an answer that comes first wins. Seconds count twice
+                at the submit to a degraded pool.
+            queue_timeout: seconds that it may wait in its queue until a worker first takes it; otherwise as above.
             durable: return only once the request is on disk (``WAITAOF``; about a second with Redis' default
                 ``appendfsync everysec``).
             meta: a dict for people and tools; ``Job.fetch(id).meta`` shows it, tasks do not see it.
@@ -113,29 +116,26 @@ class Client:
             max_retries: retries after failures of the request's own; losses of workers are not counted.
             result_ttl: seconds to keep a finished request, its outputs and result.
             failure_ttl: seconds to keep a failed or canceled one.
+            retry_when_degraded: if a degraded pool refuses it, try again until it is taken, for as long as the client's
+                patience, and only then raise ``Degraded``.
 
         Raises:
             InvalidRequest: a field is wrong; nothing was stored.
             UnknownTask: this is no task, or no worker could import it.
             PayloadTooLarge: more than ``PERDURE_MAX_PAYLOAD`` bytes.
             IdempotencyConflict: another request has the id, or the key was used with another task or payload.
+            Degraded: the pool has lost more than half of its workers, and the priority is low; nothing was stored.
             QueueFull: as many requests wait in the queue as ``PERDURE_QUEUE_LIMIT`` allows; nothing was stored.
             DurabilityUnavailable: ``durable``, and Redis cannot confirm it. The request is stored all the same.
             RedisUnavailable: no answer for as long as the client's patience. The request may have been stored.
         """
-        request = build(
-            task, payload, self.settings, queue=queue, priority=priority, id=id,
+        return through(self._submission(
+            task, payload, queue=queue, priority=priority, id=id,
             idempotency_key=idempotency_key, delay=delay, deadline=deadline,
             queue_timeout=queue_timeout, durable=durable, meta=meta, step_timeout=step_timeout, degraded=degraded,
             max_retries=max_retries, result_ttl=result_ttl, failure_ttl=failure_ttl,
-        )  # fmt: skip
-        client_id = self._session.client_id
-        (answer,) = self._session.call(lambda store: store.enqueue([request], client=client_id))
-        if answer == "full":
-            raise queue_full(request.queue, self.settings.queue_limit)
-        if answer == "conflict":
-            raise conflict(request.id) if idempotency_key is None else key_conflict(idempotency_key)
-        return Handle(request.id, self._session)
+            retry_when_degraded=retry_when_degraded,
+        ))  # fmt: skip
 
     def submit_many(
         self,
@@ -153,51 +153,43 @@ class Client:
         max_retries: int | None = None,
         result_ttl: Seconds | None = None,
         failure_ttl: Seconds | None = None,
+        retry_when_degraded: bool = False,
     ) -> Handles:
         """Store many requests in few calls; handles come in the order of the items.
 
         An item is ``(task, payload)``, or a dict with ``task``, ``payload`` and any option of :meth:`submit`.
         All are checked before the first is stored. Raises as :meth:`submit` does; with
-        ``IdempotencyConflict`` or ``QueueFull``, all but those it names were stored.
+        ``IdempotencyConflict``, ``QueueFull`` or ``Degraded``, all but those it names were stored.
         """
-        common = {
-            "queue": queue, "priority": priority, "delay": delay, "deadline": deadline,
-            "queue_timeout": queue_timeout, "durable": durable, "meta": meta, "step_timeout": step_timeout,
-            "degraded": degraded, "max_retries": max_retries,
-            "result_ttl": result_ttl, "failure_ttl": failure_ttl,
-        }  # fmt: skip
+        return through(self._submissions(
+            items, queue=queue, priority=priority, delay=delay, deadline=deadline, queue_timeout=queue_timeout,
+            durable=durable, meta=meta, step_timeout=step_timeout, degraded=degraded, max_retries=max_retries,
+            result_ttl=result_ttl, failure_ttl=failure_ttl, retry_when_degraded=retry_when_degraded,
+        ))  # fmt: skip
+
+    def _submission(
+        self, task: AnyTask | str, payload: Any, *, retry_when_degraded: bool = False, **options: Any
+    ) -> Submission[Handle]:
+        retry = flag(retry_when_degraded, "retry_when_degraded")
+        request = build(task, payload, self.settings, **options)
+        yield from submit_one(self._session, request, options.get("idempotency_key"), retry=retry)
+        return Handle(request.id, self._session)
+
+    def _submissions(
+        self, items: Iterable[Any], *, retry_when_degraded: bool = False, **common: Any
+    ) -> Submission[Handles]:
+        retry = flag(retry_when_degraded, "retry_when_degraded")
         requests = build_many(items, self.settings, common)
-        client_id = self._session.client_id
-        answers: list[str] = []
-        for chunk in chunks(requests):
-            try:
-                answers += self._session.call(partial(Store.enqueue, requests=chunk, client=client_id))
-            except DurabilityUnavailable as error:
-                stored = len(answers) - answers.count("full") - answers.count("conflict") + len(error.request_ids)
-                error.add_note(f"{stored} of {len(requests)} requests were stored")
-                raise
-            except RedisUnavailable as unavailable:
-                stored = len(answers) - answers.count("full") - answers.count("conflict")
-                unavailable.add_note(
-                    f"{stored} of {len(requests)} requests were stored; the next {len(chunk)} may have been"
-                )
-                raise
-        taken = [request.id for request, answer in zip(requests, answers, strict=True) if answer == "conflict"]
-        if full := [index for index, answer in enumerate(answers) if answer == "full"]:
-            refusal = queue_full(requests[full[0]].queue, self.settings.queue_limit, full)
-            refusal.add_note(f"{len(requests) - len(full) - len(taken)} of {len(requests)} requests were stored")
-            if taken:
-                refusal.add_note(f"these ids belong to other requests: {', '.join(taken[:10])}")
-            raise refusal
-        if len(taken) == 1:
-            raise conflict(taken[0])
-        if taken:
-            raise IdempotencyConflict(f"the ids {', '.join(taken[:10])} belong to other requests; choose new ones")
+        yield from submit_all(self._session, requests, retry=retry)
         return [Handle(request.id, self._session) for request in requests]
 
     def get(self, id: str) -> Handle:
         """The handle of a request, whoever submitted it. Asks nobody: an unknown id shows when it is used."""
         return Handle(check_id(id), self._session)
+
+    def mode(self) -> Mode:
+        """Whether the pool is degraded, and how many of its workers live."""
+        return self._session.call(Store.mode)
 
     def ping(self) -> None:
         """Raise :class:`RedisUnavailable` unless Redis answers now, ``ProtocolMismatch`` if it speaks a newer protocol."""

@@ -15,7 +15,7 @@ from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
 from .arguments import waited, whole
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Join, Question, Sleep, Step
+from .questions import Call, Fetch, Give, Join, Limit, Question, Sleep, Step
 from .session import Session
 from .timeline import attempts_of
 
@@ -110,7 +110,8 @@ class Handle(Reference[Session]):
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end and return the result.
 
-        ``timeout`` in seconds; ``None`` takes ``PERDURE_RESPONSE_TIMEOUT``, ``math.inf`` waits for ever. Raises
+        ``timeout`` in seconds; ``None`` takes ``PERDURE_RESPONSE_TIMEOUT``, and twice as long if the pool was degraded when
+        the request was submitted; ``math.inf`` waits for ever. Raises
         :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the request goes on then.
         """
         return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
@@ -164,8 +165,10 @@ class Handle(Reference[Session]):
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _limit(self, timeout: float | None) -> float:
-        return waited(self._session.settings.response_timeout if timeout is None else timeout, "timeout")
+    def _limit(self, timeout: float | None) -> Limit:
+        if timeout is None:
+            return Limit(self._session.settings.response_timeout, default=True)
+        return Limit(waited(timeout, "timeout"))
 
     def _ask(self, question: Question[Answer]) -> Answer:
         steps = self._steps(question)

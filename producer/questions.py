@@ -70,6 +70,20 @@ class Give:
     output: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How long is waited, in seconds; ``default``: the caller has not said so.
+
+    Then it is twice as long for a request that was submitted to a degraded pool.
+    """
+
+    seconds: float
+    default: bool = False
+
+    def of(self, record: RequestRecord) -> float:
+        return 2 * self.seconds if self.default and record.stretched else self.seconds
+
+
 Step = Fetch | Call | Join | Sleep | Give
 Answer = TypeVar("Answer")
 Question = Generator[Step, Any, Answer]
@@ -124,12 +138,14 @@ def cancel(identifier: str, reason: str) -> Question[bool]:
     return answer in ("canceled", "requested")
 
 
-def ended(identifier: str, limit: float) -> Question[RequestRecord]:
-    """Wait until it has ended. Raises ``TimeoutError`` after ``limit`` seconds."""
-    deadline = time.monotonic() + limit
-    record = yield from fetched(identifier, deadline)
+def ended(identifier: str, limit: Limit) -> Question[RequestRecord]:
+    """Wait until it has ended. Raises ``TimeoutError`` after ``limit``."""
+    began = time.monotonic()
+    record = yield from fetched(identifier, began + limit.seconds)
     if record.ended:
         return record
+    seconds = limit.of(record)
+    deadline = began + seconds
     watch: Watch = yield Join(identifier, record.client)
     with watch:
         while True:
@@ -138,7 +154,7 @@ def ended(identifier: str, limit: float) -> Question[RequestRecord]:
                 return record
             if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
                 raise TimeoutError(
-                    f"request {identifier} has not ended within {limit:g} s: it is {_state(record)}. It goes on; wait "
+                    f"request {identifier} has not ended within {seconds:g} s: it is {_state(record)}. It goes on; wait "
                     f"again with result(), or look at it with: perdure show {identifier}"
                 )
 
@@ -161,13 +177,13 @@ def error(record: RequestRecord) -> Question[PerdureError | None]:
     return raised(record.id, kind, record.error_reason or lines[-1], [event.as_dict() for event in events])
 
 
-def exception(identifier: str, limit: float) -> Question[PerdureError | None]:
+def exception(identifier: str, limit: Limit) -> Question[PerdureError | None]:
     return (yield from error((yield from ended(identifier, limit))))
 
 
-def result(identifier: str, limit: float, patience: float) -> Question[Any]:
+def result(identifier: str, limit: Limit, patience: float) -> Question[Any]:
     """``patience``: seconds that are left for reading the result even when it came in the last moment."""
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + limit.seconds
     if problem := (yield from exception(identifier, limit)):
         raise problem
 
@@ -180,13 +196,15 @@ def result(identifier: str, limit: float, patience: float) -> Question[Any]:
     return (yield Call(read, max(deadline, time.monotonic() + patience)))
 
 
-def stream(reader: OutputReader, identifier: str, limit: float, patience: float) -> Question[None]:
-    """Give each output once, until it ends. ``limit``: seconds without a new one; ``patience`` as in :func:`result`.
+def stream(reader: OutputReader, identifier: str, silence: Limit, patience: float) -> Question[None]:
+    """Give each output once, until it ends. ``silence``: how long without a new one; ``patience`` as in :func:`result`.
 
-    While Redis does not answer nothing new can come: that time does not count, up to another ``limit``.
+    While Redis does not answer nothing new can come: that time does not count, up to once more as long.
     """
-    deadline = time.monotonic() + limit
-    record = yield from fetched(identifier, deadline)
+    began = time.monotonic()
+    record = yield from fetched(identifier, began + silence.seconds)
+    limit = silence.of(record)
+    deadline = began + limit
     reader.notice(record.epoch)
     watch: Watch = yield Join(identifier, record.client)
     with watch:

@@ -154,7 +154,19 @@ class QueueFull(TryAgainLater):
 
 
 class Degraded(TryAgainLater):
-    """The pool is short of workers and takes no request of this priority."""
+    """The pool has lost more than half of its workers and takes no request of low priority.
+
+    Give it a higher priority, or send it again after ``retry_after`` seconds, which is when the pool may be normal again
+    at the earliest; ``retry_when_degraded=True`` does that for you. ``items`` are the positions of what was not stored, as
+    in :class:`QueueFull`.
+    """
+
+    def __init__(self, message: str, retry_after: float, items: Sequence[int] = (0,)) -> None:
+        super().__init__(message, retry_after)
+        self.items = tuple(items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after, self.items)
 
 
 class UnknownRequest(PerdureError, LookupError):

@@ -35,7 +35,10 @@ class Mode:
     def __str__(self) -> str:
         if self.since is None:
             return f"the pool is normal: {self.live} of {self.expected} workers"
-        date = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        try:
+            date = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        except (ValueError, OverflowError, OSError):
+            date = "a date that is none"  # anybody may write it
         return f"the pool is degraded: {self.live} of {self.expected} workers since {date}"
 
 

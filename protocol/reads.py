@@ -16,7 +16,7 @@ from .records import Checkpoint, Details, Event, RequestRecord, whole
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
-    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded",
+    "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded", "stretched",
 )  # fmt: skip
 
 

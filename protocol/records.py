@@ -98,10 +98,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """Answer of ``claim``: ``status`` is ok, blocked, more, suspended or reaped."""
+    """Answer of ``claim``: ``status`` is ok, blocked, more, suspended or reaped; ``degraded`` is the pool's mode."""
 
     status: str
     claims: list[Claim]
+    degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +265,8 @@ class RequestRecord:
 
     ``attempt`` counts its own failures and ``executions`` the claims so far; ``execution`` and ``worker`` say who holds it
     now (``execution`` is empty when nobody does). ``epoch`` grows when it begins again from zero. Dates are RQ's text,
-    in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs.
+    in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs. ``degraded``: it runs, or
+    ran, with its overrides for a degraded pool; ``stretched``: the pool was degraded at its submit, and it has twice the time.
     """
 
     id: str
@@ -285,6 +287,7 @@ class RequestRecord:
     error_reason: str
     verdict: str = ""
     degraded: bool = False
+    stretched: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -327,6 +330,7 @@ class RequestRecord:
             error_reason=text("error_reason"),
             verdict=text("last").rpartition(":")[2],
             degraded=text("degraded") == "1",
+            stretched=text("stretched") == "1",
         )
 
 

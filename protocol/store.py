@@ -16,7 +16,7 @@ from typing import Any
 import redis
 
 from .codec import envelope, pack_exception
-from .errors import DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
+from .errors import Degraded, DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
 from .mode import Count, Tally
 from .packed_state import PackedState, Stored
@@ -64,7 +64,8 @@ class Store(Reads):
     def enqueue(self, requests: Sequence[NewRequest], *, client: str = "") -> list[str]:
         """Store requests; at most :data:`MAX_REQUESTS` a call.
 
-        Returns per request ``"accepted"``, ``"already"``, ``"same"``, ``"conflict"`` or ``"full"``. Raises
+        Returns per request ``"accepted"``, ``"already"``, ``"same"``, ``"conflict"``, ``"full"`` or
+        ``"degraded <ms> <live> <expected>"``, for which there is :func:`refusal`. Raises
         :class:`ProtocolMismatch` when Redis holds a newer protocol. If any is ``durable``, returns once all are on
         disk, or raises :class:`DurabilityUnavailable`: then they are stored all the same.
         """
@@ -143,8 +144,8 @@ class Store(Reads):
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
-        rows = [reply[start : start + 14] for start in range(2, len(reply), 14)]
-        return Claims(reply[0].decode(), [_claim(row) for row in rows])
+        rows = [reply[start : start + 14] for start in range(3, len(reply), 14)]
+        return Claims(reply[0].decode(), [_claim(row) for row in rows], reply[2] == b"1")
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
         """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``.
@@ -420,6 +421,18 @@ def queue_full(queue: str, limit: int, items: Sequence[int] = (0,)) -> QueueFull
     return QueueFull(
         f"the queue {queue} holds as many waiting requests as PERDURE_QUEUE_LIMIT allows ({limit:,}); try again later",
         RETRY_AFTER,
+        items,
+    )
+
+
+def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
+    """The error of a submit that a degraded pool has refused with this ``answer``; ``items`` as in :func:`queue_full`."""
+    _, ms, live, expected = answer.split(" ")
+    retry_after = int(ms) / 1000
+    return Degraded(
+        f"the pool is degraded ({live} of {expected} workers) and takes no low priority; try again in {retry_after:g} s "
+        "or later, wait with retry_when_degraded, or give it a higher priority",
+        retry_after,
         items,
     )
 

@@ -63,6 +63,13 @@ def open_client(url: str | None) -> Iterator[Client]:
         yield client
 
 
+def say_if_degraded(client: Client) -> None:
+    """A line on stderr, above what a command prints, while the pool is degraded."""
+    mode = client.mode()
+    if mode.degraded:
+        click.echo(str(mode), err=True)
+
+
 # --- printing ------------------------------------------------------------------------------------
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

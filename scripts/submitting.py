@@ -10,7 +10,16 @@ import click
 
 from ..protocol.errors import PerdureError, RequestCanceled, RequestFailed
 from ..protocol.keys import with_priority
-from .console import json_option, open_client, print_json, print_value, timeout_option, url_option, visible
+from .console import (
+    json_option,
+    open_client,
+    print_json,
+    print_value,
+    say_if_degraded,
+    timeout_option,
+    url_option,
+    visible,
+)
 
 if TYPE_CHECKING:
     from ..producer import Handle
@@ -37,6 +46,7 @@ Examples:
 @click.option("--step-timeout", type=float, metavar="SECONDS", help="Longest step of this request.")
 @click.option("--degraded", metavar="JSON", help="Fields that replace those of the payload in a degraded pool.")
 @click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
+@click.option("--retry-when-degraded", is_flag=True, help="Wait for a degraded pool that refuses low priority.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
 @timeout_option("With --wait: longest time until the end; with --stream: until the next output.")
@@ -45,7 +55,7 @@ Examples:
 def submit(
     task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
     delay: float, deadline: float | None, queue_timeout: float | None, durable: bool, meta: str | None,
-    step_timeout: float | None, degraded: str | None, max_retries: int | None,
+    step_timeout: float | None, degraded: str | None, max_retries: int | None, retry_when_degraded: bool,
     wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
@@ -56,6 +66,7 @@ def submit(
     if timeout is not None and not (wait or stream):
         raise click.UsageError("--timeout goes with --wait or --stream")
     with open_client(url) as client:
+        say_if_degraded(client)
         handle = client.submit(
             task,
             value,
@@ -71,6 +82,7 @@ def submit(
             step_timeout=step_timeout,
             degraded=None if degraded is None else _read_json(degraded, "--degraded"),
             max_retries=max_retries,
+            retry_when_degraded=retry_when_degraded,
         )
         if wait or stream:
             click.echo(f"request {handle.id}", err=True)

@@ -11,7 +11,17 @@ import click
 from ..protocol.keys import priority_of
 from ..protocol.records import RequestRecord
 from ..protocol.states import State
-from .console import json_option, one_line, open_client, plain, print_json, print_table, timeout_option, url_option
+from .console import (
+    json_option,
+    one_line,
+    open_client,
+    plain,
+    print_json,
+    print_table,
+    say_if_degraded,
+    timeout_option,
+    url_option,
+)
 from .submitting import follow
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ _WIDTH = 14
 def show(identifier: str, as_json: bool, url: str | None) -> None:
     """Show one request: its state, its checkpoint, and what happened to it."""
     with open_client(url) as client:
+        say_if_degraded(client)
         handle = client.get(identifier)
         facts = describe(handle)
         now = handle.details().now
@@ -140,6 +151,7 @@ def list_(
 ) -> None:
     """List requests: running, waiting, then ended ones from the newest."""
     with open_client(url) as client:
+        say_if_degraded(client)
         page = client.list(status=status, queue=queue, limit=limit, cursor=cursor)
     items = [_item(record) for record in page.items]
     if as_json:

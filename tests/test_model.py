@@ -25,6 +25,8 @@ NOT_MODELLED = {
     "adopt": "a plain RQ job becomes a request: before the protocol that is modelled",
     "settle": "ends a plain RQ job, in RQ's own transaction",
     "stop": "a cancel with another word",
+    "weigh": "counts workers; moves no request",
+    "declare": "says that the pool is degraded; moves no request",
 }
 """Scripts that the model leaves out, with the reason."""
 

@@ -87,6 +87,21 @@ def test_options_of_a_submit():
         assert pool.field("once", "error_kind") == "DEADLINE"
 
 
+def test_a_degraded_pool_is_declared_once_and_refuses_low_priority(pool: Pool, hand: Hand):
+    """Weigh and declare, and what enqueue makes of it."""
+    hand.beat()
+    Hand(pool, "spare").beat(ready=False)
+    pool.set_pulse()
+    count = pool.store.weigh()
+    assert (count.judged, count.live) == (True, 1)
+    tally = replace(count.tally, degraded=True, live=1, expected=4, until=count.now + 60_000, dwell=7_000)
+    assert [pool.store.declare(count, tally), pool.store.declare(count, tally)] == [True, False]
+    assert pool.store.weigh().tally == tally
+    assert pool.store.mode().degraded
+    requests = [pool.new("a"), pool.new("b", queue="gpu-low")]
+    assert pool.store.enqueue(requests) == ["accepted", "degraded 7000 1 4"]
+
+
 def test_a_checkpoint_expires_and_a_request_is_canceled(pool: Pool, hand: Hand):
     """Expire, cancel and stop."""
     pool.submit("a", "b")
@@ -138,6 +153,7 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_request_runs_to_its_end,
         test_a_request_is_retried_released_and_fails,
         test_a_lost_worker_is_reaped_and_another_goes_on,
+        test_a_degraded_pool_is_declared_once_and_refuses_low_priority,
         test_a_checkpoint_expires_and_a_request_is_canceled,
         test_a_plain_job_is_settled,
         test_a_plain_job_becomes_a_request,

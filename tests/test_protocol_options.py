@@ -12,8 +12,9 @@ import redis
 
 from perdure.protocol.codec import unpack
 from perdure.protocol.keys import key
+from perdure.protocol.records import FailureKind
 
-from .test_protocol_kit import Hand, Pool, dump, packed
+from .test_protocol_kit import TASK, Hand, Pool, dump, packed
 
 FULL, SMALL = {"n": 100}, {"n": 5}
 
@@ -104,7 +105,7 @@ def test_a_degraded_pool_changes_only_what_has_overrides(pool: Pool, hand: Hand)
     pool.submit("plain")
     submit(pool)
     degrade(pool)
-    plain, small = hand.claim(2).claims
+    plain, small = hand.claim(4).claims
     assert (unpack(plain.payload), unpack(small.payload)) == ({"n": "plain"}, SMALL)
     assert (degraded(pool), pool.events("a"), pool.events("plain")) == (True, ["degraded"], [])
 
@@ -183,3 +184,88 @@ def test_a_requeued_dead_letter_goes_on_as_it_began(connection: redis.Redis) -> 
         pool.connection.hset(key("job", "a"), "retries_left", 0)
         assert hand.fail(claim) == "failed"
         pool.connection.delete(key("checkpoint", "a"))
+
+
+def test_a_degraded_pool_takes_no_low_priority(pool: Pool) -> None:
+    """But all that it knows already, and everything else. What it refuses leaves nothing behind and is counted."""
+    low = [pool.new(name, queue="gpu-low") for name in ("known", "new")]
+    assert pool.store.enqueue(low[:1]) == ["accepted"]
+    degrade(pool)
+    pool.connection.hset(key("mode"), mapping={"live": 1, "expected": 4, "dwell": 7000})
+    others = [pool.new("a"), pool.new("b", queue="gpu-high"), pool.new("c", queue="lower")]
+    before = set(dump(pool.connection))
+    answers = pool.store.enqueue([*low, *others])
+    assert answers == ["already", "degraded 7000 1 4", "accepted", "accepted", "accepted"]
+    assert pool.store.fetch("new") is None
+    assert not {name for name in set(dump(pool.connection)) - before if name.endswith("new")}
+    assert pool.connection.hget(key("counters"), "refused:gpu-low") == b"1"
+    recover(pool)
+    assert pool.store.enqueue(low) == ["already", "accepted"]
+
+
+def test_what_is_refused_may_come_back_when_the_dwell_ends(pool: Pool) -> None:
+    """Ms until it can be over at the earliest, at least a second."""
+    low = pool.new("a", queue="gpu-low")
+    for begun, expected in ((0, 7000), (5, 2000), (60, 1000), (-60, 7000)):
+        degrade(pool)
+        recovering = round((pool.now() - begun) * 1000) if begun else 0
+        pool.connection.hset(key("mode"), mapping={"dwell": 7000, "recovering": recovering})
+        (answer,) = pool.store.enqueue([low])
+        assert expected - 1000 <= int(answer.split()[1]) <= expected, begun
+        assert int(answer.split()[1]) >= 1000
+
+
+def test_time_that_counts_from_the_submit_is_doubled(pool: Pool) -> None:
+    """Deadlines and queue timeouts in seconds; a date stays, and so does the delay."""
+    degrade(pool)
+    before = pool.now() * 1000
+    limited = replace(pool.new("limited"), deadline=100, queue_timeout=10, delay=50)
+    dated = replace(pool.new("dated"), deadline_at=(before + 100_000) / 1000)
+    assert pool.store.enqueue([limited, dated, pool.new("plain")]) == ["accepted"] * 3
+    took = pool.now() * 1000 - before
+    assert 200_000 - 1 <= int(pool.field("limited", "deadline")) - before <= 200_000 + took + 1
+    assert 70_000 - 1 <= int(pool.field("limited", "queue_deadline")) - before <= 70_000 + took + 1
+    assert abs(int(pool.field("dated", "deadline")) - before - 100_000) <= 1
+    assert 49 < pool.due_in("limited") <= 50
+    assert (pool.events("limited"), pool.events("dated"), pool.events("plain")) == (["stretched"], [], [])
+    recover(pool)
+    assert pool.store.enqueue([pool.new("later")]) == ["accepted"]
+    records = [pool.store.fetch(name) for name in ("limited", "dated", "plain", "later")]
+    assert [record and record.stretched for record in records] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("slots", "half"), [(8, 4), (3, 1), (2, 1), (1, 1)])
+def test_a_degraded_worker_fills_half_of_its_slots(pool: Pool, hand: Hand, slots: int, half: int) -> None:
+    """Never less than one. What it holds beyond that runs on, and when the pool recovers it takes the rest."""
+
+    def claim() -> int:
+        claims = hand.store.claim(
+            incarnation=hand.incarnation, worker="w1", queues=["gpu"], task=TASK if hand.held else "",
+            free=slots - len(hand.held) if hand.held else 1, slots={TASK: slots}, known=list(hand.held),
+        )  # fmt: skip
+        hand.held |= {item.id: item for item in claims.claims}
+        assert claims.degraded is (pool.connection.exists(key("mode")) == 1)
+        return len(hand.held)
+
+    pool.submit(*(f"r{number}" for number in range(20)))
+    degrade(pool)
+    assert [claim(), claim()] == [half, half]
+    recover(pool)
+    assert claim() == slots
+    degrade(pool)
+    while len(hand.held) > half:
+        assert claim() == len(hand.held)
+        hand.finish(next(iter(hand.held.values())))
+    hand.finish(next(iter(hand.held.values())))
+    assert claim() == half
+
+
+def test_a_degraded_worker_takes_half_of_the_suspects(pool: Pool, hand: Hand) -> None:
+    """They are a batch as any other."""
+    pool.submit(*(f"r{number}" for number in range(8)))
+    other = Hand(pool, "w2", slots=8)
+    assert len(other.claim(8).claims) == 8
+    pool.reap(other.incarnation, FailureKind.CRASH)
+    assert len(pool.suspects()) == 8
+    degrade(pool)
+    assert len(hand.claim(4).claims) == 2

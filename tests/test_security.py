@@ -33,7 +33,7 @@ JOB = (
     "task", "payload", "status", "origin", "last", "execution", "attempt", "executions", "epoch", "client", "created_at",
     "enqueued_at", "started_at", "ended_at", "worker_name", "cancel", "error_kind", "error_reason", "retries_left",
     "max_retries", "result_ttl", "failure_ttl", "claimed", "holder", "nonce", "digest", "meta", "description", "data",
-    "timeout", "deadline", "queue_deadline", "step_ms", "degraded", "payload_aside", "company", "losses", "crashes",
+    "timeout", "deadline", "queue_deadline", "step_ms", "degraded", "stretched", "payload_aside", "company", "losses", "crashes",
     "crashes_total", "best_offset", "best_seq", "waits", "suspected", "success_callback_name", "failure_callback_name",
     "stopped_callback_name", "webhooks", "result", "exc_info", "dependency_id", "dependency_ids", "retry_intervals",
 )  # fmt: skip

@@ -52,6 +52,7 @@ class Claimer:
     between: Callable[[], None] = lambda: None
     """Called now and then while a long checkpoint is read."""
     _idle_since: float = field(default_factory=time.monotonic)
+    _degraded: bool = False
 
     def claim(self, incarnation: str) -> bool:
         """Ask once, if there is room; False when this incarnation was declared dead."""
@@ -76,6 +77,7 @@ class Claimer:
         )
         if answer.status == "reaped":
             return False
+        self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
         self._receive(answer.claims)
         if not answer.claims and not known:
@@ -187,6 +189,15 @@ class Claimer:
             state=state, queue=claim.queue,
         )  # fmt: skip
         return Admission(claim, request)
+
+    def _notice(self, *, degraded: bool) -> None:
+        """Say when the pool's mode has changed; the script itself gives a worker of a degraded pool less."""
+        if degraded != self._degraded:
+            self._degraded = degraded
+            text = (
+                "the pool is degraded; at most half of the slots are filled" if degraded else "the pool is normal again"
+            )
+            self.log.warning("Worker %s: %s", self.worker, text)
 
     def _nothing_found(self, status: str) -> None:
         idle = time.monotonic() - self._idle_since

@@ -16,15 +16,18 @@
 -- EACH known: id         requests that the worker knows it holds
 -- EACH fresh: execution  ids for the executions to be made, at least as many as slots
 --
--- Returns  status, n, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
+-- Returns  status, n, '1' if the pool is degraded, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
 --          own (ms; '')
---          status 'ok'; 'blocked' (the next entry needs an empty worker, or this one isolates suspects); 'more' (work was left);
+--          status 'ok'; 'blocked' (the next entry needs an empty worker, or this one isolates suspects, or holds enough for a
+--          degraded pool); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
 --
 -- A suspect (its hash has `company`, the most requests that may be in flight beside and with it) waits in a set of its
 -- own. A worker that holds nothing takes the oldest and as many others as each of them allows, and nothing else until
 -- it is empty or they are cleared (progress.lua); at most half of the living workers do so at a time.
+--
+-- While the pool is degraded, a worker fills half of its slots, and at least one. What it has beyond that runs on.
 --
 -- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
 -- execution it has.
@@ -50,7 +53,8 @@ for _ = 1, tonumber(arg()) do
   fresh[#fresh + 1] = execution
 end
 
-if reaped(incarnation) then return { 'reaped', '0' } end
+if reaped(incarnation) then return { 'reaped', '0', '0' } end
+local short = degraded()
 
 -- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
 redis.call('HDEL', KEY.held .. incarnation, '')
@@ -98,7 +102,7 @@ for i = 1, #held, 2 do
 end
 
 local function answer(status)
-  local reply = { status, int(number) }
+  local reply = { status, int(number), short and '1' or '0' }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
   return reply
 end
@@ -168,7 +172,7 @@ end
 -- worker of an older release too, runs the same.
 local function choose_payload(id, job)
   if not job.degraded or redis.call('EXISTS', KEY.checkpoint .. id) == 1 then return end
-  local wanted = degraded() and '1' or '0'
+  local wanted = short and '1' or '0'
   if wanted == job.degraded then return end
   local name = KEY.job .. id
   local payloads = redis.call('HMGET', name, 'payload', 'payload_aside')
@@ -233,6 +237,11 @@ local function start(id, queue, execution, job)
   give(id, execution, queue, job, point)
 end
 
+-- How many more of what has so many slots this worker may take, if it holds some.
+local function room(slots, holds)
+  return (short and math.max(1, math.floor(slots / 2)) or slots) - holds
+end
+
 -- 5. Suspects. Whether this worker may isolate: it does already, or fewer than half of the living do.
 local function may_isolate()
   for _, other in ipairs(redis.call('ZRANGE', KEY.isolating, 0, 127)) do
@@ -263,7 +272,7 @@ local function give_suspects(queue)
         company, used = allowed, used + 1
         if task == '' then
           task = job[1]
-          limit = slots_of[task] or free
+          limit = room(slots_of[task] or free, 0)
         end
         start(id, queue, fresh[used], found)
         if used >= math.min(limit, company) or bytes >= max_bytes then break end
@@ -298,7 +307,12 @@ end
 
 -- 6. The queues, in their order, until the slots are full.
 local limit = free
-if task == '' then limit = 1 end -- until the first entry says which task it is
+if task == '' then
+  limit = 1 -- until the first entry says which task it is
+elseif short then
+  limit = math.min(free, room(slots_of[task] or free + #held / 2, #held / 2))
+  if limit < 1 then return answer('blocked') end
+end
 if used > 0 then limit = 0 end -- suspects have no other company
 for _, queue in ipairs(queues) do
   local name = KEY.queue .. queue
@@ -326,7 +340,7 @@ for _, queue in ipairs(queues) do
       if path then
         if task == '' then
           task = path
-          limit = slots_of[path] or free
+          limit = room(slots_of[path] or free, 0)
         end
         start(id, queue, fresh[used], job)
       else

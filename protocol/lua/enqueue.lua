@@ -25,14 +25,26 @@
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
 --          the same idempotency key and body was) or 'conflict' (the id belongs to another request) or 'full'
---          (as many wait as the limit allows; nothing was stored); or only 'newer' if Redis holds a newer protocol.
+--          (as many wait as the limit allows; nothing was stored) or 'degraded <ms> <live> <expected>' (the pool takes
+--          no low priority for at least so many ms; nothing was stored); or only 'newer' if Redis holds a newer protocol.
 --
+-- While the pool is degraded, whatever counts from now takes twice as long: deadline_ms and queue_ms are doubled. The
+-- request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
 -- What waits is what stands in the queue's list or aside for its time, also canceled ones that no claim has met.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
 local schema, client, limit = arg(), arg(), tonumber(arg())
 if not speaks(schema) then return { 'newer' } end
-local answers, rung, accepted = {}, {}, {}
+local answers, rung, accepted, short = {}, {}, {}, degraded()
+
+-- It is over when there have been enough workers for a while; at the earliest, that begins now.
+local function refusal()
+  local mode = redis.call('HMGET', KEY.mode, 'live', 'expected', 'recovering', 'dwell')
+  local since, dwell = number_of(mode[3]), number_of(mode[4], 5000)
+  if since == 0 or since > now_ms then since = now_ms end
+  return table.concat({ 'degraded', int(math.max(1000, since + dwell - now_ms)), int(number_of(mode[1])), int(number_of(mode[2])) }, ' ')
+end
+
 for _ = 1, tonumber(arg()) do
   local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
   local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
@@ -45,6 +57,9 @@ for _ = 1, tonumber(arg()) do
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
+  elseif short and string.sub(queue, -4) == '-low' then
+    count('refused', queue)
+    answers[#answers + 1] = refusal()
   elseif limit > 0 and redis.call('LLEN', KEY.queue .. queue) + redis.call('ZCARD', KEY.retries .. queue)
     + redis.call('ZCARD', KEY.suspects .. queue) >= limit then
     answers[#answers + 1] = 'full'
@@ -67,7 +82,15 @@ for _ = 1, tonumber(arg()) do
     if step_ms ~= '0' then redis.call('HSET', name, 'step_ms', step_ms) end
     if degraded_payload ~= '' then redis.call('HSET', name, 'degraded', '0', 'payload_aside', degraded_payload) end
     local deadline, queue_deadline = tonumber(deadline_at), tonumber(queue_ms)
-    if tonumber(deadline_ms) > 0 then deadline = now_ms + tonumber(deadline_ms) end
+    local factor = short and 2 or 1
+    queue_deadline = factor * queue_deadline
+    if tonumber(deadline_ms) > 0 then deadline = now_ms + factor * tonumber(deadline_ms) end
+    if short then
+      redis.call('HSET', name, 'stretched', '1')
+      if tonumber(deadline_ms) > 0 or queue_deadline > 0 then
+        history(id, 'stretched', '', '', '0', '', 'the pool was degraded at its submit: it has twice the time that was given')
+      end
+    end
     if deadline > 0 then redis.call('HSET', name, 'deadline', int(deadline)) end
     if delay > 0 then
       to_retries(queue, id, delay / 1000)
