@@ -33,6 +33,7 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "perdure.producer.listing": ("Listing",),
             "perdure.protocol.records": ("RequestRecord", "Event", "Checkpoint", "FailureKind"),
             "perdure.protocol.states": ("State",),
+            "perdure.protocol.mode": ("Mode",),
         },
     ),
     "workers": (

@@ -1,9 +1,10 @@
 """What happens when what runs a request is gone.
 
 :class:`Reaper` takes requests from the dead and moves what is due; :mod:`.failures` says what kind of
-failure an error is and what follows from it; :mod:`.retries` computes when a request is tried again.
-Everything that moves a request is a script of :mod:`perdure.protocol`: this package decides nothing
-between two calls, so that any number of reapers may run.
+failure an error is and what follows from it; :mod:`.retries` computes when a request is tried again; :mod:`.degradation`
+decides whether the pool has lost too many workers.
+Everything that moves a request is a script of :mod:`perdure.protocol`: of requests this package decides nothing
+between two calls, and of the mode only what the script still finds as it was, so that any number of reapers may run.
 """
 
 from .failures import POLICIES, Policy, classify, describe, failure
