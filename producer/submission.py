@@ -6,8 +6,9 @@ A mistake is told here, in the caller's own stack, and nothing has been written 
 from __future__ import annotations
 
 import difflib
-import uuid
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
 from typing import Any, Final
 
@@ -72,7 +73,7 @@ def build(
     identifier, digest = _identity(path, payload, id, idempotency_key, settings)
     return NewRequest(
         id=identifier,
-        nonce=uuid.uuid4().hex,
+        nonce=os.urandom(16).hex(),
         queue=with_priority(check_queue(queue), priority),
         task=path,
         payload=pack(_prepared(found, payload), limit=settings.max_payload, what="payload"),
@@ -101,10 +102,17 @@ def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, An
     """
     requests: list[NewRequest] = []
     seen: dict[str, int] = {}
+    alike: dict[object, _Like] = {}
     for index, item in enumerate(items):
         try:
             task, payload, options = _item(item)
-            request = build(task, payload, settings, **{**common, **options})
+            known = None if options else alike.get(task if isinstance(task, str) else id(task))
+            if known is not None:
+                request = known(payload)
+            else:
+                request = build(task, payload, settings, **{**common, **options})
+                if not options and common.get("degraded") is None:
+                    alike[task if isinstance(task, str) else id(task)] = _Like(task, request, settings)
             twin = seen.get(request.id)
             if twin is not None and not request.digest:
                 raise InvalidRequest(f"item {twin} has the id {request.id} as well", "id")
@@ -116,6 +124,21 @@ def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, An
         seen.setdefault(request.id, index)
         requests.append(request)
     return requests
+
+
+class _Like:
+    """Makes requests of one task whose options have been checked; only the payload is another one."""
+
+    def __init__(self, task: object, request: NewRequest, settings: Settings) -> None:
+        self._found = _named(task)[1]
+        self._limit = settings.max_payload
+        self._fields = {item.name: getattr(request, item.name) for item in fields(NewRequest)}
+
+    def __call__(self, payload: Any) -> NewRequest:
+        values = self._fields
+        values["payload"] = pack(_prepared(self._found, payload), limit=self._limit, what="payload")
+        values["id"], values["nonce"] = new_id(), os.urandom(16).hex()
+        return NewRequest(**values)
 
 
 def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:

@@ -8,9 +8,10 @@ they do about an outage.
 from __future__ import annotations
 
 import math
+import os
 import time
-import uuid
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import redis
@@ -69,28 +70,16 @@ class Store(Reads):
         :class:`ProtocolMismatch` when Redis holds a newer protocol. If any is ``durable``, returns once all are on
         disk, or raises :class:`DurabilityUnavailable`: then they are stored all the same.
         """
-        rows = [
-            {
-                "id": request.id, "nonce": request.nonce, "queue": request.queue, "task": request.task,
-                "data": envelope(STOCK_FUNCTION, request.task), "payload": request.payload,
-                "description": request.description, "max_retries": request.max_retries,
-                "result_ttl": request.result_ttl, "failure_ttl": request.failure_ttl,
-                "digest": request.digest, "delay_ms": math.ceil(request.delay * 1000),
-                "durable": int(request.durable), "meta": request.meta, "deadline_ms": math.ceil(request.deadline * 1000),
-                "deadline_at": math.ceil(request.deadline_at * 1000), "queue_ms": math.ceil(request.queue_timeout * 1000),
-                "step_ms": math.ceil(request.step_timeout * 1000), "degraded_payload": request.degraded_payload,
-            }
-            for request in requests
-        ]  # fmt: skip
+        groups = _enqueued(requests)
         values = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
         if not any(request.durable for request in requests):
-            answers = self._call("enqueue", values, {"request": rows})
+            answers = self._call("enqueue", values, groups)
             if answers == ["newer"]:
                 raise newer_protocol()
             return list(answers)
         # One connection for both: each waits for its own writes.
         with self.connection.client() as connection:  # type: ignore[no-untyped-call]
-            answers = self._call("enqueue", values, {"request": rows}, connection)
+            answers = self._call("enqueue", values, groups, connection)
             if answers == ["newer"]:
                 raise newer_protocol()
             here = [
@@ -136,11 +125,12 @@ class Store(Reads):
             "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl), "resume": int(resume),
             "max_bytes": max_bytes,
         }  # fmt: skip
+        random = os.urandom(16 * wanted).hex()  # as good as so many uuid4(), and a fraction of their cost
         groups: dict[str, list[dict[str, str | int]]] = {
             "queue": [{"queue": queue} for queue in queues],
             "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
             "known": [{"id": identifier} for identifier in known],
-            "fresh": [{"execution": uuid.uuid4().hex} for _ in range(wanted)],
+            "fresh": [{"execution": random[start : start + 32]} for start in range(0, 32 * wanted, 32)],
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
@@ -374,6 +364,48 @@ class Store(Reads):
         return _ms(max(4 * self.settings.reap_interval, 3 * self.settings.heartbeat))
 
 
+_KIND = attrgetter(
+    "queue", "task", "description", "max_retries", "result_ttl", "failure_ttl", "meta", "durable", "deadline", "deadline_at",
+    "queue_timeout", "delay", "step_timeout",
+)  # fmt: skip
+"""What most requests of one call have in common."""
+
+
+def _enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of ``enqueue``: what requests have in common goes over the wire, and through the script, once."""
+    numbers: dict[Any, int] = {}
+    rows = [
+        {
+            "id": request.id, "nonce": request.nonce, "kind": numbers.setdefault(_KIND(request), len(numbers) + 1),
+            "payload": request.payload, "digest": request.digest, "degraded_payload": request.degraded_payload,
+        }
+        for request in requests
+    ]  # fmt: skip
+    kinds = []
+    for (
+        queue,
+        task,
+        description,
+        retries,
+        result_ttl,
+        failure_ttl,
+        meta,
+        durable,
+        soon,
+        at,
+        wait,
+        delay,
+        step,
+    ) in numbers:
+        kinds.append({
+            "queue": queue, "task": task, "data": envelope(STOCK_FUNCTION, task), "description": description,
+            "max_retries": retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl, "meta": meta,
+            "durable": int(durable), "deadline_ms": math.ceil(soon * 1000), "deadline_at": math.ceil(at * 1000),
+            "queue_ms": math.ceil(wait * 1000), "delay_ms": math.ceil(delay * 1000), "step_ms": math.ceil(step * 1000),
+        })  # fmt: skip
+    return {"kind": kinds, "request": rows}
+
+
 def _not_on_disk(connection: redis.Redis) -> str:
     """Wait until what this connection wrote is on disk; why that cannot be confirmed, or an empty text."""
     try:
@@ -438,8 +470,8 @@ def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
 
 
 def new_id() -> str:
-    """A request id: sortable by the time of submit, unique without asking anybody."""
-    return f"{time.time_ns() // 1_000_000:011x}{uuid.uuid4().hex[:21]}"
+    """A request id: sortable by the time of submit, unique without asking anybody (84 random bits)."""
+    return f"{time.time_ns() // 1_000_000:011x}{os.urandom(11).hex()[1:]}"
 
 
 def _ms(seconds: float) -> int:

@@ -3,24 +3,25 @@
 -- ARGV schema     protocol version of the caller
 -- ARGV client     channel of the producer's replies
 -- ARGV limit      most requests that may wait in a queue; 0 for any number
+-- EACH kind: queue        queue name
+-- EACH kind: task         dotted path
+-- EACH kind: data         RQ's envelope, compressed
+-- EACH kind: description  what RQ's tools show
+-- EACH kind: max_retries  retries after the first attempt
+-- EACH kind: result_ttl   s to keep a finished request
+-- EACH kind: failure_ttl  s to keep a failed one
+-- EACH kind: meta         RQ's meta field, pickled; '' for none
+-- EACH kind: durable      '1' if the caller waits until it is on disk
+-- EACH kind: deadline_ms  ms from now until it must have ended; 0 for no limit
+-- EACH kind: deadline_at  the same as ms since 1970; 0 for no limit
+-- EACH kind: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
+-- EACH kind: delay_ms     ms until it may enter its queue; 0 for at once
+-- EACH kind: step_ms      ms that one of its steps may take; 0 leaves it to task and worker
 -- EACH request: id           request id, [A-Za-z0-9_-]
 -- EACH request: nonce        one per submit; the same again when a call is sent again
--- EACH request: queue        queue name
--- EACH request: task         dotted path
--- EACH request: data         RQ's envelope, compressed
+-- EACH request: kind         which of the kinds it is, from 1: most requests of one call have all of that in common
 -- EACH request: payload      msgpack
--- EACH request: description  what RQ's tools show
--- EACH request: max_retries  retries after the first attempt
--- EACH request: result_ttl   s to keep a finished request
--- EACH request: failure_ttl  s to keep a failed one
 -- EACH request: digest       of task and body, if the id was made from an idempotency key; else ''
--- EACH request: meta         RQ's meta field, pickled; '' for none
--- EACH request: durable      '1' if the caller waits until it is on disk
--- EACH request: deadline_ms  ms from now until it must have ended; 0 for no limit
--- EACH request: deadline_at  the same as ms since 1970; 0 for no limit
--- EACH request: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
--- EACH request: delay_ms     ms until it may enter its queue; 0 for at once
--- EACH request: step_ms      ms that one of its steps may take; 0 leaves it to task and worker
 -- EACH request: degraded_payload  msgpack: the payload for a pool that is degraded; '' for none
 --
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
@@ -45,13 +46,35 @@ local function refusal()
   return table.concat({ 'degraded', int(math.max(1000, since + dwell - now_ms)), int(number_of(mode[1])), int(number_of(mode[2])) }, ' ')
 end
 
+local kinds, date, factor = {}, utc(), short and 2 or 1
+for number = 1, tonumber(arg()) do
+  local queue, task, data, description, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+  local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms, step_ms = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+  local kind = { queue = queue, durable = durable, delay = tonumber(delay_ms), queue_ms = factor * tonumber(queue_ms),
+    deadline_ms = tonumber(deadline_ms), deadline = tonumber(deadline_at) }
+  if kind.deadline_ms > 0 then kind.deadline = now_ms + factor * kind.deadline_ms end
+  kind.fields = { 'created_at', date, 'enqueued_at', kind.delay > 0 and '' or date, 'started_at', '', 'ended_at', '',
+    'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '', 'failure_callback_name', '',
+    'stopped_callback_name', '', 'data', data, 'description', description, 'origin', queue, 'status', 'queued',
+    'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl, 'retries_left', max_retries,
+    'max_retries', max_retries, 'task', task, 'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0' }
+  local function field(name, value)
+    kind.fields[#kind.fields + 1] = name
+    kind.fields[#kind.fields + 1] = value
+  end
+  if meta ~= '' then field('meta', meta) end
+  if step_ms ~= '0' then field('step_ms', step_ms) end
+  if short then field('stretched', '1') end
+  if kind.deadline > 0 then field('deadline', int(kind.deadline)) end
+  kinds[number] = kind
+end
+
 for _ = 1, tonumber(arg()) do
-  local id, nonce, queue, task, data, payload = arg(), arg(), arg(), arg(), arg(), arg()
-  local description, max_retries, result_ttl, failure_ttl, digest = arg(), arg(), arg(), arg(), arg()
-  local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms = arg(), arg(), arg(), arg(), arg(), arg()
-  local step_ms, degraded_payload = arg(), arg()
+  local id, nonce, kind, payload, digest, degraded_payload = arg(), arg(), arg(), arg(), arg(), arg()
+  kind = kinds[tonumber(kind)]
+  local queue = kind.queue
   -- Always a write: WAITAOF waits for those of its own connection, also for a request that another call stored.
-  if durable == '1' then count('durable', queue) end
+  if kind.durable == '1' then count('durable', queue) end
   local name = KEY.job .. id
   if redis.call('EXISTS', name) == 1 then
     local stored = redis.call('HMGET', name, 'nonce', 'digest')
@@ -64,42 +87,27 @@ for _ = 1, tonumber(arg()) do
     + redis.call('ZCARD', KEY.suspects .. queue) >= limit then
     answers[#answers + 1] = 'full'
   else
-    local date, delay = utc(), tonumber(delay_ms)
     -- What an expired request of this id has left, its place among the checkpoints too.
     if redis.call('EXISTS', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id) > 0 then
       drop_checkpoint(id)
       redis.call('DEL', KEY.output .. id, KEY.history .. id, KEY.results .. id)
     end
     if not accepted[queue] then redis.call('SADD', KEY.queues, KEY.queue .. queue) end
-    redis.call('HSET', name, 'created_at', date, 'enqueued_at', delay > 0 and '' or date, 'started_at', '', 'ended_at', '',
-      'last_heartbeat', '', 'worker_name', '', 'group_id', '', 'success_callback_name', '',
-      'failure_callback_name', '', 'stopped_callback_name', '', 'data', data, 'description', description,
-      'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
-      'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'payload', payload, 'nonce', nonce,
-      'client', client, 'execution', '', 'last', '', 'attempt', '0', 'epoch', '0')
+    redis.call('HSET', name, 'payload', payload, 'nonce', nonce, unpack(kind.fields))
     if digest ~= '' then redis.call('HSET', name, 'digest', digest) end
-    if meta ~= '' then redis.call('HSET', name, 'meta', meta) end
-    if step_ms ~= '0' then redis.call('HSET', name, 'step_ms', step_ms) end
     if degraded_payload ~= '' then redis.call('HSET', name, 'degraded', '0', 'payload_aside', degraded_payload) end
-    local deadline, queue_deadline = tonumber(deadline_at), tonumber(queue_ms)
-    local factor = short and 2 or 1
-    queue_deadline = factor * queue_deadline
-    if tonumber(deadline_ms) > 0 then deadline = now_ms + factor * tonumber(deadline_ms) end
-    if short then
-      redis.call('HSET', name, 'stretched', '1')
-      if tonumber(deadline_ms) > 0 or queue_deadline > 0 then
-        history(id, 'stretched', '', '', '0', '', 'the pool was degraded at its submit: it has twice the time that was given')
-      end
+    if short and (kind.deadline_ms > 0 or kind.queue_ms > 0) then
+      history(id, 'stretched', '', '', '0', '', 'the pool was degraded at its submit: it has twice the time that was given')
     end
-    if deadline > 0 then redis.call('HSET', name, 'deadline', int(deadline)) end
-    if delay > 0 then
-      to_retries(queue, id, delay / 1000)
+    if kind.delay > 0 then
+      to_retries(queue, id, kind.delay / 1000)
     else
       redis.call('RPUSH', KEY.queue .. queue, id)
       rung[queue] = true
     end
-    if queue_deadline > 0 then
-      queue_deadline = now_ms + delay + queue_deadline
+    local deadline = kind.deadline
+    if kind.queue_ms > 0 then
+      local queue_deadline = now_ms + kind.delay + kind.queue_ms
       redis.call('HSET', name, 'queue_deadline', int(queue_deadline))
       if deadline == 0 or queue_deadline < deadline then deadline = queue_deadline end
     end
