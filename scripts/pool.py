@@ -30,7 +30,7 @@ QUICK_DEATH = 5.0
 
 MAX_PAUSE = 30.0
 
-_STARTER = """
+STARTER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
@@ -147,7 +147,7 @@ def launch(command: Sequence[str], environment: dict[str, str], output: Path | N
     file = output.open("ab") if output else None
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _STARTER, str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -1,1 +1,1 @@
-"""What is measured, each by a module that can be run: ``python -m perdure.scripts.benchmarks.NAME``."""
+"""What is measured, and how: the code of scripts/bench."""

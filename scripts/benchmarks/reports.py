@@ -1,0 +1,62 @@
+"""The figures of the parts as tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .drawing import bars
+from .tables import Table
+
+Pictures = dict[str, str]
+
+_QUEUE = (
+    ("submit/s", "submit"), ("bulk/s", "bulk"), ("drain/s, 1 worker", "drain_1"), ("2 workers", "drain_2"),
+    ("p50 ms", "latency_p50"), ("p99", "latency_p99"), ("idle p50", "idle_p50"), ("half load p50", "load_p50"),
+    ("p99", "load_p99"), ("B queued", "bytes_queued"), ("B finished", "bytes_finished"),
+    ("Redis µs", "cpu_us"), ("round trips", "round_trips"),
+)  # fmt: skip
+
+
+def queue_tables(found: Mapping[str, Any]) -> list[Table]:
+    """One row for each system."""
+    medians = found["medians"]
+    rows = [[name, *(medians[name].get(figure) for _, figure in _QUEUE)] for name in medians]
+    sizes = found["sizes"]
+    counts = [len(values) for figures in found["rounds"].values() for values in figures.values()]
+    rounds = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(max(counts, default=0))
+    notes = [
+        f"Medians of {rounds} rounds; {sizes['requests']:,} no-op requests of 200 bytes, or what ended in "
+        f"{sizes['limit']:g} s; the rate is that after the first quarter.",
+        *(f"{name}: {how}" for name, how in found["systems"].items()),
+        *(f"{name}: not in this run: {why.splitlines()[0]}" for name, why in found["problems"].items()),
+    ]
+    return [Table("No-op requests", ["system", *(head for head, _ in _QUEUE)], rows, notes), ratio_table(found)]
+
+
+def ratio_table(found: Mapping[str, Any]) -> Table:
+    """The ratios that the targets speak of."""
+    return Table("Ratios", ["", "median of the rounds"], [[name, value] for name, value in found["ratios"].items()])
+
+
+def queue_pictures(found: Mapping[str, Any], note: str) -> Pictures:
+    """Bars: drains by one and by two workers, submits, latency."""
+    medians = found["medians"]
+
+    def of(figure: str) -> list[tuple[str, float | None]]:
+        known = [(name, values.get(figure)) for name, values in medians.items()]
+        return [(name, value) for name, value in known if value is not None]
+
+    titles = {
+        "drain_1": ("No-op requests drained by one worker process", "requests/s"),
+        "drain_2": ("No-op requests drained by two worker processes", "requests/s"),
+        "submit": ("Requests submitted one by one", "requests/s"),
+        "bulk": ("Requests submitted in bulk", "requests/s"),
+        "latency_p50": ("Submit to result, p50", "ms"),
+        "bytes_finished": ("Memory of Redis for a finished request", "bytes"),
+    }
+    return {
+        f"queue-{figure.replace('_', '-')}.svg": bars(title, unit, values, note)
+        for figure, (title, unit) in titles.items()
+        if (values := of(figure))
+    }

@@ -1,0 +1,128 @@
+"""scripts/bench: the pure parts by their laws, and each measurement in its smoke form: it works, whatever the figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import psutil
+import pytest
+
+from perdure.scripts.benchmarks.drains import judge
+from perdure.scripts.benchmarks.drawing import Line, bars, curves
+from perdure.scripts.benchmarks.figures import Series, median, percentile
+from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
+from perdure.scripts.benchmarks.queueing import ratios
+from perdure.scripts.benchmarks.stage import Sample
+from perdure.scripts.benchmarks.tables import Table
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(folder: Path, *arguments: str, timeout: float = 110) -> dict[str, Any]:
+    """Run the command as scripts/bench does; the figures that it has written."""
+    figures = folder / "figures.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "perdure.scripts.benchmarks", *arguments),
+            *("--json", str(figures), "--svg-dir", str(folder / "svg"), "--folder", str(folder / "peers")),
+        ],
+        cwd=folder, env={**os.environ, "TMPDIR": str(folder), "GOMP_SPINCOUNT": "1000"}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False,
+    )  # fmt: skip
+    text = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, text
+    found: dict[str, Any] = json.loads(figures.read_text())
+    for picture in (folder / "svg").glob("*.svg"):
+        ElementTree.parse(picture)
+    assert list(folder.glob("perdure-bench-*")) == [], "server and logs are gone"
+    return found
+
+
+@pytest.mark.slow
+def test_queue_in_its_smoke_form(tmp_path: Path) -> None:
+    """Ours, RQ and a bare loop: results compared, and every figure is there."""
+    found = bench(tmp_path, "queue", "--smoke")
+    part = found["parts"]["queue"]
+    assert part["problems"] == {}
+    assert set(part["medians"]) == {"perdure", "rq SimpleWorker", "bare loop, one by one"}
+    for figures in part["medians"].values():
+        assert all(value is not None and value > 0 for name, value in figures.items() if name != "round_trips"), figures
+    assert found["ratios"]["drain_vs_rq_simpleworker"] > 0
+    assert found["machine"]["settings"]["appendfsync"] == "everysec"
+    assert (tmp_path / "svg" / "queue-drain-1.svg").exists()
+
+
+def test_a_rate_is_that_after_the_first_quarter() -> None:
+    """The start of the workers is in no figure, and neither is what the samples themselves ask."""
+    samples = [Sample(0.0, 0, 1.0, 0), Sample(5.0, 25, 1.0, 10), Sample(6.0, 65, 1.1, 40), Sample(7.0, 100, 1.2, 164)]
+    drain = judge([*samples, Sample(9.0, 100, 1.2, 166)])
+    assert (drain.done, drain.rate) == (100, 37.5)
+    assert drain.cpu_us == pytest.approx(0.2 / 75 * 1e6)
+    assert drain.round_trips == pytest.approx((154 - 4) / 75)
+
+
+def test_a_drain_that_was_over_at_once_has_no_rate() -> None:
+    """Better no figure than one of a single sample."""
+    with pytest.raises(BenchmarkFailed, match="take more requests"):
+        judge([Sample(0.0, 0, 0.0, 0), Sample(1.0, 100, 0.1, 9)])
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """Round by round, and of the peers the best counts; what was not measured has no ratio."""
+    series = Series()
+    for own, peer, other in ((100.0, 1.0, 50.0), (300.0, 2.0, 20.0), (90.0, 3.0, 10.0)):
+        series.add("perdure", {"drain_1": own})
+        series.add("rq SimpleWorker", {"drain_1": peer})
+        series.add("huey", {"drain_1": other})
+    found = ratios(series)
+    assert found["drain_vs_rq_simpleworker"] == 100
+    assert found["drain_vs_best_python_peer"] == 9
+    assert found["drain_vs_bullmq"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_medians_and_percentiles_leave_out_what_is_missing() -> None:
+    """A figure that one round lacks is that of the others."""
+    assert median([3.0, None, 1.0, math.nan, 2.0]) == 2
+    assert median([None]) is None
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2
+    assert percentile([float(value) for value in range(1, 101)], 0.99) == 99
+    assert math.isnan(percentile([], 0.5))
+
+
+def test_tables_and_pictures_show_what_is_there() -> None:
+    """A dash for what is not; every picture is well-formed, with logarithmic axes and without points too."""
+    table = Table("T", ["system", "a"], [["x<y", 1234.5], ["z", None]], ["a note"])
+    assert "1,234" in table.text()
+    assert "| z | – |" in table.markdown()
+    for picture in (
+        bars("B & C", "1/s", [("perdure", 3.0), ("x<y", None)]),
+        curves("C", "x", "y", [Line("a", [(1, 2), (1000, 5)]), Line("b", [(0, 1)], marks=True)], log_x=True),
+        curves("none", "x", "y", [Line("a", [])]),
+    ):
+        assert "svg" in ElementTree.fromstring(picture).tag
+
+
+def test_leaving_ends_every_process_and_what_it_has_started(tmp_path: Path) -> None:
+    """Also one that ignores SIGTERM, and a child of its own."""
+    program = "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN); " \
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
+        "open(sys.argv[1], 'w').write(str(child.pid) + ' '); time.sleep(600)"  # fmt: skip
+    note = tmp_path / "pid"
+    with contextlib.suppress(KeyboardInterrupt), Crew(tmp_path) as crew:
+        child = crew.start([sys.executable, "-c", program, str(note)], "", "log")
+        wait_for("its child", lambda: note.exists() and note.read_text().endswith(" "), 30, [child])
+        raise KeyboardInterrupt
+    assert not child.running
+    grandchild = int(note.read_text())
+    wait_for(
+        "the end", lambda: not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == "zombie", 30
+    )
