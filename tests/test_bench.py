@@ -52,7 +52,7 @@ def test_queue_in_its_smoke_form(tmp_path: Path) -> None:
     found = bench(tmp_path, "queue", "--smoke")
     part = found["parts"]["queue"]
     assert part["problems"] == {}
-    assert set(part["medians"]) == {"perdure", "rq SimpleWorker", "bare loop, one by one"}
+    assert set(part["medians"]) == {"perdure", "rq SimpleWorker", "bare loop (one by one)"}
     for figures in part["medians"].values():
         assert all(value is not None and value > 0 for name, value in figures.items() if name != "round_trips"), figures
     assert found["ratios"]["drain_vs_rq_simpleworker"] > 0
@@ -126,3 +126,13 @@ def test_leaving_ends_every_process_and_what_it_has_started(tmp_path: Path) -> N
     wait_for(
         "the end", lambda: not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == "zombie", 30
     )
+
+
+@pytest.mark.slow
+def test_recovery_in_its_smoke_form(tmp_path: Path) -> None:
+    """One worker is killed: the request goes on elsewhere, every step is taken, and the result is right."""
+    found = bench(tmp_path, "recovery", "--smoke")
+    (row,) = found["parts"]["recovery"]["medians"].values()
+    assert found["parts"]["recovery"]["problems"] == {}
+    assert row["kills"] == 1
+    assert row["p50_ms"] > 0

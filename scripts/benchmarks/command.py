@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ...protocol.errors import PerdureError
 from ..server import Server
+from .environments import NODE, Missing, interpreter_of
 from .machine import describe, describe_server, one_line
 from .processes import Crew
-from .reports import Pictures, queue_pictures, queue_tables
+from .reports import Pictures, queue_pictures, queue_tables, recovery_pictures, recovery_tables
 from .stage import Stage
 from .tables import Table
 
@@ -58,22 +59,71 @@ def say(text: str) -> None:
 def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """No-op requests, ours beside those of others."""
     from .queueing import QUICK, SMOKE, QueueBenchmark, Sizes, ratios
-    from .systems import OWN, own_python
+    from .systems import OWN, PEERS_OF_THE_QUEUE
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests)
     few = _QUICK_SYSTEMS if options.quick or options.smoke else ()
-    chosen = [system for system in OWN if not few or system.name in few]
-    systems = [(system, own_python()) for system in chosen if not options.systems or system.name in options.systems]
+    chosen = [system for system in (*OWN, *PEERS_OF_THE_QUEUE) if not few or system.name in few]
+    systems, missing = _with_interpreters(chosen, options)
     benchmark = QueueBenchmark(stage, crew, systems, sizes, say)
     found = benchmark.run()
+    found["problems"] |= missing
     found["ratios"] = ratios(benchmark.series)
     return Finding(found, queue_tables(found), queue_pictures(found, note))
 
 
-_QUICK_SYSTEMS = ("perdure", "rq SimpleWorker", "bare loop, one by one")
+def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+    """Kills, ours beside those of others."""
+    from .recovery import QUICK, SMOKE, RecoveryBenchmark, Sizes
+    from .scenarios import OWN, PEERS_OF_RECOVERY
 
-RUNNERS: dict[str, Part] = {"queue": queue}
+    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = replace(sizes, kills=options.rounds or sizes.kills)
+    few = options.quick or options.smoke
+    chosen = OWN[: 1 if options.smoke else 2] if few else (*OWN, *PEERS_OF_RECOVERY)
+    scenarios, missing = _with_interpreters(chosen, options)
+    found = RecoveryBenchmark(stage, crew, sizes, say).run(scenarios)
+    found["problems"] |= missing
+    found["ratios"] = {
+        f"recovery_{name.removeprefix('perdure: ').replace(' (0.5 s)', '_fast')}_{figure}": row[figure]
+        for name, row in found["medians"].items()
+        if name.startswith("perdure")
+        for figure in ("p50_ms", "p99_ms", "repeated_most")
+    }
+    return Finding(found, recovery_tables(found), recovery_pictures(found, note))
+
+
+class Subject(Protocol):
+    """What has a name and an environment: a system or a scenario."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def environment(self) -> str: ...
+
+
+Chosen = TypeVar("Chosen", bound=Subject)
+
+
+def _with_interpreters(chosen: Sequence[Chosen], options: Options) -> tuple[list[tuple[Chosen, str]], dict[str, str]]:
+    """The systems that can be measured here with their interpreters, and of the others why not."""
+    systems: list[tuple[Chosen, str]] = []
+    missing: dict[str, str] = {}
+    for system in chosen:
+        if options.systems and system.name not in options.systems:
+            continue
+        try:
+            systems.append((system, interpreter_of(system.environment, options.folder, say)))
+        except Missing as error:
+            say(f"{system.name} is not in this run: {error}")
+            missing[system.name] = f"not in this run: {error}"
+    return systems, missing
+
+
+_QUICK_SYSTEMS = ("perdure", "rq SimpleWorker", "bare loop (one by one)")
+
+RUNNERS: dict[str, Part] = {"queue": queue, "recovery": recovery}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = tuple(name.strip() for name in given.systems.split(",") if name.strip())
     options = Options(given.folder.absolute(), given.quick, given.smoke, given.rounds, given.requests, names)
     chosen = [part for part in RUNNERS if given.part in (part, "all")]
+    os.environ["BENCH_MODULES"] = str(options.folder / NODE)  # where node finds its package
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(options, chosen, given.json, given.markdown, given.svg_dir)

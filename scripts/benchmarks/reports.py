@@ -29,7 +29,7 @@ def queue_tables(found: Mapping[str, Any]) -> list[Table]:
         f"Medians of {rounds} rounds; {sizes['requests']:,} no-op requests of 200 bytes, or what ended in "
         f"{sizes['limit']:g} s; the rate is that after the first quarter.",
         *(f"{name}: {how}" for name, how in found["systems"].items()),
-        *(f"{name}: not in this run: {why.splitlines()[0]}" for name, why in found["problems"].items()),
+        *(f"{name}: {why.splitlines()[0]}" for name, why in found["problems"].items()),
     ]
     return [Table("No-op requests", ["system", *(head for head, _ in _QUEUE)], rows, notes), ratio_table(found)]
 
@@ -59,4 +59,30 @@ def queue_pictures(found: Mapping[str, Any], note: str) -> Pictures:
         f"queue-{figure.replace('_', '-')}.svg": bars(title, unit, values, note)
         for figure, (title, unit) in titles.items()
         if (values := of(figure))
+    }
+
+
+def recovery_tables(found: Mapping[str, Any]) -> list[Table]:
+    """One row for each scenario."""
+    heads = ("kills", "p50 ms", "p99 ms", "steps twice", "at most")
+    names = ("kills", "p50_ms", "p99_ms", "repeated", "repeated_most")
+    rows = [[scenario, *(row[name] for name in names)] for scenario, row in found["medians"].items()]
+    sizes = found["sizes"]
+    notes = [
+        f"From a kill (or the begin of a hang) at step {sizes['at']} ± {sizes['around']} of 20 ms to the next step by "
+        "another worker; of the peers the whole worker is killed.",
+        *(f"{name}: {how}" for name, how in found["systems"].items()),
+        *(f"{name}: {why.splitlines()[0]}" for name, why in found["problems"].items()),
+    ]
+    return [Table("From a kill to the next step elsewhere", ["what", *heads], rows, notes)]
+
+
+def recovery_pictures(found: Mapping[str, Any], note: str) -> Pictures:
+    """Bars: the delay, and what is computed twice."""
+    medians = found["medians"]
+    delays = [(name, row["p50_ms"]) for name, row in medians.items()]
+    twice = [(name, row["repeated"]) for name, row in medians.items()]
+    return {
+        "recovery.svg": bars("From a kill to the next step elsewhere, p50", "ms", delays, note),
+        "recovery-steps.svg": bars("Steps of 20 ms computed twice", "steps", twice, note),
     }

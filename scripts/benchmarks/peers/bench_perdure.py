@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 import kit
+import notes
 
 from perdure.producer import Client
 from perdure.workers import BatchTask, Request, Step, task
@@ -16,6 +17,14 @@ from perdure.workers import BatchTask, Request, Step, task
 def noop(request: Request) -> Generator[Step, None, None]:
     """One step, which is the result."""
     yield Step(result=request.payload["n"])
+
+
+@task
+def walk(request: Request) -> Generator[Step, None, Any]:
+    """Steps that are put out and stored, as any task of this kind does."""
+    for step in notes.steps(request.payload, request.state or 0):
+        yield Step(output=step, state=step + 1)
+    return request.payload["steps"]
 
 
 class Noop(BatchTask):
@@ -59,6 +68,10 @@ class Perdure(kit.Producer):
     def submit_many(self, payloads: list[dict[str, Any]]) -> Any:
         assert self.client is not None
         return self.client.submit_many([(self.task, payload) for payload in payloads], queue=kit.QUEUE)
+
+    def walk(self, payload: dict[str, Any]) -> Any:
+        assert self.client is not None
+        return self.client.submit("bench_perdure.walk", payload, queue=kit.QUEUE)
 
     def result(self, handle: Any) -> Any:
         return handle.result(kit.WAIT)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import kit
+import notes
 from redis import Redis
-from rq import Queue
+from rq import Queue, Retry
 
 
 def noop(payload: dict[str, Any]) -> Any:
     return payload["n"]
+
+
+def walk(payload: dict[str, Any]) -> Any:
+    return len([*notes.steps(payload)])
 
 
 class Rq(kit.Producer):
@@ -24,6 +29,9 @@ class Rq(kit.Producer):
 
     def submit_many(self, payloads: list[dict[str, Any]]) -> Any:
         return self.queue.enqueue_many([Queue.prepare_data("bench_rq.noop", (payload,)) for payload in payloads])
+
+    def walk(self, payload: dict[str, Any]) -> Any:
+        return self.queue.enqueue("bench_rq.walk", payload, retry=Retry(max=10))
 
     def result(self, handle: Any) -> Any:
         result = handle.latest_result(timeout=int(kit.WAIT))

@@ -41,6 +41,10 @@ class Producer:
         """Put many in as the system's documentation does it; returns a list."""
         raise NotImplementedError
 
+    def walk(self, payload: dict[str, Any]) -> Any:
+        """Put one request in whose worker takes the steps of :func:`notes.steps`."""
+        raise NotImplementedError
+
     def result(self, handle: Any) -> Any:
         """Wait for the result in the quickest way that is documented; it is the payload's ``n``."""
         raise NotImplementedError
@@ -88,13 +92,13 @@ class Agent:
         self.handles = list(await settled(self.producer.submit_many(payloads)))
         return {"seconds": time.perf_counter() - began}
 
-    async def on_check(self, number: int) -> dict[str, Any]:
-        """Read the first results back and compare each with what it must be."""
-        handles = self.handles[:number]
+    async def on_check(self, number: int, every: int) -> dict[str, Any]:
+        """Read the first results back, or one of so many, and compare each with what it must be."""
+        handles = self.handles[:number:every]
         found = await settled(self.producer.results(handles))
         if found is None:
             found = [await self._result(handle) for handle in handles]
-        wrong = [place for place, value in enumerate(found) if value != place]
+        wrong = [place for place, value in enumerate(found) if value != place * every]
         return {
             "checked": len(found),
             "wrong": len(wrong),
@@ -124,6 +128,15 @@ class Agent:
             if time.monotonic() > until:
                 break
         return {"ms": times}
+
+    async def on_walk(self, payloads: list[dict[str, Any]]) -> dict[str, Any]:
+        """Put walks in."""
+        self.handles = [await settled(self.producer.walk(payload)) for payload in payloads]
+        return {}
+
+    async def on_ended(self) -> dict[str, Any]:
+        """Wait for the walks; a system without results has ``None``."""
+        return {"results": [await self._result(handle) for handle in self.handles]}
 
     async def on_load(self, rate: float, seconds: float) -> dict[str, Any]:
         """Submit at a steady rate, a hundred times a second, and leave the results alone."""
