@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +20,7 @@ import pytest
 from perdure.scripts.benchmarks.drains import judge
 from perdure.scripts.benchmarks.drawing import Line, bars, curves
 from perdure.scripts.benchmarks.figures import Series, median, percentile
+from perdure.scripts.benchmarks.latency import SlowRoad
 from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
 from perdure.scripts.benchmarks.queueing import ratios
 from perdure.scripts.benchmarks.stage import Sample
@@ -136,3 +139,41 @@ def test_recovery_in_its_smoke_form(tmp_path: Path) -> None:
     assert found["parts"]["recovery"]["problems"] == {}
     assert row["kills"] == 1
     assert row["p50_ms"] > 0
+
+
+@pytest.mark.slow
+def test_checkpoints_in_its_smoke_form(tmp_path: Path) -> None:
+    """The tiny model without checkpoints, and with them far from Redis: a full batch, all tokens, and traffic."""
+    pytest.importorskip("torch")
+    found = bench(tmp_path, "checkpoints", "--smoke")
+    medians = found["parts"]["checkpoints"]["medians"]
+    assert set(medians) == {"off", "100 ms, far"}
+    assert all(value > 0 for figures in medians.values() for value in figures.values())
+
+
+@pytest.mark.slow
+def test_scale_in_its_smoke_form(tmp_path: Path) -> None:
+    """Two sizes, filled by real calls; a sweep takes what has expired, and nothing else."""
+    rows = bench(tmp_path, "scale", "--smoke")["parts"]["scale"]["rows"]
+    assert [row["queued"] for row in rows] == [200, 400]
+    assert (rows[-1]["retries"], rows[-1]["leases"], rows[-1]["workers"]) == (40, 20, 4)
+    assert all(cost["redis_us"] > 0 for row in rows for cost in row["costs"].values())
+
+
+def test_a_slow_road_is_late_and_not_narrow() -> None:
+    """Pieces come later by the delay, all of them and in order; many at once take no longer than one."""
+    with socket.create_server(("127.0.0.1", 0)) as server, SlowRoad("127.0.0.1", server.getsockname()[1], 0.2) as road:
+        near = socket.create_connection(("127.0.0.1", road.port))
+        far, _ = server.accept()
+        with near, far:
+            far.settimeout(30)
+            began = time.monotonic()
+            for number in range(100):
+                near.sendall(bytes([number]))
+            got = b""
+            while len(got) < 100:
+                got += far.recv(100)
+            assert got == bytes(range(100))
+            assert time.monotonic() - began >= 0.2
+            far.sendall(b"back")
+            assert near.recv(10) == b"back"

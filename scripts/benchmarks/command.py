@@ -18,9 +18,20 @@ from typing import Any, Protocol, TypeVar
 from ...protocol.errors import PerdureError
 from ..server import Server
 from .environments import NODE, Missing, interpreter_of
+from .figures import ratio
 from .machine import describe, describe_server, one_line
 from .processes import Crew
-from .reports import Pictures, queue_pictures, queue_tables, recovery_pictures, recovery_tables
+from .reports import (
+    Pictures,
+    checkpoint_pictures,
+    checkpoint_tables,
+    queue_pictures,
+    queue_tables,
+    recovery_pictures,
+    recovery_tables,
+    scale_pictures,
+    scale_tables,
+)
 from .stage import Stage
 from .tables import Table
 
@@ -94,6 +105,36 @@ def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     return Finding(found, recovery_tables(found), recovery_pictures(found, note))
 
 
+def checkpoints(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+    """What storing while generating costs."""
+    from .checkpointing import QUICK, SMOKE, CheckpointBenchmark, Sizes, ratios
+
+    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    benchmark = CheckpointBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say)
+    found = benchmark.run()
+    found["ratios"] = ratios(benchmark.series)
+    return Finding(found, checkpoint_tables(found), checkpoint_pictures(found, note))
+
+
+def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+    """What operations cost beside many requests."""
+    from .scale import QUICK, SMOKE, ScaleBenchmark, Sizes
+
+    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    if options.requests:
+        sizes = replace(sizes, queued=tuple(number for number in sizes.queued if number <= options.requests))
+    found = ScaleBenchmark(stage, sizes, say).run()
+    last = found["rows"][-1]
+    found["ratios"] = {
+        "scale_queued": last["queued"],
+        "sweep_nothing_expired_redis_us": last["costs"]["sweep, 0 expired"]["redis_us"],
+        "claim_32_against_smallest": ratio(
+            last["costs"]["claim 32"]["redis_us"], found["rows"][0]["costs"]["claim 32"]["redis_us"]
+        ),
+    }
+    return Finding(found, scale_tables(found), scale_pictures(found, note))
+
+
 class Subject(Protocol):
     """What has a name and an environment: a system or a scenario."""
 
@@ -123,7 +164,7 @@ def _with_interpreters(chosen: Sequence[Chosen], options: Options) -> tuple[list
 
 _QUICK_SYSTEMS = ("perdure", "rq SimpleWorker", "bare loop (one by one)")
 
-RUNNERS: dict[str, Part] = {"queue": queue, "recovery": recovery}
+RUNNERS: dict[str, Part] = {"queue": queue, "recovery": recovery, "checkpoints": checkpoints, "scale": scale}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

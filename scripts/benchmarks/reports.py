@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .drawing import bars
+from .drawing import Line, bars, curves
 from .tables import Table
 
 Pictures = dict[str, str]
@@ -86,3 +86,52 @@ def recovery_pictures(found: Mapping[str, Any], note: str) -> Pictures:
         "recovery.svg": bars("From a kill to the next step elsewhere, p50", "ms", delays, note),
         "recovery-steps.svg": bars("Steps of 20 ms computed twice", "steps", twice, note),
     }
+
+
+def checkpoint_tables(found: Mapping[str, Any]) -> list[Table]:
+    """One row for each way of storing."""
+    heads = ("tokens/s", "bytes/s", "calls/s")
+    names = ("tokens_per_s", "bytes_per_s", "calls_per_s")
+    rows = [[way, *(row[name] for name in names)] for way, row in found["medians"].items()]
+    sizes = found["sizes"]
+    notes = [
+        f"Medians of {sizes['rounds']} rounds; {sizes['model']}, {sizes['slots']} requests at once, {sizes['tokens']} "
+        f"tokens each, {found['step_ms']:.1f} ms a step; far: {found['far_ms']:g} ms put before Redis.",
+    ]
+    return [Table("Checkpoints while generating", ["", *heads], rows, notes), ratio_table(found)]
+
+
+def checkpoint_pictures(found: Mapping[str, Any], note: str) -> Pictures:
+    """Bars: tokens/s of each way."""
+    values = [(way, row["tokens_per_s"]) for way, row in found["medians"].items()]
+    return {"checkpoints.svg": bars("Tokens/s of a full batch while checkpoints are stored", "tokens/s", values, note)}
+
+
+def scale_tables(found: Mapping[str, Any]) -> list[Table]:
+    """One row for each operation, one column for each size."""
+    rows = found["rows"]
+    heads = [f"{row['queued']:,} waiting" for row in rows]
+    tables = []
+    for figure, title in (
+        ("redis_us", "Redis time of one operation, µs"),
+        ("ms", "The same as the caller sees it, ms"),
+    ):
+        cells = [[name, *(row["costs"][name][figure] for row in rows)] for name in rows[0]["costs"]]
+        tables.append(Table(title, ["", *heads], cells))
+    notes = [
+        f"beside {row['queued']:,} waiting: {row['retries']:,} retries, {row['workers']:,} workers' beats, "
+        f"{row['leases']:,} leases"
+        for row in rows
+    ]
+    return [Table(tables[0].title, tables[0].heads, tables[0].rows, notes), *tables[1:], ratio_table(found)]
+
+
+def scale_pictures(found: Mapping[str, Any], note: str) -> Pictures:
+    """Curves: what each operation costs the server against the number of those that wait."""
+    rows = found["rows"]
+    lines = [Line(name, [(row["queued"], row["costs"][name]["redis_us"]) for row in rows]) for name in rows[0]["costs"]]
+    picture = curves(
+        "What an operation costs Redis, beside so many waiting requests", "requests that wait", "µs", lines,
+        log_x=True, log_y=True, note=note,
+    )  # fmt: skip
+    return {"scale.svg": picture}

@@ -10,7 +10,20 @@ from .systems import PEERS, QUEUE
 _OWN_PRODUCER = (str(PEERS / "bench_perdure.py"), "walk")
 _OWN_WORKER = ("-P", "-m", "rq.cli", "worker", "-w", "perdure.workers.Worker", "--quiet", QUEUE)
 _REAPER = ("-P", "-m", "perdure.recovery")
-_RQ = ("-P", "-m", "rq.cli", "worker", "--quiet", "--job-monitoring-interval", "1", "--maintenance-interval", "1", "-w")
+_RQ = (
+    "-P",
+    "-m",
+    "rq.cli",
+    "worker",
+    "--quiet",
+    "--job-monitoring-interval",
+    "1",
+    "--maintenance-interval",
+    "1",
+    "--worker-ttl",
+    "16",
+    "-w",
+)
 
 _HALF = {"PERDURE_HEARTBEAT": "0.1", "PERDURE_HEARTBEAT_TIMEOUT": "0.5", "PERDURE_REAP_INTERVAL": "0.1"}
 _HALF_STEP = {**_HALF, "PERDURE_HEARTBEAT_TIMEOUT": "5", "PERDURE_STEP_TIMEOUT": "0.5"}
