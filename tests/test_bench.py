@@ -20,6 +20,7 @@ import pytest
 from perdure.scripts.benchmarks.drains import judge
 from perdure.scripts.benchmarks.drawing import Line, bars, curves
 from perdure.scripts.benchmarks.figures import Series, median, percentile
+from perdure.scripts.benchmarks.goodput import from_zero, resumed
 from perdure.scripts.benchmarks.latency import SlowRoad
 from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
 from perdure.scripts.benchmarks.queueing import ratios
@@ -29,7 +30,7 @@ from perdure.scripts.benchmarks.tables import Table
 ROOT = Path(__file__).parent.parent
 
 
-def bench(folder: Path, *arguments: str, timeout: float = 110) -> dict[str, Any]:
+def bench(folder: Path, *arguments: str, timeout: float = 280) -> dict[str, Any]:
     """Run the command as scripts/bench does; the figures that it has written."""
     figures = folder / "figures.json"
     done = subprocess.run(
@@ -50,6 +51,7 @@ def bench(folder: Path, *arguments: str, timeout: float = 110) -> dict[str, Any]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_queue_in_its_smoke_form(tmp_path: Path) -> None:
     """Ours, RQ and a bare loop: results compared, and every figure is there."""
     found = bench(tmp_path, "queue", "--smoke")
@@ -132,6 +134,7 @@ def test_leaving_ends_every_process_and_what_it_has_started(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_recovery_in_its_smoke_form(tmp_path: Path) -> None:
     """One worker is killed: the request goes on elsewhere, every step is taken, and the result is right."""
     found = bench(tmp_path, "recovery", "--smoke")
@@ -142,6 +145,7 @@ def test_recovery_in_its_smoke_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_checkpoints_in_its_smoke_form(tmp_path: Path) -> None:
     """The tiny model without checkpoints, and with them far from Redis: a full batch, all tokens, and traffic."""
     pytest.importorskip("torch")
@@ -152,6 +156,7 @@ def test_checkpoints_in_its_smoke_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_scale_in_its_smoke_form(tmp_path: Path) -> None:
     """Two sizes, filled by real calls; a sweep takes what has expired, and nothing else."""
     rows = bench(tmp_path, "scale", "--smoke")["parts"]["scale"]["rows"]
@@ -177,3 +182,30 @@ def test_a_slow_road_is_late_and_not_narrow() -> None:
             assert time.monotonic() - began >= 0.2
             far.sendall(b"back")
             assert near.recv(10) == b"back"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_engine_in_its_smoke_form(tmp_path: Path) -> None:
+    """The tiny model, written down for transformers, puts out the same tokens there."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    part = bench(tmp_path, "engine", "--smoke")["parts"]["engine"]
+    assert set(part["medians"]) == {"transformers, batch 2", "perdure exact, batch 2", "perdure not exact, batch 2"}
+    assert all(value > 0.9 for value in part["equal_tokens"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_goodput_in_its_smoke_form(tmp_path: Path) -> None:
+    """Requests end under kills, with checkpoints and without."""
+    points = bench(tmp_path, "goodput", "--smoke")["parts"]["goodput"]["points"]
+    assert [point["resume"] for point in points] == [True, False]
+    assert all(0 <= point["goodput"] <= 1.5 and 0 < point["closed_form"] <= 1 for point in points)
+
+
+def test_the_closed_form_is_that_of_the_literature() -> None:
+    """At three failures expected in a request, beginning again costs 6.4 times the work, and resuming next to nothing."""
+    assert from_zero(0.1, 30, 0) / 30 == pytest.approx(6.36, abs=0.01)
+    assert resumed(0.1, 30, 0) / 30 == pytest.approx(1.005, abs=0.001)
+    assert resumed(1e-9, 30, 0) == pytest.approx(30)

@@ -114,7 +114,8 @@ def scale_tables(found: Mapping[str, Any]) -> list[Table]:
     tables = []
     for figure, title in (
         ("redis_us", "Redis time of one operation, µs"),
-        ("ms", "The same as the caller sees it, ms"),
+        ("commands", "Commands of one operation, those within its script counted"),
+        ("ms", "The time that the caller sees, ms"),
     ):
         cells = [[name, *(row["costs"][name][figure] for row in rows)] for name in rows[0]["costs"]]
         tables.append(Table(title, ["", *heads], cells))

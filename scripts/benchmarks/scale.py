@@ -191,15 +191,17 @@ class ScaleBenchmark:
     def _cost(self, operation: Callable[[], object], times: int = 0) -> dict[str, float]:
         """Medians: milliseconds here, microseconds in the server."""
         self._undo(operation())
-        walls, servers = [], []
+        walls: list[float] = []
+        servers: list[float] = []
+        calls: list[float] = []
         for _ in range(times or self.sizes.times):
             self.stage.connection.config_resetstat()
             began = time.perf_counter()
             done = operation()
             walls.append((time.perf_counter() - began) * 1000)
-            servers.append(_microseconds(self.stage.commands()))
+            _count(self.stage.commands(), servers, calls)
             self._undo(done)
-        return {"ms": statistics.median(walls), "redis_us": statistics.median(servers)}
+        return _medians(walls, servers, calls)
 
     def _undo(self, done: object) -> None:
         """Give back what was claimed, in the order that it had."""
@@ -209,7 +211,9 @@ class ScaleBenchmark:
 
     def _sweep_cost(self, expired: int) -> dict[str, float]:
         """The cost of a sweep that finds so many expired leases, each of which it takes."""
-        walls, servers = [], []
+        walls: list[float] = []
+        servers: list[float] = []
+        calls: list[float] = []
         for _ in range(self.sizes.times if expired < 100 else 5):
             late: list[str] = []
             for _ in self._in_parts(expired, LATE, time.monotonic() + 60):
@@ -222,11 +226,11 @@ class ScaleBenchmark:
             began = time.perf_counter()
             taken = self.sweep()
             walls.append((time.perf_counter() - began) * 1000)
-            servers.append(_microseconds(self.stage.commands()))
+            _count(self.stage.commands(), servers, calls)
             if taken != expired:
                 raise BenchmarkFailed(f"a sweep took {taken} requests instead of {expired}")
             self.forget(late)
-        return {"ms": statistics.median(walls), "redis_us": statistics.median(servers)}
+        return _medians(walls, servers, calls)
 
     def sweep(self) -> int:
         """The part of a reaper's round that judges; how many requests it has taken."""
@@ -247,9 +251,17 @@ class ScaleBenchmark:
             self.patient.cancel(rows, reason="measured")
 
 
-def _microseconds(commands: dict[str, tuple[int, int]]) -> float:
-    """What the commands took; those within a script are in the script's time already."""
-    scripts = [usec for name, (_, usec) in commands.items() if name in ("evalsha", "eval")]
-    if scripts:
-        return sum(scripts)
-    return sum(usec for name, (_, usec) in commands.items() if not name.startswith(("config", "info")))
+def _count(commands: dict[str, tuple[int, int]], times: list[float], calls: list[float]) -> None:
+    """What the commands took in microseconds (those within a script are in the script's time) and how many they were."""
+    known = {name: row for name, row in commands.items() if not name.startswith(("config", "info"))}
+    scripts = [usec for name, (_, usec) in known.items() if name in ("evalsha", "eval")]
+    times.append(sum(scripts) if scripts else sum(usec for _, usec in known.values()))
+    calls.append(sum(number for number, _ in known.values()))
+
+
+def _medians(walls: list[float], servers: list[float], calls: list[float]) -> dict[str, float]:
+    return {
+        "ms": statistics.median(walls),
+        "redis_us": statistics.median(servers),
+        "commands": statistics.median(calls),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -28,6 +29,11 @@ class Saq(kit.Producer):
     async def result(self, handle: Any) -> Any:
         await handle.refresh(until_complete=kit.WAIT)
         return handle.result
+
+    async def results(self, handles: list[Any]) -> Any:
+        # They have ended: nothing is to be waited for.
+        await asyncio.gather(*(handle.refresh() for handle in handles))
+        return [handle.result for handle in handles]
 
 
 if __name__ == "__main__":

@@ -156,10 +156,15 @@ class Agent:
 
 
 def serve(producer: Producer) -> None:
-    """Answer commands until the standard input ends: the harness' death is seen here."""
+    """Answer for a producer until the standard input ends: the harness' death is seen here."""
+    serve_agent(Agent(producer))
+
+
+def serve_agent(agent: Agent) -> None:
+    """The same for an agent with commands of its own."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no answer
-    asyncio.run(_serve(Agent(producer), answers))
+    asyncio.run(_serve(agent, answers))
 
 
 async def _serve(agent: Agent, answers: Any) -> None:
