@@ -63,7 +63,7 @@ def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests)
-    few = _QUICK_SYSTEMS if options.quick or options.smoke else ()
+    few = _QUICK_SYSTEMS if (options.quick or options.smoke) and not options.systems else ()
     chosen = [system for system in (*OWN, *PEERS_OF_THE_QUEUE) if not few or system.name in few]
     systems, missing = _with_interpreters(chosen, options)
     benchmark = QueueBenchmark(stage, crew, systems, sizes, say)

@@ -37,19 +37,32 @@ class Sizes:
     latency_limit: float = 8.0
     load: float = 4.0
     """Seconds of latency under half load."""
+    stock: int = 1_000
+    """Requests for the memory of a server that is set up as it comes; for ours and RQ's, 0 for none."""
     budget: float = 0.0
     """Seconds after which nothing more begins once the first round is complete; 0 is no limit."""
 
 
 QUICK = Sizes(
     rounds=5, requests=4_000, one_by_one=500, workers=(1,), limit=2.0, latencies=100, idle=0, latency_limit=1.0,
-    load=0.0, budget=24.0,
+    load=0.0, stock=0, budget=24.0,
 )  # fmt: skip
 SMOKE = Sizes(
-    rounds=1, requests=300, one_by_one=20, workers=(1,), limit=0.5, latencies=5, idle=1, latency_limit=0.5, load=0.2
+    rounds=1,
+    requests=300,
+    one_by_one=20,
+    workers=(1,),
+    limit=0.5,
+    latencies=5,
+    idle=1,
+    latency_limit=0.5,
+    load=0.2,
+    stock=50,
 )
 
 WARM_UP = 20
+ON_STOCK = ("perdure", "rq SimpleWorker")
+STREAM_NODE = "stream-node-max-bytes"
 PAUSE = 0.5
 """Seconds of idling before a submit."""
 
@@ -95,7 +108,24 @@ class QueueBenchmark:
             for workers in reversed(self.sizes.workers):
                 # One worker comes last: its latency is measured where it is.
                 found |= self._throughput(system, python, agent, workers)
+            if self.sizes.stock and system.name.startswith(ON_STOCK):
+                found |= self._on_stock(system, python, agent)
         return found
+
+    def _on_stock(self, system: System, python: str, agent: Agent) -> Figures:
+        """Memory of a finished request where each entry of a stream, which is how RQ keeps results, takes 4 KB."""
+        before = self.stage.connection.config_get(STREAM_NODE)[STREAM_NODE] or 0
+        self.stage.connection.config_set(STREAM_NODE, 4096)
+        try:
+            self._open(agent)
+            empty, count = self.stage.memory(), self.sizes.stock
+            agent.ask(600, do="bulk", number=count)
+            with self._workers(system, python, 1) as children:
+                watch(self.stage, partial(system.done, submitted=count), count, 10 * self.sizes.limit, children)
+                done = system.done(self.stage.connection, count)
+                return {"bytes_finished_stock": (self.stage.memory() - empty) / done if done == count else None}
+        finally:
+            self.stage.connection.config_set(STREAM_NODE, before)
 
     def _one_by_one(self, agent: Agent) -> Figures:
         if not self._open(agent):
@@ -218,6 +248,7 @@ def ratios(series: Series, own: str = "perdure") -> Figures:
         "idle_p50_vs_best_peer": most("idle_p50", peers),
         "bytes_queued_vs_rq": against("bytes_queued", "rq SimpleWorker"),
         "bytes_finished_vs_rq": against("bytes_finished", "rq SimpleWorker"),
+        "bytes_finished_stock_vs_rq": against("bytes_finished_stock", "rq SimpleWorker"),
         "cpu_vs_rq": against("cpu_us", "rq SimpleWorker"),
         "round_trips_vs_rq": against("round_trips", "rq SimpleWorker"),
     }
