@@ -25,4 +25,7 @@ class Huey(kit.Producer):
 
 
 if __name__ == "__main__":
-    kit.serve(Huey())
+    # By the name under which the consumer imports it: huey calls a task by its module.
+    import bench_huey
+
+    kit.serve(bench_huey.Huey())

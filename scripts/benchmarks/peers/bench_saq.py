@@ -19,6 +19,10 @@ async def noop(context: Any, *, payload: dict[str, Any]) -> Any:
 settings = {"queue": queue, "functions": [("bench_saq.noop", noop)], "concurrency": 64}
 
 
+def _value(job: Any) -> Any:
+    return job.result if job.result is not None else f"{job.status}: {job.error}"
+
+
 class Saq(kit.Producer):
     async def open(self, url: str) -> None:
         await queue.connect()
@@ -28,12 +32,12 @@ class Saq(kit.Producer):
 
     async def result(self, handle: Any) -> Any:
         await handle.refresh(until_complete=kit.WAIT)
-        return handle.result
+        return _value(handle)
 
     async def results(self, handles: list[Any]) -> Any:
-        # They have ended: nothing is to be waited for.
+        # Most have ended: nothing is to be waited for.
         await asyncio.gather(*(handle.refresh() for handle in handles))
-        return [handle.result for handle in handles]
+        return [_value(handle) if handle.completed else await self.result(handle) for handle in handles]
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Streaq(kit.Producer):
     async def results(self, handles: list[Any]) -> Any:
         # One by one each takes a tenth of a second, which its subscription waits for.
         found: list[Any] = []
-        for first in range(0, len(handles), 100):
-            found += await asyncio.gather(*(self.result(handle) for handle in handles[first : first + 100]))
+        for first in range(0, len(handles), 20):
+            found += await asyncio.gather(*(self.result(handle) for handle in handles[first : first + 20]))
         return found
 
 
