@@ -59,6 +59,7 @@ def test_queue_in_its_smoke_form(tmp_path: Path) -> None:
     assert part["problems"] == {}
     assert set(part["medians"]) == {"perdure", "rq SimpleWorker", "bare loop (one by one)"}
     for figures in part["medians"].values():
+        assert figures.pop("wrong") == 0
         assert all(value is not None and value > 0 for name, value in figures.items() if name != "round_trips"), figures
     assert found["ratios"]["drain_vs_rq_simpleworker"] > 0
     assert found["machine"]["settings"]["appendfsync"] == "everysec"

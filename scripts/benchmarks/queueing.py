@@ -61,6 +61,9 @@ SMOKE = Sizes(
 )
 
 WARM_UP = 20
+LOST = 0.01
+"""The part of a peer's results that may be wrong or missing."""
+
 ON_STOCK = ("perdure", "rq SimpleWorker")
 STREAM_NODE = "stream-node-max-bytes"
 PAUSE = 0.5
@@ -107,7 +110,9 @@ class QueueBenchmark:
             found = self._one_by_one(agent)
             for workers in reversed(self.sizes.workers):
                 # One worker comes last: its latency is measured where it is.
-                found |= self._throughput(system, python, agent, workers)
+                part = self._throughput(system, python, agent, workers)
+                part["wrong"] = (part["wrong"] or 0) + (found.get("wrong") or 0)
+                found |= part
             if self.sizes.stock and system.name.startswith(ON_STOCK):
                 found |= self._on_stock(system, python, agent)
         return found
@@ -154,7 +159,9 @@ class QueueBenchmark:
             # All of them once; later rounds read every tenth, for it takes longer than the drain.
             every = 1 if system.name not in self.series.rounds else 10
             checked = agent.ask(600, do="check", number=drain.done, every=every)
-            if checked["wrong"]:
+            found["wrong"] = checked["wrong"]
+            # A peer that loses a request now and then is measured all the same, and the loss is told.
+            if checked["wrong"] > (0 if system.name.startswith("perdure") else LOST * checked["checked"]):
                 raise BenchmarkFailed(f"{checked['wrong']} wrong results, such as {checked['examples']}")
             if number == 1 and drain.done == count:
                 found |= self._latencies(system, python, agent, drain.rate)
