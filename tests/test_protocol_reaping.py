@@ -485,6 +485,23 @@ def test_a_sweep_is_bounded_and_says_what_is_left(pool: Pool):
     assert len(pool.waiting()) == 10
 
 
+def test_a_sweep_that_takes_as_many_hanging_requests_as_it_may_says_that_there_may_be_more(pool: Pool):
+    """They come as one page of expired leases: what is beyond it was not seen."""
+    hand = Hand(pool, slots=10)
+    names = [f"r{number}" for number in range(10)]
+    pool.submit(*names)
+    assert len(hand.claim(10).claims) == 10
+    hand.beat()
+    for name in names:
+        pool.expire_lease(name)
+    taken, left = [], True
+    while left:
+        sweep = pool.store.reap(["gpu"], kind="WORKER_LOST", reason="no heartbeat", limit=4)
+        taken += [item.id for item in sweep.reaped if item.id]
+        left = sweep.left
+    assert sorted(taken) == sorted(names)
+
+
 def test_more_dead_workers_than_one_call_looks_at_are_not_forgotten(pool: Pool):
     """A host of many workers is lost at once: a call that has not seen them all says so."""
     hands = [Hand(pool, f"w{number}") for number in range(20)]

@@ -188,6 +188,7 @@ end
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   local expired = redis.call('ZRANGEBYSCORE', KEY.leases .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  if #expired == limit then left = '1' end -- there may be more
   for _, id in ipairs(expired) do
     if taken >= limit then
       left = '1'
