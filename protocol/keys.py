@@ -82,6 +82,7 @@ NAMES: Final[dict[str, str]] = {
     "history": f"{OURS}history:",
     "bell": f"{OURS}bell:",
     "replies": f"{OURS}replies:",
+    "unfit": f"{OURS}unfit",
     "fingerprints": f"{OURS}fingerprints",
     "parents": f"{OURS}parents",
     "notices": f"{OURS}notices",

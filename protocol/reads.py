@@ -27,7 +27,11 @@ class Reads:
         self.connection = connection
 
     def workers(self) -> list[dict[str, Any]]:
-        """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held."""
+        """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held.
+
+        ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
+        not to be used; ``health``: where its health is served.
+        """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.time()
@@ -49,6 +53,9 @@ class Reads:
                     "device": fields.get("device", ""),
                     "ready": fields.get("ready") == "1",
                     "dead_in": deadline / 1000 - now,
+                    "age": now - whole(fields["beat"]) / 1000 if "beat" in fields else None,
+                    "unfit": fields.get("unfit", ""),
+                    "health": fields.get("health", ""),
                     "held": sorted(item.decode(errors="replace") for item in held),
                 }
             )
@@ -64,6 +71,18 @@ class Reads:
         return Mode(
             degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None
         )  # fmt: skip
+    def unfit_devices(self) -> list[dict[str, Any]]:
+        """Devices that a worker left because they are not to be used, and where none is ready since; oldest first.
+
+        Each with ``device, host, worker, at`` (seconds since 1970) and ``reason``.
+        """
+        rows: Any = self.connection.hgetall(key("unfit"))
+        result = []
+        for name, value in rows.items():
+            at, host, worker, reason = (value.decode(errors="replace").split("\t", 3) + [""] * 4)[:4]
+            device = name.decode(errors="replace").removeprefix(f"{host} ")
+            result.append({"device": device, "host": host, "worker": worker, "at": whole(at) / 1000, "reason": reason})
+        return sorted(result, key=lambda item: item["at"])
 
     def standing(self, requests: Sequence[tuple[str, str]]) -> list[str]:
         """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say, but nothing is renewed."""

@@ -116,6 +116,17 @@ class Settings:
         default=True,
         metadata={"help": "0 starts every request from zero; what resuming is worth is measured against it"},
     )
+    health_port: int = field(
+        default=0,
+        metadata={
+            "help": "port of /livez and /readyz, served beside each worker; the next free one if it is taken; 0 is none"
+        },
+    )
+    health_bind: str = field(default="127.0.0.1", metadata={"help": "address on which health is served"})
+    health_interval: float = field(default=5.0, metadata={"help": "seconds between two looks of each health check"})
+    health_folder: str = field(
+        default="", metadata={"help": "folder whose disk is checked; else that of the trace, else the temporary one"}
+    )
     untested_rq: bool = field(
         default=False, metadata={"help": "1 runs with an RQ release that this one was not tested with"}
     )
@@ -123,8 +134,7 @@ class Settings:
     _POSITIVE: ClassVar[tuple[str, ...]] = (
         "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval", "checkpoint_ttl",
         "retry_base", "retry_cap", "reap_interval", "response_timeout", "result_ttl", "failure_ttl", "max_crashes",
-        "max_crashes_total", "max_executions", "max_payload", "max_state", "slots",
-        "ranks",
+        "max_crashes_total", "max_executions", "max_payload", "max_state", "slots", "ranks", "health_interval",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -149,6 +159,8 @@ class Settings:
         if self.dtype not in ("float32", "bfloat16"):
             raise SettingsError(f"PERDURE_DTYPE must be float32 or bfloat16, not {self.dtype!r}")
 
+        if self.health_port > 65535:
+            raise SettingsError(f"PERDURE_HEALTH_PORT must be at most 65535, but is {self.health_port}")
         if self.compression not in ("none", "zstd"):
             raise SettingsError(f"PERDURE_COMPRESSION must be none or zstd, not {self.compression!r}")
 
@@ -172,7 +184,7 @@ class Settings:
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, text in environment.items():
-            if not name.startswith(PREFIX) or _KUBERNETES.fullmatch(name.removeprefix(PREFIX)):
+            if not name.startswith(PREFIX) or _from_kubernetes(name, text, known):
                 continue
             if name not in known:
                 message = _unknown(name, list(known))
@@ -199,6 +211,11 @@ class Settings:
 def variable(name: str) -> str:
     """The environment variable of a field."""
     return PREFIX + name.upper()
+
+
+def _from_kubernetes(name: str, text: str, known: Mapping[str, str]) -> bool:
+    # A service called "perdure-health" sets PERDURE_HEALTH_PORT too, to a URL.
+    return bool(_KUBERNETES.fullmatch(name.removeprefix(PREFIX))) and (name not in known or "://" in text)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -49,6 +49,9 @@ RETRY_AFTER = 1.0
 """Seconds after which a producer may come again to a full queue."""
 
 
+MAX_UNFIT = 500
+"""Characters of the reason for which a device is not used."""
+
 DISK_TIMEOUT = 3.0
 """Seconds that a durable submit waits for the disk, which is synced every second by default."""
 
@@ -269,13 +272,18 @@ class Store(Reads):
         device: str = "",
         ready: bool = True,
         fingerprints: Iterable[str] = (),
+        unfit: str = "",
+        health: str = "",
     ) -> Pulse:
-        """Say that a worker process lives; ``ready`` once it claims."""
+        """Say that a worker process lives; ``ready`` once it claims, ``unfit`` if its device is not to be used.
+
+        ``health`` is the URL of its health pages.
+        """
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
             "pid": pid, "host": host, "device": device, "ready": int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
             # Well before the pulse is so old that a sweep judges nobody.
-            "due_ms": self._pulse_ms() // 2,
+            "due_ms": self._pulse_ms() // 2, "unfit": unfit[:MAX_UNFIT], "health": health,
         }  # fmt: skip
         groups = {
             "queue": [{"queue": queue} for queue in queues],

@@ -25,6 +25,7 @@ from perdure.protocol.settings import Settings, redact, variable
         ("queue_limit", "0", 0),
         ("drain_timeout", "0", 0.0),
         ("max_payload", " 1024 ", 1024),
+        ("health_port", "9100", 9100),
         ("untested_rq", "1", True),
         ("untested_rq", "no", False),
         ("untested_rq", "", False),
@@ -51,6 +52,8 @@ def test_a_value_is_read(name: str, text: str, value: Any) -> None:
         ("slots", "0", "more than 0"),
         ("untested_rq", "perhaps", "yes or no"),
         ("heartbeat_timeout", "1.5", "at least twice PERDURE_HEARTBEAT"),
+        ("health_port", "65536", "at most 65535"),
+        ("health_interval", "0", "more than 0"),
         ("retry_cap", "0.5", "less than PERDURE_RETRY_BASE"),
         ("dtype", "float16", "float32 or bfloat16"),
         ("compression", "gzip", "PERDURE_COMPRESSION must be none or zstd, not 'gzip'"),
@@ -84,6 +87,7 @@ def test_an_unknown_name_is_a_warning_in_a_library() -> None:
         "PERDURE_REDIS_SERVICE_HOST",
         "PERDURE_REDIS_PORT",
         "PERDURE_REDIS_PORT_6379_TCP_PROTO",
+        "PERDURE_HEALTH_PORT",
     ],
 )
 def test_what_kubernetes_sets_for_a_service_called_perdure_is_ignored(name: str) -> None:

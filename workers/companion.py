@@ -114,7 +114,10 @@ class Companion:
         except subprocess.TimeoutExpired:
             # It waits for a Redis that does not answer; without its word it would reap a live worker.
             self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                pass  # it writes to a disk that does not answer, where no signal reaches it
         self._process = None
 
     def _start(self) -> None:
@@ -143,6 +146,7 @@ class Companion:
                 "device": self.device,
                 "fingerprints": self.fingerprints,
                 "ready": self.ready,
+                "drains": True,
             }
         )
         self._report_crashes()

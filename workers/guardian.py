@@ -2,7 +2,8 @@
 
 It sends the worker's heartbeats (loading weights can hold the GIL for longer than a heartbeat may be
 late) and watches the worker: when the worker is gone, it reaps at once what the worker held, without
-waiting for any timeout. When no reaper has swept lately, it sweeps.
+waiting for any timeout. When no reaper has swept lately, it sweeps. Beside that, in threads and processes of their own, it
+looks at the worker's health (:mod:`.health`).
 
 It imports only the standard library, redis and the protocol, so that it starts in a fraction of a
 second and a failing driver cannot take it along.
@@ -28,6 +29,7 @@ from ..protocol.store import Store
 from ..recovery.failures import POLICIES
 from ..recovery.reaper import Reaper
 from .companion import Guarded, rebuild
+from .vitals import Vitals
 
 LAST_EFFORT = 60.0
 """Seconds that a guardian whose worker is gone tries to reach Redis; afterwards the heartbeat has long run out
@@ -60,6 +62,8 @@ class Guardian:
     device: str
     fingerprints: list[str]
     ready: bool
+    drains: bool = False
+    """Whether the worker knows the signal that its device is unfit."""
     pipe: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
     _rest: bytes = b""
@@ -68,6 +72,7 @@ class Guardian:
     _clean: bool = False
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
+    _vitals: Vitals = field(init=False)
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
@@ -77,6 +82,7 @@ class Guardian:
             handles.append(os.pidfd_open(self.pid))
         except (AttributeError, OSError):
             pass  # not Linux, or the worker is gone already, which the pipe will tell
+        self._vitals = Vitals.start(self.settings, self.store.connection, self.pid, self.device, self.drains, self.log)
         reaper = Reaper(self.store, self.settings)
         due = time.monotonic()
         while True:
@@ -85,7 +91,9 @@ class Guardian:
                 return 0 if self._clean else self._reap()
             if time.monotonic() >= due or self._news:
                 self._news = False
+                self._vitals.health.claims = self.ready
                 due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
+                self._vitals.health.act()
                 if self._verdict is not Guarded.WELL:
                     return int(self._verdict.value)
 
@@ -118,9 +126,9 @@ class Guardian:
                 queues=self.queues,
                 pid=self.pid,
                 host=self.host,
-                device=self.device,
                 ready=self.ready,
                 fingerprints=self.fingerprints,
+                **self._vitals.beat(),
             )
             if pulse.status == "ok" and pulse.sweep_due:
                 reaper.sweep()

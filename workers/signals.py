@@ -8,16 +8,18 @@ import socket
 import threading
 from collections.abc import Callable
 
+from .health import UNFIT_SIGNAL
+
 
 class SignalWatcher:
-    """Sees SIGTERM and SIGINT in a thread of its own, and calls ``seen`` there with the signal's number.
+    """Sees SIGTERM, SIGINT and the guardian's word of an unfit device in a thread of its own, and calls ``seen`` there with the signal's number.
 
     Python runs a signal's handler in the main thread, and only between two bytecodes: a step in native
     code would keep SIGTERM waiting for as long as it lasts. The byte that the interpreter's C handler
     writes to the wake-up descriptor comes at once.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, UNFIT_SIGNAL)
 
     def __init__(self, seen: Callable[[int], None]) -> None:
         self._seen = seen

@@ -3,7 +3,8 @@
 1. ``work`` registers with RQ, starts the guardian and the courier, and runs the engine loop in the main thread.
 2. The courier claims requests; the loop steps them; the guardian says that the process lives.
 3. A first SIGTERM or SIGINT drains: no more claims, the running step ends, everything is stored and handed back.
-   A second one, a second or more later, does not wait for the step.
+   A second one, a second or more later, does not wait for the step. So does the guardian's signal that the device
+   is not to be used; the exit status then is 70.
 4. A plain RQ job that comes along runs alone, by RQ's own code.
 """
 
@@ -40,6 +41,7 @@ from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
 from .dependents import Dependents
+from .health import UNFIT_DEVICE, UNFIT_SIGNAL
 from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
@@ -65,6 +67,7 @@ class Worker(SimpleWorker):
         # RQ makes instances only to look at them too (Worker.all, rq info): nothing is started here.
         super().__init__(queues, *args, **kwargs)
         self._courier: Courier | None = None
+        self._loop: EngineLoop | None = None
         self._companion: Companion | None = None
         self._scheduler: SchedulerProcess | None = None
         self._dependents: Dependents | None = None
@@ -118,7 +121,7 @@ class Worker(SimpleWorker):
             store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log
         )
         loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
-        self._companion, self._courier = companion, courier
+        self._companion, self._courier, self._loop = companion, courier, loop
         own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
         names = self.queue_names()
         self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
@@ -232,18 +235,23 @@ class Worker(SimpleWorker):
         courier = self._courier
         now = time.monotonic()
         self._signals.append(now)
-        if courier is None:
+        if courier is None or self._loop is None:
             os._exit(1)
+        if number == UNFIT_SIGNAL:
+            self.log.error("Worker %s: its device is not to be used, says its guardian", self.name)
+            self._loop.exit_code = UNFIT_DEVICE
         if len(self._signals) == 1:
             self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
             self._shutdown_requested_date = rq.utils.now()
             courier.holdings.stop()
+            if self._companion is not None:
+                self._companion.tell(ready=False)
             if not courier.started:
                 # It still loads what stands in PERDURE_TASKS, which may take minutes, and holds nothing.
                 self._depart(courier)
                 logging.shutdown()
-                os._exit(0)
-        elif now - self._signals[0] >= COLD_AFTER:
+                os._exit(self._loop.exit_code)
+        elif now - self._signals[0] >= COLD_AFTER and number != UNFIT_SIGNAL:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.holdings.stop(cold=True)
 

@@ -10,16 +10,22 @@
 -- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on
 -- ARGV timeout_ms   ms until it counts as dead without another heartbeat
 -- ARGV due_ms       a sweep is due when the reapers' pulse is older than so many ms
+-- ARGV unfit        why its device is not to be used; '' if it may be
+-- ARGV health       URL of its health pages; '' for none
 -- EACH queue: queue         the worker's queues
 -- EACH model: fingerprint   fingerprints of the tasks that it has loaded
 --
 -- Returns  'ok' | 'reaped' (declared dead: start a new incarnation) | 'newer' (Redis holds a newer protocol),
 --          then '1' if no reaper has swept lately and the caller should
 --
+-- A device that is not to be used is remembered in the hash `unfit`, for a day after the last word of any: why nobody works
+-- there outlives the worker. A worker that is ready on the same device takes it out.
+--
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
 local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
 local host, device, ready, timeout_ms, due_ms = arg(), arg(), arg(), arg(), arg()
+local unfit, health = arg(), arg()
 local queues = {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
@@ -40,9 +46,17 @@ else
   redis.call('EXPIRE', KEY.unready, DAY)
 end
 redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
-  'ready', ready)
+  'ready', ready, 'beat', int(now_ms), 'unfit', unfit, 'health', health)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
+-- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash.
+local place = string.find(device, 'GPU-', 1, true) and device or host .. ' ' .. device
+if unfit ~= '' then
+  redis.call('HSET', KEY.unfit, place, table.concat({ int(now_ms), host, worker, unfit }, '\t'))
+  redis.call('EXPIRE', KEY.unfit, DAY)
+elseif ready == '1' then
+  redis.call('HDEL', KEY.unfit, place)
+end
 for _ = 1, tonumber(arg()) do
   local fingerprint = arg()
   redis.call('ZADD', KEY.fingerprints, int(now_ms), fingerprint)
