@@ -78,9 +78,8 @@ class Reads:
         """
         rows: Any = self.connection.hgetall(key("unfit"))
         result = []
-        for name, value in rows.items():
-            at, host, worker, reason = (value.decode(errors="replace").split("\t", 3) + [""] * 4)[:4]
-            device = name.decode(errors="replace").removeprefix(f"{host} ")
+        for value in rows.values():
+            at, device, host, worker, reason = (value.decode(errors="replace").split("\t", 4) + [""] * 5)[:5]
             result.append({"device": device, "host": host, "worker": worker, "at": whole(at) / 1000, "reason": reason})
         return sorted(result, key=lambda item: item["at"])
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "submit": ("submitting", "submit", "Put a request on a queue."),
     "show": ("views", "show", "Show one request."),
     "list": ("views", "list_", "List requests."),
+    "workers": ("workers", "workers", "List workers, and why a device has none."),
     "result": ("views", "result", "Wait for a request and print its result."),
     "cancel": ("moves", "cancel", "Cancel requests."),
     "requeue": ("moves", "requeue", "Send failed requests back to their queues."),

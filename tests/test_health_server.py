@@ -162,7 +162,7 @@ def test_a_worker_is_ready_once_it_claims_and_its_checks_are_told(lab: Lab, tmp_
     url = address(lab, worker.name)
     eventually(lambda: ask(url)[1]["checks"]["disk"]["state"] in ("ok", "degraded"))
     checks = ask(url)[1]["checks"]
-    assert set(checks) == {"worker", "redis", "memory", "disk"}
+    assert set(checks) == {"worker", "network", "memory", "disk"}
     assert str(tmp_path) in checks["disk"]["reason"]
     eventually(lambda: status(url) == 200)
     worker.send(signal.SIGSTOP)
@@ -203,7 +203,7 @@ def test_without_redis_a_worker_lives_and_is_not_ready(tmp_path: Path, server_bi
         eventually(lambda: status(url) == 200)
         server.kill()
         eventually(lambda: status(url) == 503)
-        found = ask(url)[1]["checks"]["redis"]
+        found = ask(url)[1]["checks"]["network"]
         assert found["state"] == "fail"
         assert "Redis does not answer" in found["reason"]
         assert ask(url, "/livez")[:2] == (200, {"live": True, "reason": ""})

@@ -62,8 +62,9 @@ class Vitals:
 
     def beat(self) -> dict[str, str]:
         """What the next heartbeat says: the device by its name, why it is unfit, where health is served."""
+        unfit = self.health.beat()  # before the name, which is known no later than what is wrong
         known = self.watch.identity if self.watch else ""
-        return {"device": known or self.device, "unfit": self.health.beat(), "health": self.url}
+        return {"device": known or self.device, "unfit": unfit, "health": self.url}
 
 
 def _checks(settings: Settings, connection: redis.Redis, pid: int) -> list[Watched]:
@@ -71,7 +72,7 @@ def _checks(settings: Settings, connection: redis.Redis, pid: int) -> list[Watch
     server = Server(private_connection(connection, timeout=timeout), slow=SLOW * settings.heartbeat_timeout)
     folder = Path(settings.health_folder or settings.trace or tempfile.gettempdir())
     return [
-        Check("redis", server.look, deadline=4 * timeout),
+        Check("network", server.look, deadline=4 * timeout),
         Check("memory", Memory(pid).look, deadline=timeout),
         Check("disk", lambda: disk(folder), deadline=DISK_DEADLINE),
     ]

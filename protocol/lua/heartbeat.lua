@@ -49,10 +49,11 @@ redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 
   'ready', ready, 'beat', int(now_ms), 'unfit', unfit, 'health', health)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
--- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash.
-local place = string.find(device, 'GPU-', 1, true) and device or host .. ' ' .. device
+-- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash, and a device that is
+-- lost no longer says what it is called.
+local place = string.match(device, 'GPU%-%S+') or host .. ' ' .. device
 if unfit ~= '' then
-  redis.call('HSET', KEY.unfit, place, table.concat({ int(now_ms), host, worker, unfit }, '\t'))
+  redis.call('HSET', KEY.unfit, place, table.concat({ int(now_ms), device, host, worker, unfit }, '\t'))
   redis.call('EXPIRE', KEY.unfit, DAY)
 elseif ready == '1' then
   redis.call('HDEL', KEY.unfit, place)

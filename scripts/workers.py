@@ -1,0 +1,81 @@
+"""``perdure workers``: who works, on what, and why a device has nobody."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import redis
+
+from ..protocol.connection import connect, explain, resolve_url
+from ..protocol.store import Store
+from .console import json_option, one_line, print_json, print_table, read_settings, url_option
+
+
+@click.command(
+    epilog="\b\nExamples:\n  perdure workers\n  perdure workers --json | jq '.items[] | select(.ready | not)'"
+)
+@json_option
+@url_option
+def workers(as_json: bool, url: str | None) -> None:
+    """List the workers that live, and the devices that workers left because they are not to be used.
+
+    A worker that is not ready still loads its tasks, or is leaving. A device is forgotten when a worker is ready on it
+    again, or a day after the last word of it.
+    """
+    settings = read_settings(url)
+    address = resolve_url(settings)
+    with connect(address, name="perdure-workers") as connection:
+        store = Store(connection, settings)
+        try:
+            store.check_protocol()
+            items = [_item(worker) for worker in store.workers()]
+            unfit = store.unfit_devices()
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise explain(error, address) from None
+    items.sort(key=lambda item: (item["host"], item["name"]))
+    if as_json:
+        print_json({"items": items, "unfit_devices": unfit})
+        return
+    if items:
+        header = ("NAME", "HOST", "PID", "DEVICE", "READY", "QUEUES", "BEAT", "HELD")
+        print_table(header, [_row(item) for item in items])
+    else:
+        click.echo("No worker lives.", err=True)
+    for item in items:
+        if item["unfit"]:
+            click.secho(one_line(f"{item['name']} leaves its device: {item['unfit']}"), fg="red")
+    for entry in unfit:
+        at = datetime.fromtimestamp(entry["at"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        text = f"{entry['device']} on {entry['host']} is not used: {entry['reason']} ({entry['worker']}, {at})"
+        click.secho(one_line(text), fg="red")
+
+
+def _item(worker: dict[str, Any]) -> dict[str, Any]:
+    """A worker as ``--json`` prints it. ``beat_age`` and ``dead_in`` are seconds, the latter below 0 if it is overdue."""
+    age = worker["age"]
+    return {
+        "name": worker["worker"],
+        "incarnation": worker["incarnation"],
+        "host": worker["host"],
+        "pid": worker["pid"],
+        "device": worker["device"],
+        "ready": worker["ready"],
+        "queues": worker["queues"],
+        "beat_age": None if age is None else round(age, 3),
+        "dead_in": round(worker["dead_in"], 3),
+        "held": len(worker["held"]),
+        "unfit": worker["unfit"] or None,
+        "health": worker["health"] or None,
+    }
+
+
+def _row(item: dict[str, Any]) -> list[object]:
+    beat = "-" if item["beat_age"] is None else f"{item['beat_age']:.1f} s"
+    state = "leaving" if item["unfit"] else "yes" if item["ready"] else "no"
+    overdue = " late" if item["dead_in"] < 0 else ""
+    return [
+        item["name"], item["host"], item["pid"], item["device"], state, ",".join(item["queues"]), beat + overdue,
+        item["held"],
+    ]  # fmt: skip
