@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 from contextlib import closing
@@ -15,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from perdure.protocol.settings import Settings, variable
 from perdure.scripts.server import Server
 from perdure.workers import health_server
 from perdure.workers.health import Health
@@ -133,6 +136,19 @@ def test_an_ipv6_address_is_served() -> None:
         pytest.skip("this machine has no ::1")
     assert url.startswith("http://[::1]:")
     assert ask(url, "/livez")[0] == 200
+
+
+def test_the_page_shows_what_is_served(url: str) -> None:
+    """The report in docs/health.md has the keys of a real one, and a setting that it names is one."""
+    page = (Path(__file__).parent.parent / "docs" / "health.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown, served = json.loads(block), ask(url)[1]
+    assert set(shown) == set(served)
+    assert {frozenset(check) for check in shown["checks"].values()} == {frozenset(served["checks"]["worker"])}
+    assert set(shown["checks"]) == {"worker", "gpu", "network", "memory", "disk"}
+    fields = {variable(item.name) for item in dataclasses.fields(Settings)}
+    assert set(re.findall(r"PERDURE_\w+", page)) <= fields
+    assert set(re.findall(r"`(/\w+)`", page)) - {"/tmp"} == set(health_server._Handler.paths)
 
 
 # --- of a real worker ------------------------------------------------------------------------------------
