@@ -53,7 +53,7 @@ class Reads:
                     "device": fields.get("device", ""),
                     "ready": fields.get("ready") == "1",
                     "dead_in": deadline / 1000 - now,
-                    "age": now - whole(fields["beat"]) / 1000 if "beat" in fields else None,
+                    "age": whole(fields["timeout"]) / 1000 - (deadline / 1000 - now) if "timeout" in fields else None,
                     "unfit": fields.get("unfit", ""),
                     "health": fields.get("health", ""),
                     "held": sorted(item.decode(errors="replace") for item in held),

@@ -51,7 +51,7 @@ def test_a_reason_is_bounded(connection: redis.Redis) -> None:
 def test_workers_of_an_older_release_are_listed_too(connection: redis.Redis) -> None:
     """Their records lack what came later."""
     beat(connection, "old", device="cpu")
-    connection.hdel(key("incarnation", "i-old"), "beat", "unfit", "health")
+    connection.hdel(key("incarnation", "i-old"), "timeout", "unfit", "health")
     (item,) = Store(connection, Settings()).workers()
     assert (item["age"], item["unfit"], item["health"]) == (None, "", "")
     assert "old  " in call("workers", PERDURE_REDIS_URL=_url(connection)).stdout
@@ -78,6 +78,7 @@ def test_workers_are_listed_with_what_became_of_devices(connection: redis.Redis)
     }  # fmt: skip
     assert told["items"][1]["health"] == "http://127.0.0.1:9100"
     assert told["items"][1]["unfit"] is None
+    assert all(0 <= item["beat_age"] < 60 for item in told["items"])
     assert told["unfit_devices"][0]["worker"] == "a"
 
 

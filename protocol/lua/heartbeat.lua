@@ -46,7 +46,7 @@ else
   redis.call('EXPIRE', KEY.unready, DAY)
 end
 redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
-  'ready', ready, 'beat', int(now_ms), 'unfit', unfit, 'health', health)
+  'ready', ready, 'timeout', timeout_ms, 'unfit', unfit, 'health', health)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
 -- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash, and a device that is
