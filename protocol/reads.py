@@ -71,6 +71,7 @@ class Reads:
         return Mode(
             degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None
         )  # fmt: skip
+
     def unfit_devices(self) -> list[dict[str, Any]]:
         """Devices that a worker left because they are not to be used, and where none is ready since; oldest first.
 

@@ -494,8 +494,10 @@ def test_a_sweep_that_takes_as_many_hanging_requests_as_it_may_says_that_there_m
     hand.beat()
     for name in names:
         pool.expire_lease(name)
-    taken, left = [], True
+    taken: list[str] = []
+    left = True
     while left:
+        pool.set_pulse()
         sweep = pool.store.reap(["gpu"], kind="WORKER_LOST", reason="no heartbeat", limit=4)
         taken += [item.id for item in sweep.reaped if item.id]
         left = sweep.left
