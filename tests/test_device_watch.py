@@ -19,8 +19,9 @@ import pytest
 
 from perdure.workers import device_watch
 from perdure.workers.device_watch import DeviceWatch, Judge, Look, wanted
-from perdure.workers.health import UNFIT_DEVICE, State
+from perdure.workers.health import State
 from perdure.workers.nvml import Counts, RecoveryAction
+from perdure.workers.statuses import UNFIT_DEVICE
 
 from .nvml_kit import FAKE, FakeDriver, driver
 from .test_health_server import ask, free_port, status

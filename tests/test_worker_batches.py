@@ -11,6 +11,7 @@ from rq.registry import FailedJobRegistry
 from rq.results import Result
 
 from perdure.protocol.keys import key
+from perdure.workers.statuses import UNFIT
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually
@@ -79,10 +80,10 @@ def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:
     ("task", "where"), [("starve", "generator"), ("Starving", "step"), ("Starving", "admit")], ids=lambda value: value
 )
 def test_a_worker_without_memory_leaves_and_its_request_goes_on(lab: Lab, task: str, where: str) -> None:
-    """Whichever way the error came: such a process is not trusted any further, and exits with status 1."""
+    """Whichever way the error came: such a process is not trusted any further, and says so in its status."""
     worker = lab.worker()
     one = lab.submit(task, {"folder": str(lab.folder), "error": "memory", "where": where})
-    assert worker.end() == 1
+    assert worker.end() == UNFIT
     assert "unfit after MemoryError" in worker.log
     successor = lab.worker(wait=False)
     record = lab.check(one, 1)

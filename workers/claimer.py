@@ -101,10 +101,10 @@ class Claimer:
                     self.log.info("Worker %s: finished executing %d jobs, quitting", self.worker, self.claimed)
                     holdings.stop()
                 return None
-            free = holdings.slots.get(holdings.task, 1) - len(holdings.held) if busy else 1
+            free = holdings.limited(holdings.slots.get(holdings.task, 1)) - len(holdings.held) if busy else 1
             if free <= 0 or holdings.plain or self._stands_still() or self._slots_unknown():
                 return None
-            slots = dict(holdings.slots)
+            slots = {path: holdings.limited(number) for path, number in holdings.slots.items()}
             if left is not None:
                 free = min(free, left)
                 slots = {path: min(number, left) for path, number in slots.items()}

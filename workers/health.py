@@ -27,10 +27,8 @@ from enum import StrEnum
 from typing import Any, Final, Protocol
 
 UNFIT_SIGNAL: Final = signal.SIGUSR2
-"""Tells a worker to drain and to leave with :data:`UNFIT_DEVICE`: its device is not to be used."""
+"""Tells a worker to drain and to leave with ``UNFIT_DEVICE``: its device is not to be used."""
 
-UNFIT_DEVICE: Final = 70
-"""Exit status of a worker that has left because of its device (see :mod:`.statuses`)."""
 
 
 class State(StrEnum):

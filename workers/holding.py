@@ -7,14 +7,14 @@ and not answered stays as it is, because only a verbatim second sending is recog
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..protocol.codec import pack, pack_result
 from ..protocol.packed_state import CHUNK, PackedState, pack_state
-from ..protocol.records import Claim, Failure, Finish, Progress
+from ..protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from ..protocol.settings import Settings
-from ..recovery.failures import failure
+from ..recovery.failures import POLICIES, failure
 from .tasks import NOTHING, Step
 
 LARGE = CHUNK
@@ -157,11 +157,17 @@ class Holding:
         waited = time.monotonic() - self.behind_since
         return step.durable or self.behind_size > STUCK_BYTES or waited > STUCK_SECONDS
 
-    def fail(self, error: BaseException) -> None:
-        """End this execution with a failure; what it has put out is stored first."""
+    def fail(self, error: BaseException, kind: FailureKind | None = None) -> None:
+        """End this execution with a failure, of the error's kind or another; what it has put out is stored first."""
         self.result = NOTHING
         self._drop_behind()  # a retry computes them again, from the state that is stored
-        self.ended = failure(self.claim.id, self.claim.execution, error)
+        ended = failure(self.claim.id, self.claim.execution, error)
+        if kind is not None:
+            policy = POLICIES[kind]
+            ended = replace(
+                ended, kind=kind, charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry
+            )
+        self.ended = ended
 
     def cancel(self) -> None:
         """It was canceled: nothing of it is wanted any more."""

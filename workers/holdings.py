@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.errors import PerdureError
-from ..protocol.records import Claim
+from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import LEASE, Settings
+from ..recovery.failures import POLICIES, classify
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
 from .tasks import RAISED, Step
@@ -49,6 +50,8 @@ class Holdings:
     handbacks: list[Handback] = field(default_factory=list)
     slots: dict[str, int] = field(default_factory=dict)
     """Loaded task -> how many of its requests fit."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """What limits the slots for a while, by name; the smallest rules."""
     task: str = ""
     """What is held now; the worker runs one task at a time."""
     parked: threading.Event = field(default_factory=threading.Event)
@@ -123,6 +126,25 @@ class Holdings:
                 self.wanting = self.urgent = True
                 self.lock.notify_all()
 
+    def limit(self, name: str, slots: int | None) -> None:
+        """Hold at most so many requests, at least 1, for the reason of this name; ``None`` lifts that limit.
+
+        What is held already stays.
+        """
+        with self.lock:
+            if self.limits.get(name) == slots:
+                return
+            if slots is None:
+                del self.limits[name]
+            else:
+                self.limits[name] = max(1, slots)
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def limited(self, slots: int) -> int:
+        """So many slots, or as few as the limits leave of them (lock held)."""
+        return min([slots, *self.limits.values()])
+
     def dropped(self, identifiers: Iterable[str]) -> None:
         """The loop has let go of these, so that their slots are counted by :meth:`resize`."""
         with self.lock:
@@ -156,6 +178,7 @@ class Holdings:
         each request was admitted; a step of an older one is not this execution's.
         """
         broken = []
+        unfit = False
         with self.lock:
             if steps or self.apart is None:
                 self._sign_of_life()
@@ -169,10 +192,13 @@ class Holdings:
                 except RAISED as error:
                     if not isinstance(error, PerdureError):
                         self.raised.append(error)  # of the device that a state's tensor is on
+                        unfit = POLICIES[classify(error)].worker == "exit"
                     holding.fail(error)
                     self.urgent = True
                     if not step.ends:
                         broken.append(step.request_id)
+                    if unfit:
+                        break  # the next copy would only call the same device
                 if holding.stuck(step):
                     self.eager.add(holding.claim.task)
                     self.handbacks.append(Handback(holding, PASSED_OVER))
@@ -183,15 +209,26 @@ class Holdings:
                 self.lock.notify_all()
         return broken
 
-    def fail(self, identifier: str, execution: str, error: BaseException) -> None:
-        """End a request's execution with a failure."""
+    def fail(self, identifier: str, execution: str, error: BaseException, *, kind: FailureKind | None = None) -> None:
+        """End a request's execution with a failure, of the error's kind or another."""
         with self.lock:
             self._sign_of_life()
             holding = self.current(identifier, execution)
             if holding is not None and not holding.leaving:
-                holding.fail(error)
+                holding.fail(error, kind)
                 self.urgent = True
                 self.lock.notify_all()
+
+    def put_back(self, executions: Iterable[tuple[str, str]], reason: str) -> None:
+        """Release requests, by id and execution, to the front of their queues, where they keep this order."""
+        with self.lock:
+            self._sign_of_life()
+            for identifier, execution in executions:
+                holding = self.current(identifier, execution)
+                if holding is not None and not holding.leaving:
+                    self.handbacks.append(Handback(holding, reason))
+                    self.urgent = True
+            self.lock.notify_all()
 
     def hand_back(self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "") -> None:
         """Release a request that this worker cannot run; ``delay`` in seconds before another may."""

@@ -11,16 +11,20 @@ from typing import Protocol
 from ..protocol.codec import unpack
 from ..protocol.errors import InvalidRequest, PerdureError, UnknownTask
 from ..protocol.packed_state import unpack_state
-from ..protocol.records import Claim
+from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.tensors import CannotRead
-from ..recovery.failures import POLICIES, classify
+from ..recovery.failures import classify
+from .admissions import Admissions
 from .claimer import NO_CHECKPOINT
+from .device_memory import forget
+from .engines import Engine, Waiting
+from .fitness import Fitness
 from .generators import as_batch
 from .holdings import Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
-from .tasks import RAISED, AnyTask, BatchTask, Request, Step, resolve
+from .tasks import RAISED, AnyTask, Request, Step, resolve
 from .unfit import Unfit
 
 CANNOT_RUN_DELAY = 5.0
@@ -34,21 +38,6 @@ class PlainRunner(Protocol):
     """Runs a plain RQ job to its end."""
 
     def __call__(self, claim: Claim) -> None: ...
-
-
-@dataclass(slots=True)
-class Engine:
-    """A loaded task and what is admitted to it."""
-
-    path: str
-    batch: BatchTask
-    fingerprint: str
-    admitted: dict[str, str] = field(default_factory=dict)
-    """Request id -> the execution for which it was admitted: it may come again while an old step still runs."""
-
-    def step_timeout(self, settings: Settings) -> float:
-        """Seconds that one step of its requests may take."""
-        return self.batch.step_timeout or settings.step_timeout
 
 
 @dataclass(slots=True)
@@ -67,14 +56,28 @@ class EngineLoop:
 
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     find: Callable[[str], AnyTask] = resolve
-    exit_code: int = 0
+    fitness: Fitness = field(init=False)
     left_behind: bool = False
     """Threads of requests still run at the end, and must not be met by the end of the interpreter."""
+    _admissions: Admissions = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _engine: Engine | None = None
     _stopped: bool = False
     _resumed: bool = False
     """All members were let go on: there is nothing to do until one of them, or the courier, writes."""
+
+    def __post_init__(self) -> None:
+        self.fitness = Fitness(self.holdings.stop, self.log)
+        self._admissions = Admissions(self.holdings, self.fitness, self.log)
+
+    @property
+    def exit_code(self) -> int:
+        """With what the process exits."""
+        return self.fitness.status
+
+    @exit_code.setter
+    def exit_code(self, status: int) -> None:
+        self.fitness.status = status
 
     def preload(self) -> None:
         """Load the tasks of ``PERDURE_TASKS``. Raises what loading raises: such a worker must not claim."""
@@ -83,20 +86,24 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until the courier says stop; every request is then dropped from the engine, between two steps."""
-        while not self._stopped:
+        while not self._ends():
             self.turn()
         engine = self._engine
-        if engine is not None and isinstance(engine.batch, Members):
-            self._drain(engine, engine.batch)
-        elif engine is not None:
-            self._drop_all(engine)
+        if engine is not None and self.fitness.device_error is None:
+            if isinstance(engine.batch, Members):
+                self._drain(engine, engine.batch)
+            else:
+                self._drop_all(engine)
+        if engine is not None and (lost := self.fitness.device_error) is not None:
+            # Nobody can tell whose fault it was, and the task is not called again, not even to drop.
+            self._fail_all(engine, lost)
         self.holdings.parked.set()
 
     def turn(self) -> None:
         """Read the mail, which is waited for if there is nothing else to do, and step once."""
         self._read_mail()
         engine = self._engine
-        if self._stopped or engine is None:
+        if self._ends() or engine is None:
             return
         if isinstance(engine.batch, Members):
             self._collect(engine, engine.batch)
@@ -108,12 +115,15 @@ class EngineLoop:
             self._step(engine)
 
     def _read_mail(self) -> None:
-        idle = self._engine is None or not self._engine.admitted
+        engine = self._engine
+        idle = engine is None or not (engine.admitted or engine.waiting)
         dropped = []
         for letter in self.holdings.mailbox.take(wait=idle or self._resumed):
             if isinstance(letter, Drop):
                 dropped.append(letter.id)
             self._read(letter)
+        if self._engine is not None and not self._ends():
+            self._admissions.admit(self._engine)
         self._count_slots()
         self.holdings.dropped(dropped)
 
@@ -128,7 +138,7 @@ class EngineLoop:
                 if engine and isinstance(engine.batch, Members) and engine.admitted.get(letter.id) == letter.execution:
                     engine.batch.release([letter.id])
             case Admission():
-                if not self._stopped:
+                if not self._ends():
                     self._admit(letter)
             case News():
                 pass  # it ended the waiting
@@ -138,8 +148,7 @@ class EngineLoop:
         if claim.plain:
             self._run_plain(claim)
             return
-        if self._engine is not None and claim.id in self._engine.admitted:
-            self._drop(claim.id)  # lost and claimed again before its old execution had left the engine
+        self._drop(claim.id)  # if it was lost and claimed again before its old execution had left the engine
         try:
             engine = self._engine_for(claim.task)
         except UnknownTask as error:
@@ -149,7 +158,7 @@ class EngineLoop:
             self.log.exception("cannot load %s; its requests are handed back", claim.task)
             reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
             self.holdings.hand_back(claim, reason=reason, delay=CANNOT_RUN_DELAY)
-            self._judge(error)
+            self.fitness.judge(error)
             return
         if claim.seq and claim.fingerprint != engine.fingerprint:
             reason = f"another model began it (fingerprint {claim.fingerprint[:12]}, here {engine.fingerprint[:12]})"
@@ -171,14 +180,8 @@ class EngineLoop:
             reason = f"the checkpoint cannot be read: {error}"
             self.holdings.hand_back(claim, reason=reason, delay=0.0, fingerprint=NO_CHECKPOINT)
             return
-        try:
-            engine.batch.admit(request)
-        except RAISED as error:
-            self.holdings.fail(claim.id, claim.execution, error)
-            self._judge(error)
-            return
-        engine.admitted[claim.id] = claim.execution
-        self.holdings.accept(claim, engine.fingerprint)
+        engine.waiting[claim.id] = Waiting(claim, request)
+        engine.changed = True
 
     def _run_plain(self, claim: Claim) -> None:
         try:
@@ -192,6 +195,7 @@ class EngineLoop:
         engine = self._engines.get(path) or self._load(path)
         if engine is not self._engine:
             self._engine = engine
+            engine.changed = True
             self.holdings.set_apart(engine.batch.computing if isinstance(engine.batch, Members) else None)
         return engine
 
@@ -207,10 +211,13 @@ class EngineLoop:
         self._engines[path] = engine
         self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
         self.shown([item.fingerprint for item in self._engines.values() if item.fingerprint])
+        if self._engine is None:
+            self._admissions.tell_room(engine)  # before the first claim
         self.holdings.loaded(path, batch.slots, batch.step_timeout)
         return engine
 
     def _step(self, engine: Engine) -> None:
+        failed: BaseException | None = None
         self.holdings.stepping = True
         try:
             steps = [_checked(step) for step in engine.batch.step()]
@@ -218,11 +225,13 @@ class EngineLoop:
             self._leave(error)
             return
         except RAISED as error:
-            # Nobody can tell whose fault it was: all that took part fail, by the policy for the error.
-            self._fail_all(engine, error)
-            return
+            failed = error
         finally:
             self.holdings.stepping = False
+        # Outside of the handler: in it, the interpreter refers to all that the failed step has made.
+        if failed is not None:
+            self._fail_step(engine, failed)
+            return
         durable = self._offer(engine, steps)
         if durable:
             self.holdings.wait_stored(durable)
@@ -230,16 +239,33 @@ class EngineLoop:
     def _offer(self, engine: Engine, steps: Sequence[Step]) -> list[str]:
         """Hand steps over; returns the ids of the requests that go on only when theirs are stored."""
         executions = dict(engine.admitted)
+        errors = {step.request_id: step.error for step in steps if step.error is not None}
+        kinds = {name: classify(error) for name, error in errors.items()}
+        for name, kind in kinds.items():
+            if kind is FailureKind.GPU_ERROR:
+                # Before anything else is done with the steps: their states may lie on the device.
+                self.fitness.judge(errors[name])
+                return []
+        full = {name: executions[name] for name in kinds if kinds[name] is FailureKind.GPU_OOM and name in executions}
+        needed = [engine.needed.get(name) for name in full]
         for step in steps:
             if step.ends:
-                engine.admitted.pop(step.request_id, None)
-        for identifier in self.holdings.offer(steps, executions):
-            self._drop(identifier)
-        for step in steps:
-            if step.error is not None:
-                self._judge(step.error)
+                engine.left(step.request_id)
+        if full:
+            steps = [_without_error(step) if step.request_id in full else step for step in steps]
+        broken = self.holdings.offer(steps, executions)
         while self.holdings.raised:
-            self._judge(self.holdings.raised.pop())
+            self.fitness.judge(self.holdings.raised.pop())
+        if self.fitness.device_error is not None:
+            return []
+        for identifier in broken:
+            self._drop(identifier)
+        if full:
+            self._admissions.ran_out(engine, list(full.items()), len(executions), errors[next(iter(full))], needed[0])
+        elif steps:
+            self._admissions.went_well(engine, len(executions))
+        for error in errors.values():
+            self.fitness.judge(error)
         return [step.request_id for step in steps if step.durable and not step.ends]
 
     def _collect(self, engine: Engine, batch: Members) -> None:
@@ -261,6 +287,8 @@ class EngineLoop:
         """
         while True:
             self._collect(engine, batch)
+            if self.fitness.device_error is not None:
+                return
             if not batch.computing:
                 break
             for letter in self.holdings.mailbox.take(wait=True):
@@ -274,25 +302,35 @@ class EngineLoop:
             if isinstance(engine.batch, Members):
                 self.holdings.resize(engine.path, engine.batch.free_slots)
 
+    def _fail_step(self, engine: Engine, error: BaseException) -> None:
+        """A step raised. Nobody can tell whose fault it was: all that took part are concerned."""
+        concerned = list(engine.admitted.items())
+        needed = engine.needed.get(concerned[0][0])
+        kind = classify(error)
+        if kind is FailureKind.HOST_OOM:
+            forget(error)  # what follows needs memory as well
+        self.log.error("a step of %s failed for %d request(s)", engine.path, len(concerned), exc_info=error)
+        if kind is FailureKind.GPU_OOM:
+            # Nobody knows either what the step has left half done: all are admitted anew, those that wait after them.
+            self._drop_all(engine)
+            self._admissions.ran_out(engine, concerned + engine.take_waiting(), len(concerned), error, needed)
+            return
+        if kind is not FailureKind.GPU_ERROR:
+            self._fail_all(engine, error)
+        self.fitness.judge(error)
+
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
-        self.log.error("a step of %s failed for %d request(s)", engine.path, len(engine.admitted), exc_info=error)
         for identifier, execution in list(engine.admitted.items()):
             self._drop(identifier)
             self.holdings.fail(identifier, execution, error)
-        self._judge(error)
 
-    def _judge(self, error: BaseException) -> None:
-        """Leave after an error that makes this process unfit, whichever request it came from."""
-        if POLICIES[classify(error)].worker == "exit":
-            self.log.critical("this worker is unfit after %s; leaving, to be replaced", type(error).__name__)
-            self.exit_code = 1
-            self.holdings.stop()
+    def _ends(self) -> bool:
+        return self._stopped or self.fitness.left
 
     def _leave(self, error: Unfit) -> None:
         """No request is to blame: what is held is handed back, and the process exits with its status."""
         self.log.critical("this worker is unfit, and hands back what it holds: %s", error)
-        self.exit_code = error.status
-        self.holdings.stop()
+        self.fitness.leave(error.status)
 
     def _drop_all(self, engine: Engine) -> None:
         for identifier in list(engine.admitted):
@@ -300,14 +338,19 @@ class EngineLoop:
 
     def _drop(self, identifier: str) -> None:
         engine = self._engine
-        if engine is None or identifier not in engine.admitted:
+        if engine is None or self.fitness.device_error is not None:
             return
-        del engine.admitted[identifier]
+        if engine.waiting.pop(identifier, None):
+            engine.changed = True
+        if identifier not in engine.admitted:
+            return
+        engine.left(identifier)
         seconds = engine.batch.stepping_for(identifier) if isinstance(engine.batch, Members) else 0.0
         try:
             engine.batch.drop(identifier)
-        except RAISED:
+        except RAISED as error:
             self.log.exception("%s raised while it dropped %s", engine.path, identifier)
+            self.fitness.judge(error)
         if isinstance(engine.batch, Members) and seconds > engine.step_timeout(self.settings):
             self._note_hang(engine, engine.batch, identifier, seconds)
 
@@ -350,6 +393,11 @@ def _checked(step: object) -> Step:
     if not isinstance(step, Step):
         raise TypeError(f"step() gives Steps, but this one gave a {type(step).__name__}")
     return step
+
+
+def _without_error(step: Step) -> Step:
+    """What a step has put out before its error."""
+    return Step(step.output, step.state, step.request_id)
 
 
 def _unknown(error: UnknownTask) -> Exception:

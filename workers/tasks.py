@@ -100,7 +100,10 @@ class BatchTask:
 
     An exception from :meth:`admit` fails that request. One from :meth:`step` fails all that are
     admitted, since none of them can be told apart: catch what one request can cause, and yield
-    ``Step(request_id=…, error=…)`` for it.
+    ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails only a request that was
+    alone. Others are dropped, go back to their checkpoints, and are admitted again, fewer at once.
+    After ``torch.AcceleratorError`` (but out of memory) nothing here is called any more: the process
+    leaves.
     """
 
     slots: int = 8
@@ -140,6 +143,21 @@ class BatchTask:
         what it was given.
         """
         return payload
+
+    def memory_needed(self, payload: Any) -> int | None:
+        """Bytes of device memory that a request takes as long as it is admitted; ``None`` if nobody can tell.
+
+        Asked before :meth:`admit`, with :meth:`memory_free`: a request for which there is too little waits until others have
+        left; one for which there is too little alone fails with both numbers, kind ``GPU_OOM``.
+        """
+        return None
+
+    def memory_free(self) -> int | None:
+        """Bytes that are free for further requests; ``None`` if nobody can tell.
+
+        What those that are admitted will still take, by :meth:`memory_needed`, is not free.
+        """
+        return None
 
     def admit(self, request: Request) -> None:
         """Take a request in, from its payload or from where its checkpoint left it."""

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from typing import Any
+from typing import Any, NoReturn
 
 import redis
 import rq
@@ -41,13 +41,15 @@ from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
 from .dependents import Dependents
-from .health import UNFIT_DEVICE, UNFIT_SIGNAL
+from .fitness import status_after
+from .health import UNFIT_SIGNAL
 from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
 from .notices import LAST_PATIENCE, Notices
 from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
+from .statuses import UNFIT_DEVICE
 
 TESTED_RQ = ("3.0",)
 """Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
@@ -89,8 +91,8 @@ class Worker(SimpleWorker):
     ) -> bool:
         """Work until told to stop; True if any request or job was claimed.
 
-        Arguments are RQ's. Exits the process with status 1 when the worker itself is unfit (a model that
-        does not load, an untested RQ), after a message that says why.
+        Arguments are RQ's. Exits the process with status 1 when it cannot begin (a model that does not load, an
+        untested RQ), and with one of :mod:`.statuses` when it has become unfit, after a message that says why.
         """
         try:
             settings = Settings.from_environment(strict=True)
@@ -139,7 +141,11 @@ class Worker(SimpleWorker):
                 loop.preload()
             except Exception as error:
                 self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
-                sys.exit(1)
+                status = status_after(error) or 1
+                if status == UNFIT_DEVICE:
+                    self._depart(courier)
+                    _exit_at_once(status)
+                sys.exit(status)
             companion.tell(ready=True)
             self.set_state(WorkerStatus.IDLE)
             courier.start()
@@ -161,8 +167,8 @@ class Worker(SimpleWorker):
             self._depart(courier, clean=clean)
         if loop.left_behind:
             self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
-            logging.shutdown()
-            os._exit(loop.exit_code)
+        if loop.left_behind or loop.fitness.device_error is not None:
+            _exit_at_once(loop.exit_code)
         if loop.exit_code:
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0
@@ -357,6 +363,12 @@ def check_rq(settings: Settings) -> None:
             f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
             "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run all the same"
         )
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """Without the end of the interpreter: it would wait for a step, or call a device that may never answer."""
+    logging.shutdown()
+    os._exit(status)
 
 
 def _timeout(settings: Settings) -> float:
