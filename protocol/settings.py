@@ -111,6 +111,12 @@ class Settings:
         default=0.0,
         metadata={"help": "seconds one collective of a group may take; 0 is 30, but at most 3/4 of the step timeout"},
     )
+    kv_memory: int = field(
+        default=0,
+        metadata={
+            "help": "bytes for keys and values in text generation; 0 is what a CUDA device has free, or no limit"
+        },
+    )
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
     resume: bool = field(
         default=True,

@@ -135,6 +135,7 @@ class Generate(BatchTask):
         """An empty engine, and the proof of what it computes with."""
         from .engine import Engine
         from .exactness import self_check
+        from .key_memory import KeyMemory
         from .trace import Trace
 
         assert self._llama is not None
@@ -143,7 +144,8 @@ class Generate(BatchTask):
         self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         # All ranks compute the same rows: one of them says so.
         trace = Trace(settings.trace if self.group is None or self.group.rank == 0 else "")
-        self._engine = Engine(self._llama, trace, self._fingerprint, settings.max_state)
+        memory = KeyMemory.measured(self._llama.device, settings.kv_memory)  # the self-check has made the largest exact passes
+        self._engine = Engine(self._llama, trace, self._fingerprint, settings.max_state, memory)
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
@@ -153,6 +155,22 @@ class Generate(BatchTask):
     def prepare(self, payload: Any) -> dict[str, Any]:
         """Check the payload and complete it; a seed is drawn and stored if it has none."""
         return complete(payload)
+
+    def memory_needed(self, payload: Any) -> int:
+        """Bytes of the keys and values of the whole request: prompt and ``max_tokens``, for each of its answers.
+
+        Raises :class:`~perdure.protocol.errors.InvalidRequest` as :meth:`admit` does.
+        """
+        engine, _ = self._loaded()
+        parameters = Parameters.of(payload, "")
+        prompt = self._encoded(parameters)
+        parameters.check_room(len(prompt), self._context)
+        return engine.memory_needed(len(prompt), parameters)
+
+    def memory_free(self) -> int | None:
+        """What is left of ``PERDURE_KV_MEMORY`` and of the CUDA device; ``None`` on a CPU without that setting."""
+        engine, _ = self._loaded()
+        return engine.memory_free()
 
     def admit(self, request: Request) -> None:
         """Take a request in, from its payload and from the outputs it already has.
@@ -173,12 +191,7 @@ class Generate(BatchTask):
             # Each rank has the keys of its own heads, and a request one state: that of rank 0.
             parameters = dataclasses.replace(parameters, kv=False)
         parameters.check_vocabulary(len(tokenizer.pieces))
-        if parameters.token_ids is not None:
-            prompt = list(parameters.token_ids)
-        elif parameters.prompt is not None:
-            prompt = tokenizer.encode(parameters.prompt)
-        else:
-            prompt = tokenizer.encode_chat(parameters.messages or ())
+        prompt = self._encoded(parameters)
         parameters.check_room(len(prompt), self._context)
         transcripts = [
             Transcript(
@@ -212,6 +225,14 @@ class Generate(BatchTask):
         """Forget a request; unknown ids are ignored."""
         if self._engine is not None:
             self._engine.drop(request_id)
+
+    def _encoded(self, parameters: Parameters) -> list[int]:
+        _, tokenizer = self._loaded()
+        if parameters.token_ids is not None:
+            return list(parameters.token_ids)
+        if parameters.prompt is not None:
+            return tokenizer.encode(parameters.prompt)
+        return tokenizer.encode_chat(parameters.messages or ())
 
     def _settings(self) -> Settings:
         if self._given is None:

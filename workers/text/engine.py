@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ..tasks import Step
 from .generation import Generation, Sibling
+from .key_memory import KeyMemory
 from .kv import held, restore, room, save
 from .llama import Llama, Run
+from .parameters import Parameters
 from .trace import Row, Trace
 
 LOG: Final = logging.getLogger("rq.worker")
@@ -35,8 +37,11 @@ class Engine:
     3. A request leaves with the step that carries its result or error, or by :meth:`drop`.
     """
 
-    def __init__(self, llama: Llama, trace: Trace, fingerprint: str = "", max_state: int = 0) -> None:
-        """``fingerprint`` of what computes here; ``max_state``: most bytes of a state."""
+    def __init__(
+        self, llama: Llama, trace: Trace, fingerprint: str = "", max_state: int = 0, memory: KeyMemory | None = None
+    ) -> None:
+        """``fingerprint`` of what computes here; ``max_state``: most bytes of a state; ``memory``: of its keys."""
+        self._memory = memory or KeyMemory(llama.device)
         self._fingerprint = fingerprint
         self._max_state = max_state
         self._llama = llama
@@ -49,6 +54,16 @@ class Engine:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
+
+    def memory_needed(self, prompt: int, parameters: Parameters) -> int:
+        """Bytes of the keys of a request with a prompt of so many tokens, once all its answers have theirs."""
+        return parameters.n * self._llama.key_bytes(prompt + parameters.max_tokens)
+
+    def memory_free(self) -> int | None:
+        """Bytes free for the keys of further requests; ``None`` if there is no limit."""
+        items = [item for item in self._requests.values() if not item.ended]
+        promised = sum(self.memory_needed(len(item.prompt), item.parameters) for item in items)
+        return self._memory.free(promised, sum(item.key_bytes for item in items))
 
     def admit(self, item: Generation) -> None:
         """Take a request in."""

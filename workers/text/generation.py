@@ -107,6 +107,12 @@ class Generation:
         return all(item.transcript.finish_reason for item in self.siblings)
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of the keys that it has now."""
+        tensors = [self.keys, *(sibling.keys for sibling in self.siblings)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    @property
     def in_prefill(self) -> bool:
         return self.prefilled < len(self.prompt)
 

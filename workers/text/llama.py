@@ -84,6 +84,11 @@ class Llama:
             device=self.device,
         )
 
+    def key_bytes(self, tokens: int) -> int:
+        """Bytes of what :meth:`keys` gives for so many tokens."""
+        shape = self.shape
+        return 2 * shape.layers * shape.kv_heads * -(-tokens // BUCKET) * BUCKET * shape.head_width * 4
+
     def prefill(self, keys: Tensor, start: int, tokens: Sequence[int]) -> Tensor:
         """Compute up to P prompt tokens; ``start`` is a multiple of P. Returns the last token's row [1, width]."""
         with torch.inference_mode():
