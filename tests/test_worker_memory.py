@@ -388,3 +388,81 @@ def test_the_smallest_limit_rules(turns: Turns) -> None:
     turns.submit_all({name: {"n": 500} for name in "abc"})
     turns.turn(5)
     assert list(turns.holdings.held) == ["a"]
+
+
+def lost(turns: Turns, names: Iterable[str]) -> None:
+    """The worker leaves by itself; all fail by the device's error, with what they had put out."""
+    turns.until(lambda: turns.loop.fitness.left)
+    assert turns.loop.exit_code == statuses.UNFIT_DEVICE == 70
+    turns.loop.run()
+    turns.courier._leave()
+    assert turns.holdings.held == {}
+    for name in names:
+        assert (turns.record(name).attempt, turns.pool.field(name, "company")) == (0, "1"), turns.reasons(name)
+        assert turns.pool.store.all_outputs(name) == list(range(len(turns.pool.store.all_outputs(name))))
+
+
+@pytest.mark.parametrize("how", ["raised", "wrapped", "step", "dropping"])
+def test_nothing_is_called_after_an_error_of_the_device(connection: redis.Redis, how: str) -> None:
+    """Neither to drop, nor to ask, wherever the error came from."""
+    calls: list[str] = []
+
+    class Broken(Device):
+        broken = False
+
+        def step(self) -> Iterable[Step]:
+            calls.append("step" if self.broken else "")
+            if how == "dropping" or self.sizes != [3, 3]:
+                yield from super().step()
+                return
+            self.broken = True
+            error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            if how == "raised":
+                raise error
+            if how == "wrapped":
+                raise RuntimeError("the model failed") from error
+            yield Step(request_id="b", error=error)
+
+        def admit(self, request: Request) -> None:
+            calls.append("admit" if self.broken else "")
+            super().admit(request)
+
+        def memory_free(self) -> int | None:
+            calls.append("memory_free" if self.broken else "")
+            return None
+
+        def drop(self, request_id: str) -> None:
+            calls.append("drop" if self.broken else "")
+            if how == "dropping":
+                self.broken = True
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    turns = Turns(connection, Broken())
+    turns.submit_all({name: {"n": 500} for name in "abc"})
+    turns.until(lambda: len(turns.engine.admitted) == 3)
+    if how == "dropping":
+        turns.loop._drop("c")
+    lost(turns, "ab" if how == "dropping" else "abc")
+    assert set(calls) == {""}
+
+
+def test_members_are_left_alone_after_an_error_of_the_device(connection: redis.Redis) -> None:
+    """Their generators are not closed, and the process does not wait for their steps."""
+    closed: list[str] = []
+
+    def crowd(request: Request) -> Generator[Step, None, Any]:
+        try:
+            for index in range(500):
+                if index == 5 and request.id == "b":
+                    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+                yield Step(output=index)
+        except GeneratorExit:
+            closed.append(request.id)
+            raise
+
+    turns = Turns(connection, Task(crowd, slots=3))
+    turns.submit_all({name: {} for name in "abc"})
+    lost(turns, "abc")
+    assert closed == []
+    assert isinstance(turns.engine.batch, Members)
+    turns.engine.batch.close()
