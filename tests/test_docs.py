@@ -126,6 +126,7 @@ PAYLOADS: dict[str, Any] = {
     "slow": {"n": 5},
     "echo": {"text": "to be or not to be"},
     "Ramble": {"prompt": [4, 7], "n": 6},
+    "Thumbnails": {"n": 4, "size": 10},
 }
 
 

@@ -132,3 +132,19 @@ class Full(Counting):
         self.mine = self.mine or _once(payload["folder"], "full")
         if self.mine:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class Asserting(Counting):
+    """Has a kernel fail on the device, once for all processes."""
+
+    def load(self) -> None:
+        import torch
+
+        self.numbers = torch.arange(10, device="cuda")
+
+    def fail(self, payload: Any) -> None:
+        import torch
+
+        if _once(payload["folder"], "asserted"):
+            atexit.register(Path(payload["folder"], "end of the interpreter").touch)
+            self.numbers[torch.full((4,), 99, device="cuda")].sum().item()

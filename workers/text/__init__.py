@@ -99,6 +99,7 @@ class Generate(BatchTask):
         from .bundle import read
         from .device import describe_device, prepare_device
         from .exactness import sampler_bits
+        from .key_memory import begin_measuring
         from .llama import BUCKET, Llama
         from .parallel import ParallelLlama, place
         from .tokenizer import Tokenizer
@@ -112,6 +113,7 @@ class Generate(BatchTask):
         else:
             llama = Llama(bundle, device, settings.slots)
         self._tokenizer = Tokenizer(bundle.vocabulary, bundle.shape.vocabulary)
+        begin_measuring(device)
         self._facts = describe_device(device) | {
             "model": bundle.digest,
             "dtype": settings.dtype,

@@ -14,6 +14,12 @@ HEADROOM: Final = 2
 """Times the most that a pass of the self-check took beside weights and keys: passes that are not exact may be larger."""
 
 
+def begin_measuring(device: torch.device) -> None:
+    """What was needed before, to load weights or for another task, does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class KeyMemory:
     """The bytes that keys may take on one device: a fixed number, what CUDA has free, or both."""
 
@@ -25,7 +31,7 @@ class KeyMemory:
 
     @classmethod
     def measured(cls, device: torch.device, limit: int) -> KeyMemory:
-        """With the workspace that the passes of this process have needed so far."""
+        """With the workspace that passes have needed since :func:`begin_measuring`."""
         if device.type != "cuda":
             return cls(device, limit)
         most = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
