@@ -30,7 +30,6 @@ UNFIT_SIGNAL: Final = signal.SIGUSR2
 """Tells a worker to drain and to leave with ``UNFIT_DEVICE``: its device is not to be used."""
 
 
-
 class State(StrEnum):
     """How a check stands."""
 

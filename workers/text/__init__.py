@@ -146,7 +146,9 @@ class Generate(BatchTask):
         self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         # All ranks compute the same rows: one of them says so.
         trace = Trace(settings.trace if self.group is None or self.group.rank == 0 else "")
-        memory = KeyMemory.measured(self._llama.device, settings.kv_memory)  # the self-check has made the largest exact passes
+        memory = KeyMemory.measured(
+            self._llama.device, settings.kv_memory
+        )  # the self-check has made the largest exact passes
         self._engine = Engine(self._llama, trace, self._fingerprint, settings.max_state, memory)
 
     def fingerprint(self) -> str:
