@@ -75,6 +75,8 @@ NAMES: Final[dict[str, str]] = {
     "unready": f"{OURS}unready",
     "incarnation": f"{OURS}incarnation:",
     "held": f"{OURS}held:",
+    "supervisors": f"{OURS}supervisors",
+    "supervisor": f"{OURS}supervisor:",
     "output": f"{OURS}output:",
     "checkpoint": f"{OURS}checkpoint:",
     "chunk": f"{OURS}chunk:",

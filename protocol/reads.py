@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ class Reads:
 
         ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
         not to be used; ``health``: where its health is served.
+        A spare has loaded its tasks, and claims only when it is told to (``spare``).
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
         with self.connection.pipeline(transaction=False) as pipe:
@@ -52,6 +54,7 @@ class Reads:
                     "host": fields.get("host", ""),
                     "device": fields.get("device", ""),
                     "ready": fields.get("ready") == "1",
+                    "spare": fields.get("ready") == "spare",
                     "dead_in": deadline / 1000 - now,
                     "age": whole(fields["timeout"]) / 1000 - (deadline / 1000 - now) if "timeout" in fields else None,
                     "unfit": fields.get("unfit", ""),
@@ -83,6 +86,29 @@ class Reads:
             at, device, host, worker, reason = (value.decode(errors="replace").split("\t", 4) + [""] * 5)[:5]
             result.append({"device": device, "host": host, "worker": worker, "at": whole(at) / 1000, "reason": reason})
         return sorted(result, key=lambda item: item["at"])
+
+    def supervisors(self) -> list[dict[str, Any]]:
+        """What each running ``perdure up`` says of itself: name, host, pid, release, and its places.
+
+        A place: name, role, phase (``ready``, ``quarantined`` …), device, worker (the process in it), and the reason
+        why it is quarantined. ``release`` is what a person types to have quarantined places tried again.
+        """
+        return [record for _, record in self._supervisors() if record is not None]
+
+    def lost_supervisors(self) -> list[str]:
+        """Names of those that have ended without a word."""
+        return [name for name, record in self._supervisors() if record is None]
+
+    def _supervisors(self) -> list[tuple[str, dict[str, Any] | None]]:
+        members: Any = self.connection.smembers(key("supervisors"))
+        names = sorted(member.decode(errors="replace") for member in members)
+        if not names:
+            return []
+        raw: Any = self.connection.mget([key("supervisor", name) for name in names])
+        return [
+            (name, None if text is None else {"name": name, **json.loads(text)})
+            for name, text in zip(names, raw, strict=True)
+        ]
 
     def standing(self, requests: Sequence[tuple[str, str]]) -> list[str]:
         """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say, but nothing is renewed."""

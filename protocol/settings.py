@@ -117,6 +117,9 @@ class Settings:
             "help": "bytes for keys and values in text generation; 0 is what a CUDA device has free, or no limit"
         },
     )
+    spare: bool = field(
+        default=False, metadata={"help": "1 loads the tasks and then claims nothing until SIGUSR1 says so"}
+    )
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
     resume: bool = field(
         default=True,

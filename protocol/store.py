@@ -270,18 +270,19 @@ class Store(Reads):
         pid: int,
         host: str,
         device: str = "",
-        ready: bool = True,
+        ready: bool | str = True,
         fingerprints: Iterable[str] = (),
         unfit: str = "",
         health: str = "",
     ) -> Pulse:
-        """Say that a worker process lives; ``ready`` once it claims, ``unfit`` if its device is not to be used.
+        """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
+        to be told, ``unfit`` if its device is not to be used.
 
         ``health`` is the URL of its health pages.
         """
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
-            "pid": pid, "host": host, "device": device, "ready": int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
+            "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
             # Well before the pulse is so old that a sweep judges nobody.
             "due_ms": self._pulse_ms() // 2, "unfit": unfit[:MAX_UNFIT], "health": health,
         }  # fmt: skip

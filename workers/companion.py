@@ -49,7 +49,7 @@ class Companion:
     device: str = ""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     fingerprints: list[str] = field(default_factory=list)
-    ready: bool = False
+    ready: bool | str = False
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -83,8 +83,8 @@ class Companion:
             self._start()
         return Guarded.WELL
 
-    def tell(self, *, fingerprints: list[str] | None = None, ready: bool | None = None) -> None:
-        """The fingerprints that this worker can continue, and whether it claims now."""
+    def tell(self, *, fingerprints: list[str] | None = None, ready: bool | str | None = None) -> None:
+        """The fingerprints that this worker can continue, and whether it claims now (``"spare"``: once it is told to)."""
         if fingerprints is not None:
             self.fingerprints = fingerprints
         if ready is not None:

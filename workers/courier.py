@@ -98,14 +98,26 @@ class Courier:
         finally:
             self.holdings.stop()
 
+    def tend_idle(self) -> bool:
+        """Look after the guardian while this worker claims nothing yet; False if it must not claim at all."""
+        guarded = self.tended()
+        if guarded is Guarded.REAPED:
+            self._rejoin()
+        elif guarded is Guarded.OUTDATED:
+            self._outdated()
+        return guarded is not Guarded.OUTDATED
+
+    def _outdated(self) -> None:
+        self.log.error("Worker %s: Redis holds a newer protocol; upgrade this worker", self.worker)
+        self.holdings.stop()
+
     def _round(self) -> None:
         """Wait, store, end, hand back, claim. A connection error costs a pause, never a request."""
         guarded = self.tended()
         self._wait()
         try:
             if guarded is Guarded.OUTDATED:
-                self.log.error("Worker %s: Redis holds a newer protocol; upgrade this worker", self.worker)
-                self.holdings.stop()
+                self._outdated()
             elif guarded is Guarded.REAPED and not self.holdings.plain:
                 self._rejoin()
             self._adopt_lease()

@@ -61,7 +61,7 @@ class Guardian:
     host: str
     device: str
     fingerprints: list[str]
-    ready: bool
+    ready: bool | str
     drains: bool = False
     """Whether the worker knows the signal that its device is unfit."""
     pipe: int = 0

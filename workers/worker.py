@@ -47,8 +47,10 @@ from .holdings import Holdings
 from .loop import EngineLoop
 from .mailbox import Mailbox
 from .notices import LAST_PATIENCE, Notices
+from .places import INCARNATION
 from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
+from .standby import StandBy
 from .statuses import UNFIT_DEVICE
 
 TESTED_RQ = ("3.0",)
@@ -120,8 +122,9 @@ class Worker(SimpleWorker):
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
         courier = Courier(
-            store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log
-        )
+            store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log,
+            incarnation=os.environ.pop(INCARNATION, "") or uuid.uuid4().hex,
+        )  # fmt: skip
         loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
         self._companion, self._courier, self._loop = companion, courier, loop
         own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
@@ -146,6 +149,8 @@ class Worker(SimpleWorker):
                     self._depart(courier)
                     _exit_at_once(status)
                 sys.exit(status)
+            if courier.holdings.settings.spare:
+                self._stand_by(courier, companion)
             companion.tell(ready=True)
             self.set_state(WorkerStatus.IDLE)
             courier.start()
@@ -172,6 +177,15 @@ class Worker(SimpleWorker):
         if loop.exit_code:
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0
+
+    def _stand_by(self, courier: Courier, companion: Companion) -> None:
+        """Wait until a supervisor, or a person, says that this worker is needed."""
+        told = StandBy()
+        companion.tell(ready="spare")
+        self.set_state(WorkerStatus.SUSPENDED)
+        self.log.info("Worker %s: loaded; a spare, which claims once SIGUSR1 comes to pid %d", self.name, os.getpid())
+        if told.wait(courier.tend_idle):
+            self.log.info("Worker %s: no spare any more; it claims from now on", self.name)
 
     def _depart(self, courier: Courier, *, clean: bool = True) -> None:
         """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it.

@@ -7,7 +7,7 @@
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on
--- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on
+-- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on; 'spare': it waits to be told
 -- ARGV timeout_ms   ms until it counts as dead without another heartbeat
 -- ARGV due_ms       a sweep is due when the reapers' pulse is older than so many ms
 -- ARGV unfit        why its device is not to be used; '' if it may be
