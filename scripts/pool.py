@@ -1,34 +1,46 @@
-"""A pool on this machine: a reaper and workers as child processes, each replaced when it dies.
+"""A pool on this machine: a reaper, workers and spares as child processes.
 
-What ``perdure up`` runs in the foreground and the demonstration kills. Workers are plain ``rq worker``
-commands. Every child leads a process group of its own (Ctrl-C reaches the pool, which drains them) and
-dies with its parent.
+What ``perdure up`` runs in the foreground and the demonstration kills. Workers are plain ``rq worker`` commands. What
+is done is decided by :class:`perdure.workers.supervisor.Supervisor`; here it is carried out, in one thread: the kernel
+sends a child SIGTERM when the thread that started it ends.
+
+Every child leads a process group of its own: Ctrl-C reaches the pool, which drains them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ..protocol.settings import PREFIX, Settings
+from ..workers import undertaker
+from ..workers.gpus import Gpu
+from ..workers.notify import VARIABLES, Notifier
+from ..workers.places import INCARNATION, Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell
+from ..workers.supervisor import LEAVE, Supervisor
+from .examiner import Examiner
+from .sight import Sight
 
 log = logging.getLogger("perdure.pool")
 
-POLL = 0.1
-"""Seconds between two looks at the children."""
+POLL: Final = 0.1
+"""Seconds between two looks at the clock, and at children on systems without process handles."""
 
-QUICK_DEATH = 5.0
-"""Seconds: a child that lived shorter is started again after a growing pause."""
-
-MAX_PAUSE = 30.0
+START: Final = 60.0
+"""Seconds that a worker may take beside loading its tasks: the interpreter, RQ, its guardian."""
 
 STARTER = """
 import ctypes, os, signal, sys
@@ -40,16 +52,17 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Child:
-    """One place in the pool, and the process that fills it now."""
+    """One place of the pool, for those who look at it."""
 
-    name: str
-    command: list[str]
-    process: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
-    pause: float = 0.0
-    due: float = 0.0
+    place: Place
+    _processes: dict[str, subprocess.Popen[bytes]]
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The process that fills it now."""
+        return self._processes.get(self.place.run)
 
 
 @dataclass(slots=True)
@@ -57,7 +70,8 @@ class Pool:
     """Starts, watches and stops the children of one ``perdure up``.
 
     The server's URL goes to them through the environment, where other users cannot read it; ``output`` is
-    the file that takes what they print (``None``: the terminal).
+    the file that takes what they print (``None``: the terminal). With ``gpus`` there is one worker for each, and
+    ``workers`` is not read; spares are spread over them in turn.
     """
 
     url: str
@@ -66,75 +80,261 @@ class Pool:
     settings: Settings
     output: Path | None = None
     quiet: bool = False
-    children: list[Child] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
+    spares: int = 0
+    gpus: Sequence[Gpu] = ()
+    notifier: Notifier = field(default_factory=Notifier)
+    release: str = "start the pool again"
+    """What a person types to release quarantined places."""
+    supervisor: Supervisor = field(init=False)
+    _gpus: dict[str, Gpu] = field(default_factory=dict)
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _mail: queue.SimpleQueue[Callable[[float], list[Action]]] = field(default_factory=queue.SimpleQueue)
+    _bell: tuple[socket.socket, socket.socket] = field(init=False)
+    _selector: selectors.BaseSelector = field(init=False)
+    _sight: Sight = field(init=False)
+    _examiner: Examiner = field(init=False)
+    _undertaker: subprocess.Popen[bytes] | None = None
     _thread: threading.Thread | None = None
+    _up: bool = False
 
     def __post_init__(self) -> None:
-        self.children.append(Child("reaper", [sys.executable, "-P", "-m", "perdure.recovery"]))
-        level = ["--quiet"] if self.quiet else []
-        for number in range(1, self.workers + 1):
-            rq = [sys.executable, "-P", "-m", "rq.cli", "worker", "-w", "perdure.workers.Worker"]
-            self.children.append(Child(f"worker-{number}", [*rq, *level, *self.queues]))
+        numbers = range(1, self.workers + 1)
+        names = [gpu.name for gpu in self.gpus] or [f"worker-{number}" for number in numbers]
+        self._gpus = dict(zip(names, self.gpus, strict=False))
+        places = [Place("reaper", Role.REAPER)]
+        places += [Place(name, device=self._device(name)) for name in names]
+        for number in range(self.spares):
+            if self.gpus:
+                self._gpus[f"spare-{number + 1}"] = self.gpus[number % len(self.gpus)]
+            name = f"spare-{number + 1}"
+            places.append(Place(name, Role.SPARE, device=self._device(name)))
+        settings = self.settings
+        self.supervisor = Supervisor(
+            places,
+            load_timeout=START + settings.load_timeout * max(1, len(settings.tasks)),
+            drain_timeout=settings.drain_timeout,
+            name=lambda place: f"{place}-{uuid.uuid4().hex[:8]}",
+            release=self.release,
+        )
+        supervisor = self.supervisor
+        self._sight = Sight(
+            self.url,
+            f"{socket.gethostname()}-{os.getpid()}",
+            seen=lambda standings: self._post(lambda now: supervisor.seen(now, standings)),
+            judged=lambda run, held: self._post(lambda now: supervisor.judged(now, run, held)),
+        )
+        self._examiner = Examiner(
+            lambda place, action, occupied: self._post(
+                lambda now: supervisor.examined(now, place, action, occupied=occupied)
+            )
+        )
+
+    @property
+    def children(self) -> list[Child]:
+        """Every place of the pool, the reaper first."""
+        return [Child(place, self._processes) for place in self.supervisor.places]
 
     def start(self) -> None:
-        """Start all children, and a thread that replaces those that die."""
-        for child in self.children:
-            self._spawn(child)
-        self._thread = threading.Thread(target=self._watch, name="pool", daemon=True)
+        """Start all children, and a thread that looks after them."""
+        self._bell, self._selector = socket.socketpair(), selectors.DefaultSelector()
+        for end in self._bell:
+            end.setblocking(False)
+        self._selector.register(self._bell[0], selectors.EVENT_READ)
+        self._sight.start()
+        self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Drain, without waiting for it; a second call does not wait for running steps, a third one kills."""
+        self._post(self.supervisor.stop)
+
+    def release_quarantined(self) -> None:
+        """Try again in every place that was given up."""
+        self._post(self.supervisor.released)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end of a pool that was asked to stop; True once nothing of it is left."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def stop(self) -> bool:
         """SIGTERM to all, SIGKILL to what outlives the drain; True if everybody left by himself."""
-        self._stop.set()
         if self._thread is not None:
-            self._thread.join()
-        alive = [child for child in self.children if child.process is not None and child.process.poll() is None]
-        # The reaper last: it hands on what a worker could not.
-        for child in reversed(alive):
-            _signal(child, signal.SIGTERM)
-        deadline = time.monotonic() + self.settings.drain_timeout + 8.0
-        clean = True
-        for child in alive:
-            assert child.process is not None
-            try:
-                child.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("%s (pid %d) did not stop in time; killed", child.name, child.process.pid)
-                _signal(child, signal.SIGKILL)
-                child.process.wait()
-                clean = False
-        return clean
+            self.ask_to_stop()
+            self.join()
+        return self.supervisor.killed == 0
 
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL):
-            for child in self.children:
-                self._tend(child)
+    # --- the loop --------------------------------------------------------------------------------------
 
-    def _tend(self, child: Child) -> None:
-        now = time.monotonic()
-        if child.process is not None:
-            status = child.process.poll()
-            if status is None:
-                return
-            lived = now - child.started
-            child.pause = min(MAX_PAUSE, max(0.5, 2 * child.pause)) if lived < QUICK_DEATH else 0.0
-            child.due = now + child.pause
-            again = f"again in {child.pause:g} s" if child.pause else "starting another"
-            log.warning("%s (pid %d) ended: %s; %s", child.name, child.process.pid, ending(status), again)
-            child.process = None
-        if now >= child.due and not self._stop.is_set():
-            self._spawn(child)
+    def _run(self) -> None:
+        try:
+            self._do(self.supervisor.start(time.monotonic()))
+            while not self.supervisor.done:
+                self._turn()
+        except BaseException:
+            log.critical("the supervisor stopped; its workers drain", exc_info=True)
+            raise  # with this thread its children end: the kernel tells them
+        finally:
+            self._sight.stop()
+            self._dismiss_undertaker()
+            self.notifier.status(self.supervisor.summary())
+            self._selector.close()
+            for end in self._bell:
+                end.close()
 
-    def _spawn(self, child: Child) -> None:
-        child.process = launch(child.command, environment_for(self.url, self.settings), self.output)
-        child.started = time.monotonic()
-        log.info("%s started (pid %d)", child.name, child.process.pid)
+    def _turn(self) -> None:
+        for ready, _ in self._selector.select(POLL):
+            if ready.fileobj is self._bell[0]:
+                self._bell[0].recv(4096)
+        self._bury()
+        while not self._mail.empty():
+            self._do(self._mail.get()(time.monotonic()))
+        self._do(self.supervisor.tick(time.monotonic()))
+        self._tell()
+
+    def _post(self, event: Callable[[float], list[Action]]) -> None:
+        """From any thread: let the loop take an event in."""
+        self._mail.put(event)
+        try:
+            self._bell[1].send(b"!")
+        except OSError:
+            pass  # it has been rung often enough, or nobody is there any more
+
+    def _bury(self) -> None:
+        """Children that have ended: their whole group with them, then their number."""
+        for run, process in list(self._processes.items()):
+            if not ended(process):
+                continue
+            # Before the number of the group can be another's.
+            _signal_group(process.pid, signal.SIGKILL)
+            status = process.wait()
+            self._forget(process)
+            del self._processes[run]
+            device = self._device(run.rpartition("-")[0])
+            if device is not None:
+                self._examiner.ended(device, process.pid)
+            self._do(self.supervisor.gone(time.monotonic(), run, status))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Start(run, role, _):
+                    self._start(run, role)
+                case Tell(run, number):
+                    if (process := self._processes.get(run)) is not None:
+                        process.send_signal(number)
+                case Kill(run):
+                    if (process := self._processes.get(run)) is not None:
+                        _signal_group(process.pid, signal.SIGKILL)
+                case Ask(run):
+                    self._sight.ask(run)
+                case Examine(place, device):
+                    self._examiner.ask(place, device)
+                case Say(level, text):
+                    log.log(level, "%s", text)
+
+    def _tell(self) -> None:
+        supervisor = self.supervisor
+        self.notifier.beat(time.monotonic())
+        self.notifier.status(supervisor.summary())
+        if supervisor.up and not self._up:
+            self._up = True
+            self.notifier.ready()
+            log.info("%s", supervisor.summary())
+        if self._undertaker is None or self._undertaker.poll() is not None:
+            self._start_undertaker()
+        self._sight.eager = any(place.phase is Phase.STARTING for place in supervisor.places)
+        rows = [
+            {
+                "place": place.name, "role": place.role, "phase": place.phase, "device": place.device,
+                "worker": place.run, "reason": place.reason if place.phase is Phase.QUARANTINED else "",
+            }
+            for place in supervisor.places
+        ]  # fmt: skip
+        self._sight.show({"host": socket.gethostname(), "pid": os.getpid(), "release": self.release, "places": rows})
+
+    # --- processes -------------------------------------------------------------------------------------
+
+    def _start(self, run: str, role: Role) -> None:
+        settings, more = self.settings, {}
+        if role is Role.REAPER:
+            command = [sys.executable, "-P", "-m", "perdure.recovery"]
+        else:
+            level = ["--quiet"] if self.quiet else []
+            rq = [sys.executable, "-P", "-m", "rq.cli", "worker", "-w", "perdure.workers.Worker", "--name", run]
+            command = [*rq, *level, *self.queues]
+            incarnation = uuid.uuid4().hex
+            more[INCARNATION] = incarnation
+            settings = settings.replace(spare=role is Role.SPARE)
+            gpu = self._gpus.get(run.rpartition("-")[0])
+            if gpu is not None:
+                settings = settings.replace(device="cuda")
+                more |= gpu.environment()
+            self._sight.watch(run, incarnation)
+        try:
+            process = launch(command, environment_for(self.url, settings) | more, self.output)
+        except OSError as error:
+            # No memory, no more processes: as if it had ended at once, so that the pause grows.
+            log.error("cannot start %s: %s", run, error)
+            self._post(lambda now: self.supervisor.gone(now, run, 127))
+            return
+        self._processes[run] = process
+        self._watch(process)
+        self._report(f"+{process.pid}")
+        log.info("%s started (pid %d)", run, process.pid)
+
+    def _device(self, place: str) -> int | None:
+        gpu = self._gpus.get(place)
+        return None if gpu is None else gpu.index
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            handle = os.pidfd_open(process.pid)
+        except (AttributeError, OSError):
+            return  # looked at in every turn
+        self._selector.register(handle, selectors.EVENT_READ, process.pid)
+
+    def _forget(self, process: subprocess.Popen[bytes]) -> None:
+        self._report(f"-{process.pid}")
+        for registered in list(self._selector.get_map().values()):
+            if registered.data == process.pid:
+                self._selector.unregister(registered.fileobj)
+                os.close(registered.fd)
+
+    def _start_undertaker(self) -> None:
+        grace = str(self.settings.drain_timeout + LEAVE)
+        self._undertaker = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(undertaker.__file__), grace],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for process in self._processes.values():
+            self._report(f"+{process.pid}")
+
+    def _dismiss_undertaker(self) -> None:
+        self._report("bye")
+        if self._undertaker is not None and self._undertaker.stdin is not None:
+            self._undertaker.stdin.close()
+            self._undertaker.wait()
+
+    def _report(self, line: str) -> None:
+        if self._undertaker is None or self._undertaker.stdin is None:
+            return
+        try:
+            self._undertaker.stdin.write(line.encode() + b"\n")
+            self._undertaker.stdin.flush()
+        except OSError:
+            pass  # it is gone; the next turn starts another, which is told of all
 
 
 def environment_for(url: str, settings: Settings) -> dict[str, str]:
     """The environment of this process with exactly these settings, for a process of the pool."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    left_out = (*VARIABLES, INCARNATION)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name not in left_out
+    }
     environment |= settings.replace(redis_url="").environment()
     return environment | {"RQ_REDIS_URL": url, "PYTHONUNBUFFERED": "1"}
 
@@ -159,20 +359,21 @@ def launch(command: Sequence[str], environment: dict[str, str], output: Path | N
             file.close()
 
 
-def ending(status: int) -> str:
-    """How a process ended, in words: by its exit status or its signal."""
-    if status < 0:
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child has ended. Its number stays taken until somebody waits for it."""
+    if hasattr(os, "waitid"):
         try:
-            return f"signal {signal.Signals(-status).name}"
-        except ValueError:
-            return f"signal {-status}"
-    return f"exit status {status}"
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+    return process.poll() is not None
 
 
-def _signal(child: Child, number: int) -> None:
-    """To the child alone: a worker's guardian is in a session of its own and ends with it."""
-    assert child.process is not None
+def _signal_group(pid: int, number: int) -> None:
+    """To a child's group; a worker's guardian is in a session of its own, and sees to what the worker held."""
     try:
-        child.process.send_signal(number)
+        os.killpg(pid, number)
     except ProcessLookupError:
-        pass  # it left in this moment
+        pass  # nobody is left in it
+    except PermissionError:
+        pass  # a member has become another user's

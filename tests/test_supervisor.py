@@ -61,6 +61,12 @@ class Theatre:
             actions += self.take(self.supervisor.judged(self.now, run, held))
         return actions
 
+    def up(self) -> bool:
+        return self.supervisor.up
+
+    def done(self) -> bool:
+        return self.supervisor.done
+
     def started(self) -> list[str]:
         return [action.run for action in self.actions if isinstance(action, Start)]
 
@@ -81,9 +87,9 @@ def test_every_place_is_started_and_counts_as_up_when_it_is_ready() -> None:
     stage = Theatre([Place("reaper", Role.REAPER), Place("a"), Place("b")])
     assert stage.started() == ["reaper-1", "a-2", "b-3"]
     stage.ready("a-2")
-    assert not stage.supervisor.up
+    assert not stage.up()
     stage.ready("a-2", "b-3")
-    assert stage.supervisor.up
+    assert stage.up()
     assert stage.supervisor.summary() == "2 of 2 workers ready"
 
 
@@ -249,9 +255,9 @@ def test_a_spare_takes_over_at_once_and_another_is_started() -> None:
     assert starts(actions) == ["s-3"]
     assert [place.run for place in stage.places] == ["s-2", "s-3"]
     stage.take(stage.supervisor.judged(stage.now, "a-1", 2))
-    assert not stage.supervisor.up
+    assert not stage.up()
     stage.ready("s-2")
-    assert stage.supervisor.up
+    assert stage.up()
     assert starts(stage.die("s-2", held=1)) == ["a-4"], "the other spare has not loaded yet"
 
 
@@ -353,7 +359,7 @@ def test_a_device_that_needs_repair_is_quarantined_and_the_others_go_on(action: 
     assert command in stage.said()
     stage.die("s-3", 0)
     assert stage.places[2].phase is Phase.QUARANTINED
-    assert stage.supervisor.up
+    assert stage.up()
     asked = stage.tick(REPAIR_LOOK)
     assert asked == [Examine("g0", 0), Examine("s", 0)]
     stage.take(stage.supervisor.examined(stage.now, "g0", action, occupied=False))
@@ -387,9 +393,9 @@ def test_stopping_drains_workers_then_the_reaper() -> None:
     assert Kill("b-3") in stage.tick(LEAVE)
     assert stage.tick(1) == [], "once"
     assert stage.die("b-3") == [Tell("reaper-1", signal.SIGTERM)]
-    assert not stage.supervisor.done
+    assert not stage.done()
     stage.die("reaper-1", 0)
-    assert stage.supervisor.done
+    assert stage.done()
     assert stage.supervisor.killed == 1
 
 
@@ -404,7 +410,7 @@ def test_a_second_stop_does_not_wait_for_steps_and_a_third_kills() -> None:
     stage.die("a-2")
     assert Kill("reaper-1") in stage.tick()
     stage.die("reaper-1")
-    assert stage.supervisor.done
+    assert stage.done()
 
 
 def test_nothing_is_started_after_a_stop() -> None:
@@ -477,11 +483,11 @@ def test_whatever_happens_in_whatever_order(history: list[tuple[str, int, int]])
             if place.phase is Phase.ENDING:
                 stage.die(place.run)
         stage.tick()
-    assert stage.supervisor.up
+    assert stage.up()
     stage.take(stage.supervisor.stop(stage.now))
     for run in sorted(stage.running, key=lambda run: run.startswith("reaper")):
         stage.die(run, 0)
-    assert stage.supervisor.done
+    assert stage.done()
 
 
 def test_pauses_are_bounded_however_long_it_goes_on() -> None:

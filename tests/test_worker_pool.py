@@ -13,7 +13,8 @@ import pytest
 
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
-from perdure.scripts.pool import Pool, ending
+from perdure.scripts.pool import Pool
+from perdure.workers.places import describe
 
 from .worker_kit import QUICK, TASKS, Lab, eventually, gone, laboratory
 
@@ -54,13 +55,15 @@ def test_the_dead_are_replaced_and_all_leave_together(
         assert lab.nothing_held()
 
 
-def test_a_child_that_dies_at_once_is_started_less_and_less_often(redis_url: str, tmp_path: Path) -> None:
+def test_a_child_that_dies_at_once_is_started_less_and_less_often(
+    redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A worker that cannot start does not use up the machine: the pauses between its starts grow."""
     settings = Settings().replace(tasks=("no_such_module.task",), **QUICK)
     pool = Pool(redis_url, ["gpu"], 1, settings, output=tmp_path / "pool.log")
     pool.start()
     try:
-        eventually(lambda: pool.children[1].pause >= 1.0)
+        eventually(lambda: "again in 1 s" in caplog.text)
     finally:
         pool.stop()
     assert "cannot load a task of PERDURE_TASKS" in (tmp_path / "pool.log").read_text()
@@ -81,7 +84,7 @@ def test_children_die_with_their_pool(redis_url: str, tmp_path: Path) -> None:
             eventually(lambda: ready(lab) or up.poll() is not None)
             assert up.poll() is None, (tmp_path / "up.log").read_text()
             below = [child.pid for child in psutil.Process(up.pid).children(recursive=True)]
-            assert len(below) == 3, "reaper, worker, guardian"
+            assert len(below) == 4, "reaper, worker, guardian, undertaker"
             up.kill()
             eventually(lambda: all(gone(pid) for pid in below))
             eventually(lambda: lab.store.workers() == [])
@@ -125,7 +128,7 @@ def test_up_starts_a_server_of_its_own_and_ends_cleanly(tmp_path: Path) -> None:
 
 def test_an_ending_is_told_in_words() -> None:
     """Exit statuses and signals are named; a signal without a name keeps its number."""
-    assert ending(0) == "exit status 0"
-    assert ending(3) == "exit status 3"
-    assert ending(-9) == "signal SIGKILL"
-    assert ending(-200) == "signal 200"
+    assert describe(0) == "exit status 0"
+    assert describe(3) == "exit status 3"
+    assert describe(-9) == "signal SIGKILL"
+    assert describe(-200) == "signal 200"
