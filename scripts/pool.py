@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..protocol.settings import PREFIX, Settings
-from ..workers import undertaker
+from ..protocol.settings import Settings
+from ..workers.draining import LEAVE
 from ..workers.gpus import Gpu
-from ..workers.notify import VARIABLES, Notifier
+from ..workers.notify import Notifier
 from ..workers.places import INCARNATION, Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell
-from ..workers.supervisor import LEAVE, Supervisor
+from ..workers.supervisor import Supervisor
+from .children import Undertaker, ended, environment_for, launch, signal_group
 from .examiner import Examiner
 from .sight import Sight
 
@@ -41,15 +42,6 @@ POLL: Final = 0.1
 
 START: Final = 60.0
 """Seconds that a worker may take beside loading its tasks: the interpreter, RQ, its guardian."""
-
-STARTER = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +85,7 @@ class Pool:
     _selector: selectors.BaseSelector = field(init=False)
     _sight: Sight = field(init=False)
     _examiner: Examiner = field(init=False)
-    _undertaker: subprocess.Popen[bytes] | None = None
+    _undertaker: Undertaker = field(init=False)
     _thread: threading.Thread | None = None
     _up: bool = False
 
@@ -123,6 +115,7 @@ class Pool:
             seen=lambda standings: self._post(lambda now: supervisor.seen(now, standings)),
             judged=lambda run, held: self._post(lambda now: supervisor.judged(now, run, held)),
         )
+        self._undertaker = Undertaker(settings.drain_timeout + LEAVE)
         self._examiner = Examiner(
             lambda place, action, occupied: self._post(
                 lambda now: supervisor.examined(now, place, action, occupied=occupied)
@@ -175,10 +168,11 @@ class Pool:
                 self._turn()
         except BaseException:
             log.critical("the supervisor stopped; its workers drain", exc_info=True)
-            raise  # with this thread its children end: the kernel tells them
+            self._undertaker.abandon()
+        else:
+            self._undertaker.dismiss()
         finally:
             self._sight.stop()
-            self._dismiss_undertaker()
             self.notifier.status(self.supervisor.summary())
             self._selector.close()
             for end in self._bell:
@@ -208,7 +202,7 @@ class Pool:
             if not ended(process):
                 continue
             # Before the number of the group can be another's.
-            _signal_group(process.pid, signal.SIGKILL)
+            signal_group(process.pid, signal.SIGKILL)
             status = process.wait()
             self._forget(process)
             del self._processes[run]
@@ -227,7 +221,7 @@ class Pool:
                         process.send_signal(number)
                 case Kill(run):
                     if (process := self._processes.get(run)) is not None:
-                        _signal_group(process.pid, signal.SIGKILL)
+                        signal_group(process.pid, signal.SIGKILL)
                 case Ask(run):
                     self._sight.ask(run)
                 case Examine(place, device):
@@ -243,8 +237,7 @@ class Pool:
             self._up = True
             self.notifier.ready()
             log.info("%s", supervisor.summary())
-        if self._undertaker is None or self._undertaker.poll() is not None:
-            self._start_undertaker()
+        self._undertaker.tend([process.pid for process in self._processes.values()])
         self._sight.eager = any(place.phase is Phase.STARTING for place in supervisor.places)
         rows = [
             {
@@ -282,7 +275,7 @@ class Pool:
             return
         self._processes[run] = process
         self._watch(process)
-        self._report(f"+{process.pid}")
+        self._undertaker.born(process.pid)
         log.info("%s started (pid %d)", run, process.pid)
 
     def _device(self, place: str) -> int | None:
@@ -297,83 +290,8 @@ class Pool:
         self._selector.register(handle, selectors.EVENT_READ, process.pid)
 
     def _forget(self, process: subprocess.Popen[bytes]) -> None:
-        self._report(f"-{process.pid}")
+        self._undertaker.buried(process.pid)
         for registered in list(self._selector.get_map().values()):
             if registered.data == process.pid:
                 self._selector.unregister(registered.fileobj)
                 os.close(registered.fd)
-
-    def _start_undertaker(self) -> None:
-        grace = str(self.settings.drain_timeout + LEAVE)
-        self._undertaker = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(undertaker.__file__), grace],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        for process in self._processes.values():
-            self._report(f"+{process.pid}")
-
-    def _dismiss_undertaker(self) -> None:
-        self._report("bye")
-        if self._undertaker is not None and self._undertaker.stdin is not None:
-            self._undertaker.stdin.close()
-            self._undertaker.wait()
-
-    def _report(self, line: str) -> None:
-        if self._undertaker is None or self._undertaker.stdin is None:
-            return
-        try:
-            self._undertaker.stdin.write(line.encode() + b"\n")
-            self._undertaker.stdin.flush()
-        except OSError:
-            pass  # it is gone; the next turn starts another, which is told of all
-
-
-def environment_for(url: str, settings: Settings) -> dict[str, str]:
-    """The environment of this process with exactly these settings, for a process of the pool."""
-    left_out = (*VARIABLES, INCARNATION)
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name not in left_out
-    }
-    environment |= settings.replace(redis_url="").environment()
-    return environment | {"RQ_REDIS_URL": url, "PYTHONUNBUFFERED": "1"}
-
-
-def launch(command: Sequence[str], environment: dict[str, str], output: Path | None) -> subprocess.Popen[bytes]:
-    """Start a process that leads a session of its own and gets SIGTERM when the calling thread ends.
-
-    ``output`` takes what it prints; ``None``: the terminal.
-    """
-    file = output.open("ab") if output else None
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-            env=environment,
-        )
-    finally:
-        if file is not None:
-            file.close()
-
-
-def ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a child has ended. Its number stays taken until somebody waits for it."""
-    if hasattr(os, "waitid"):
-        try:
-            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
-            return True
-    return process.poll() is not None
-
-
-def _signal_group(pid: int, number: int) -> None:
-    """To a child's group; a worker's guardian is in a session of its own, and sees to what the worker held."""
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        pass  # nobody is left in it
-    except PermissionError:
-        pass  # a member has become another user's

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from perdure.workers.draining import LEAVE
 from perdure.workers.places import Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell, describe
 from perdure.workers.restarts import LONGEST_FOR_REQUESTS, LONGEST_PAUSE, RETRY, WINDOW, Budget
 from perdure.workers.statuses import OUT_OF_MEMORY, UNFIT_DEVICE
-from perdure.workers.supervisor import LEAVE, REPAIR_LOOK, SILENT, VACATE, Supervisor
+from perdure.workers.supervisor import REPAIR_LOOK, SILENT, VACATE, Supervisor
 
 KILLED = -signal.SIGKILL
 LOAD, DRAIN = 100.0, 10.0
@@ -333,12 +334,13 @@ def test_a_driver_that_does_not_answer_is_not_waited_for() -> None:
 def test_after_a_device_error_the_driver_is_asked_before_anything_starts() -> None:
     """Fit: another one, and it counts. The spare's process may take over, but not before the answer."""
     stage = on_gpus()
+    stage.now -= 59  # so soon after its start that it has to wait; the driver is asked at once all the same
     actions = stage.die("g0-1", UNFIT_DEVICE, held=0)
     assert Examine("g0", 0) in actions
     assert not any(isinstance(action, Tell) for action in actions)
     assert not any(isinstance(action, Tell) for action in stage.ready())
-    actions = stage.take(stage.supervisor.examined(stage.now, "g0", "NONE", occupied=False))
-    assert Tell("s-3", signal.SIGUSR1) in actions
+    assert stage.take(stage.supervisor.examined(stage.now, "g0", "NONE", occupied=False)) == []
+    assert Tell("s-3", signal.SIGUSR1) in stage.tick(0.5)
     assert len(stage.places[0].budget.ends) == 1
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from .draining import Drain
 from .places import Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell, describe
 from .restarts import BUDGET, LONGEST_PAUSE, WINDOW
 from .statuses import HUNG, OUT_OF_MEMORY, UNFIT, UNFIT_DEVICE
@@ -33,12 +34,6 @@ SILENT: Final = 5.0
 
 REPAIR_LOOK: Final = 10.0
 """Seconds between two looks at a quarantined device: whether it has been repaired."""
-
-LEAVE: Final = 8.0
-"""Seconds beyond the drain timeout that a worker has to leave: Redis may be slow to answer."""
-
-ECHO: Final = 1.2
-"""Seconds between two signals to a worker, which takes a second one within a second for the echo of the first."""
 
 USABLE: Final = frozenset({"", "NONE", "UNKNOWN", "DRAIN_P2P", "RECOVER_IMEX_DOMAIN"})
 """Recovery actions of the driver under which a process that computes alone may be started."""
@@ -65,15 +60,13 @@ class Supervisor:
     """Gives the next process of a place a name that no other has."""
     release: str = "start the pool again"
     """What a person types to release quarantined places."""
-    killed: int = 0
-    """Processes that outlived the drain and were killed."""
     _blind: bool = False
     _last_look: float = 0.0
-    _stops: int = 0
-    _stopped_at: float = 0.0
-    _again_at: float | None = None
-    _kill_at: float = 0.0
+    _drain: Drain = field(init=False)
     _actions: list[Action] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._drain = Drain(self.drain_timeout)
 
     # --- events --------------------------------------------------------------------------------------
 
@@ -84,8 +77,8 @@ class Supervisor:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed: call it often."""
-        if self._stops:
-            self._press(now)
+        if self._drain.stops:
+            self._actions += self._drain.press(now, self.places)
         else:
             for place in self.places:
                 self._tend(place, now)
@@ -111,7 +104,12 @@ class Supervisor:
                 place.budget.stood()
         for place in self.places:
             examined_first = place.device is not None and place.end[1] == UNFIT_DEVICE
-            if place.role is Role.WORKER and place.phase is Phase.WAITING and not self._stops and not examined_first:
+            if (
+                place.role is Role.WORKER
+                and place.phase is Phase.WAITING
+                and not self._drain.stops
+                and not examined_first
+            ):
                 self._take_over(place, now)
         return self._taken()
 
@@ -124,9 +122,9 @@ class Supervisor:
         place.run, place.end = "", (run, status, ready)
         ending, place.phase, place.since = place.phase is Phase.ENDING, Phase.JUDGED, now
         place.look_anew()
-        if self._stops:
+        if self._drain.stops:
             place.phase = Phase.STOPPED
-            self._press(now)
+            self._actions += self._drain.press(now, self.places)
         elif place.repair:
             place.phase, place.due = Phase.QUARANTINED, now + REPAIR_LOOK
         elif place.role is Role.REAPER:
@@ -140,7 +138,7 @@ class Supervisor:
     def judged(self, now: float, run: str, held: int | None) -> list[Action]:
         """How many requests a process held when it ended; ``None``: Redis does not answer, and nothing counts."""
         place = next((place for place in self.places if place.end[0] == run), None)
-        if place is None or self._stops or place.phase is Phase.QUARANTINED:
+        if place is None or self._drain.stops or place.phase is Phase.QUARANTINED:
             return self._taken()
         _, status, ready = place.end
         counts = status == UNFIT_DEVICE or (
@@ -166,7 +164,7 @@ class Supervisor:
         """What the driver says of a place's device: its recovery action, and whether an old process is on it."""
         place = next(place for place in self.places if place.name == name)
         place.asked = None
-        if self._stops:
+        if self._drain.stops:
             return self._taken()
         if place.phase is Phase.QUARANTINED and place.repair and action in ("", "NONE"):
             self._say(logging.WARNING, f"{name}: GPU {place.device} needs no repair any more; released")
@@ -176,7 +174,7 @@ class Supervisor:
         elif place.phase is Phase.WAITING and not place.clear:
             began = now if place.examining is None else place.examining
             if occupied and now - began < VACATE:
-                place.due = now + LOOK_AGAIN
+                place.due = max(place.due, now + LOOK_AGAIN)
             else:
                 if occupied:
                     self._say(
@@ -198,19 +196,10 @@ class Supervisor:
 
     def stop(self, now: float) -> list[Action]:
         """Drain; the second time, do not wait for running steps; the third time, kill."""
-        self._stops += 1
-        if self._stops == 1:
-            self._stopped_at, self._kill_at = now, now + self.drain_timeout + LEAVE
+        if not self._drain.stops:
             for place in self.places:
-                if place.run and place.role is not Role.REAPER:
-                    self._actions.append(Tell(place.run, signal.SIGTERM))
                 place.phase = Phase.ENDING if place.run else Phase.STOPPED
-        elif self._stops == 2:
-            self._again_at = max(now, self._stopped_at + ECHO)
-            self._kill_at = min(self._kill_at, self._again_at + LEAVE)
-        else:
-            self._kill_at = now
-        self._press(now)
+        self._actions += self._drain.ask(now, self.places)
         return self._taken()
 
     # --- what is known -------------------------------------------------------------------------------
@@ -218,7 +207,12 @@ class Supervisor:
     @property
     def done(self) -> bool:
         """Whether a stopped pool has no process left."""
-        return self._stops > 0 and not any(place.run for place in self.places)
+        return self._drain.stops > 0 and not any(place.run for place in self.places)
+
+    @property
+    def killed(self) -> int:
+        """Processes that outlived the drain and were killed."""
+        return self._drain.killed
 
     @property
     def up(self) -> bool:
@@ -235,7 +229,7 @@ class Supervisor:
             parts.append(f"{spares} spare")
         if out := [place.name for place in self.places if place.phase is Phase.QUARANTINED]:
             parts.append(f"quarantined: {', '.join(out)}")
-        return ("stopping; " if self._stops else "") + "; ".join(parts)
+        return ("stopping; " if self._drain.stops else "") + "; ".join(parts)
 
     # --- within --------------------------------------------------------------------------------------
 
@@ -307,6 +301,7 @@ class Supervisor:
         place.phase, place.since, place.due = Phase.WAITING, now, now + pause
         when = f"again in {pause:g} s" if pause else "starting another"
         self._say(logging.WARNING, f"{place.name} ({place.end[0]}) ended: {why}; {when}")
+        self._examine(place, now)  # during the pause
         self._tend(place, now)
 
     def _others(self, place: Place) -> bool:
@@ -352,24 +347,3 @@ class Supervisor:
         place.phase, place.since, place.due, place.repair, place.reason = Phase.WAITING, now, now, False, ""
         place.look_anew()
         self._tend(place, now)
-
-    def _press(self, now: float) -> None:
-        """See a stopped pool to its end: workers first, then the reaper, which hands on what they could not."""
-        workers = [place for place in self.places if place.run and place.role is not Role.REAPER]
-        if self._again_at is not None and now >= self._again_at:
-            self._again_at = None
-            self._actions += [Tell(place.run, signal.SIGTERM) for place in workers]
-        late = workers if now >= self._kill_at else []
-        if not workers:
-            for place in self.places:
-                if place.role is Role.REAPER and place.run:
-                    if not place.reason:
-                        place.reason, place.due = "the pool stops", now + LEAVE
-                        self._actions.append(Tell(place.run, signal.SIGTERM))
-                    elif now >= place.due or self._stops > 2:
-                        late = [place]
-        for place in late:
-            if place.reason != "killed":
-                place.reason, self.killed = "killed", self.killed + 1
-                self._say(logging.WARNING, f"{place.name} ({place.run}) did not stop in time; killed")
-                self._actions.append(Kill(place.run))

@@ -32,7 +32,7 @@ from ...protocol.connection import connect
 from ...protocol.keys import key
 from ...protocol.settings import Settings
 from ...protocol.store import Store
-from ..pool import environment_for
+from ..children import environment_for
 from ..server import Server
 from .crew import Crew
 from .evidence import QUEUES, Evidence, delete_all, read_journals, read_requests, read_samples, strangers_and_leaks

@@ -22,7 +22,7 @@ import psutil
 
 from ...protocol.reads import Reads
 from ...protocol.settings import Settings
-from ..pool import environment_for, launch
+from ..children import environment_for, launch
 from .load import BROKEN, STEPS, TEXTS, WORDS
 
 _SET_CHILD_SUBREAPER: Final = 36  # of prctl(2)

@@ -1,0 +1,124 @@
+"""Processes of a pool: how they are started, and who ends them if the pool cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..protocol.settings import PREFIX, Settings
+from ..workers import undertaker
+from ..workers.notify import VARIABLES
+from ..workers.places import INCARNATION
+
+STARTER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def environment_for(url: str, settings: Settings) -> dict[str, str]:
+    """The environment of this process with exactly these settings, for a process of the pool."""
+    left_out = (*VARIABLES, INCARNATION)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name not in left_out
+    }
+    environment |= settings.replace(redis_url="").environment()
+    return environment | {"RQ_REDIS_URL": url, "PYTHONUNBUFFERED": "1"}
+
+
+def launch(command: Sequence[str], environment: dict[str, str], output: Path | None) -> subprocess.Popen[bytes]:
+    """Start a process that leads a session of its own and gets SIGTERM when the calling thread ends.
+
+    ``output`` takes what it prints; ``None``: the terminal.
+    """
+    file = output.open("ab") if output else None
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=environment,
+        )
+    finally:
+        if file is not None:
+            file.close()
+
+
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child has ended. Its number stays taken until somebody waits for it."""
+    if hasattr(os, "waitid"):
+        try:
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+    return process.poll() is not None
+
+
+def signal_group(pid: int, number: int) -> None:
+    """To a child's group; a worker's guardian is in a session of its own, and sees to what the worker held."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass  # nobody is left in it
+    except PermissionError:
+        pass  # a member has become another user's
+
+
+@dataclass(slots=True)
+class Undertaker:
+    """Keeps one undertaker beside the pool, and tells it of every child."""
+
+    grace: float
+    """Seconds that it lets children drain, should the pool be killed."""
+    _process: subprocess.Popen[bytes] | None = None
+
+    def tend(self, pids: Iterable[int]) -> None:
+        """Start one if there is none, and tell it who lives. Cheap: for every turn."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(undertaker.__file__), str(self.grace)],
+            stdin=subprocess.PIPE,
+            bufsize=0,  # what could not be written is not tried again when the pipe is closed
+            start_new_session=True,
+        )
+        for pid in pids:
+            self.born(pid)
+
+    def born(self, pid: int) -> None:
+        """A child was started."""
+        self._report(f"+{pid}")
+
+    def buried(self, pid: int) -> None:
+        """A child has ended; its number may soon be another's."""
+        self._report(f"-{pid}")
+
+    def dismiss(self) -> None:
+        """The pool ends by itself: nothing is left to be ended."""
+        self._report("bye")
+        self.abandon()
+        if self._process is not None:
+            self._process.wait()
+
+    def abandon(self) -> None:
+        """The pool can look after its children no more: as if it had been killed."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _report(self, line: str) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+        except OSError:
+            pass  # it is gone; tend() starts another, and tells it of all
