@@ -20,7 +20,7 @@ from ..protocol.reads import Reads
 TIMEOUT: Final = 2.0
 """Seconds that Redis may take to answer."""
 
-EAGER: Final = 0.1
+EAGER: Final = 0.2
 """Seconds between two looks while a process is on its way to readiness, or Redis does not answer."""
 
 CALM: Final = 1.0

@@ -36,13 +36,18 @@ COMMAND = [sys.executable, "-P", "-m", "perdure.scripts.main", "up"]
 def pool_of(lab: Lab, workers: int = 1, *, tasks: tuple[str, ...] = (), **options: Any) -> Iterator[Pool]:
     """A started pool, and nothing of it afterwards."""
     pool = Pool(lab.url, ["gpu"], workers, Settings().replace(tasks=tasks, **QUICK), lab.folder / "pool.log", **options)
+    before = _descendants()
     pool.start()
     try:
         yield pool
     finally:
-        below = [child.pid for child in psutil.Process().children(recursive=True)]
+        below = _descendants() - before
         pool.stop()
-    eventually(lambda: all(gone(pid) or psutil.Process(pid).ppid() != 1 for pid in below))
+    eventually(lambda: all(gone(pid) for pid in below))
+
+
+def _descendants() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def place(pool: Pool, name: str) -> Place:
@@ -212,20 +217,20 @@ def test_the_undertaker_ends_what_hears_nothing(tmp_path: Path) -> None:
         return process
 
     children = [child(), child(), child()]
-    below = [grandchild.pid for process in children for grandchild in psutil.Process(process.pid).children()]
-    os.kill(children[1].pid, signal.SIGSTOP)
-    with subprocess.Popen(
-        [sys.executable, "-I", "-S", str(undertaker.__file__), "0.3"], stdin=subprocess.PIPE, start_new_session=True
-    ) as process:
-        assert process.stdin is not None
-        for item in children:
-            process.stdin.write(f"+{item.pid}\n".encode())
-        process.stdin.write(f"-{children[2].pid}\n".encode())
-        process.stdin.flush()
-        eventually(lambda: all(ignores(process.pid, number) for number in undertaker.SIGNALS))
-        process.stdin.close()
-        assert process.wait(30) == 0
     try:
+        below = [grandchild.pid for item in children for grandchild in psutil.Process(item.pid).children()]
+        os.kill(children[1].pid, signal.SIGSTOP)
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", str(undertaker.__file__), "0.3"], stdin=subprocess.PIPE, start_new_session=True
+        ) as process:
+            assert process.stdin is not None
+            for item in children:
+                process.stdin.write(f"+{item.pid}\n".encode())
+            process.stdin.write(f"-{children[2].pid}\n".encode())
+            process.stdin.flush()
+            eventually(lambda: all(ignores(process.pid, number) for number in undertaker.SIGNALS))
+            process.stdin.close()
+            assert process.wait(30) == 0
         assert [item.wait(30) for item in children[:2]] == [-signal.SIGKILL, -signal.SIGKILL]
         eventually(lambda: all(gone(pid) for pid in below[:2]))
         assert children[2].poll() is None
