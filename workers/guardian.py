@@ -91,7 +91,7 @@ class Guardian:
                 return 0 if self._clean else self._reap()
             if time.monotonic() >= due or self._news:
                 self._news = False
-                self._vitals.health.claims = self.ready
+                self._vitals.health.claims = self.ready is True
                 due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
                 self._vitals.health.act()
                 if self._verdict is not Guarded.WELL:
