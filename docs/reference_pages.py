@@ -52,14 +52,14 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
                 "PerdureError", "UsageError", "InvalidRequest", "UnknownTask", "PayloadTooLarge",
                 "IdempotencyConflict", "SettingsError", "RequestFailed", "DeadlineExceeded", "RequestCanceled",
                 "OutputsRestarted", "TryAgainLater", "QueueFull", "Degraded", "UnknownRequest", "RedisUnavailable",
-                "DurabilityUnavailable", "ProtocolMismatch",
+                "DurabilityUnavailable", "SnapshotError", "ProtocolMismatch",
             ),
         },
     ),
     "settings": ("Settings", {"perdure.protocol.settings": ("Settings",)}),
     "recovery": (
         "Recovery",
-        {"perdure.recovery": ("Reaper", "classify", "describe", "failure", "Policy", "POLICIES", "backoff", "schedule")},
+        {"perdure.recovery": ("Reaper", "classify", "describe", "failure", "Policy", "POLICIES", "backoff", "schedule", "Snapshots", "Snapshot")},
     ),
 }  # fmt: skip
 """File -> title, and what it describes: module from which it is imported -> names, in the order of the page."""

@@ -19,6 +19,7 @@
     ├── UnknownRequest            there is no request with this id (any more)
     ├── RedisUnavailable          no answer from Redis
     ├── DurabilityUnavailable     Redis cannot confirm that it wrote to disk
+    ├── SnapshotError             a snapshot on disk was not saved, or is not whole
     └── ProtocolMismatch          this release does not speak the protocol found in Redis
 
 Each class says when it is raised and what the catcher should do. All of them survive pickling.
@@ -204,6 +205,14 @@ class DurabilityUnavailable(PerdureError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, self.request_ids)
+
+
+class SnapshotError(PerdureError):
+    """A snapshot was not saved, or the one that was asked for cannot be used; others are as they were.
+
+    The message says where and why; ``__cause__`` has the ``OSError`` if there was one. Go on without, and try again
+    later; or let it end the worker, if it must not run without what it has saved.
+    """
 
 
 class ProtocolMismatch(PerdureError):

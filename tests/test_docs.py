@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from perdure.protocol.codec import pack, unpack
+from perdure.recovery import Snapshots
 from perdure.workers import BatchTask, Request, Step, task
 from perdure.workers.generators import as_batch
 from perdure.workers.tasks import NOTHING, AnyTask, is_task, resolve
@@ -68,6 +69,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "tasks.py").write_text("\n".join(block.text for block in of("tasks")), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("APP_STATE", str(tmp_path / "state"))
     yield tmp_path
     for name in ("app", "app.tasks"):
         sys.modules.pop(name, None)
@@ -127,6 +129,7 @@ PAYLOADS: dict[str, Any] = {
     "echo": {"text": "to be or not to be"},
     "Ramble": {"prompt": [4, 7], "n": 6},
     "Thumbnails": {"n": 4, "size": 10},
+    "Roots": {"degrees": [1, 2, 3, 4, 5]},
 }
 
 
@@ -138,6 +141,9 @@ def test_every_task_of_the_guide_resumes_at_every_step(app: Path) -> None:
     assert set(found) == set(PAYLOADS)
     for name, each in found.items():
         resume_at_every_step(each, PAYLOADS[name])
+    roots = Snapshots(app / "state", "roots").load()
+    assert roots is not None
+    assert set(roots.value) == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("name", [block.name for block in of("wrong")])
