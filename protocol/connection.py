@@ -166,6 +166,19 @@ def connect(
     return client
 
 
+def keep_alive(connection: redis.Redis) -> None:
+    """Have TCP notice within about 10 s that the other end of a connection is gone, even while nobody sends.
+
+    For a connection whose timeout is minutes, such as RQ's own: after a cut during which the server, or a firewall
+    between, forgot the connection, a subscriber would wait for ever. Connections that are open are closed.
+    """
+    pool = connection.connection_pool
+    if not issubclass(pool.connection_class, redis.UnixDomainSocketConnection):
+        options = {socket.TCP_KEEPIDLE: 4, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
+        pool.connection_kwargs |= {"socket_keepalive": True, "socket_keepalive_options": options}
+        pool.disconnect()
+
+
 def explain(error: BaseException, url: str) -> RedisUnavailable:
     """What to tell a person about an error of the connection: where, why, and the next command."""
     reason = _reason(error, url)

@@ -29,6 +29,7 @@ from rq.job import Job
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
+from ..protocol.connection import keep_alive
 from ..protocol.deployment import look_at
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, served
@@ -110,6 +111,7 @@ class Worker(SimpleWorker):
         for finding in findings:
             if finding.fatal:
                 sys.exit(f"perdure worker: {finding}")
+        keep_alive(self.connection)
         self.bootstrap(logging_level, date_format, log_format)
         for finding in findings:
             self.log.warning("Worker %s: %s", self.name, finding)
@@ -274,6 +276,12 @@ class Worker(SimpleWorker):
         elif now - self._signals[0] >= COLD_AFTER and number != UNFIT_SIGNAL:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.holdings.stop(cold=True)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """Of RQ's pub/sub thread, which goes on after a lost connection, and would end when another takes too long."""
+        if isinstance(exc, redis.TimeoutError | OSError):
+            exc = redis.ConnectionError(str(exc))
+        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
 
     def handle_payload(self, message: Any) -> None:
         """RQ's commands, in RQ's pub/sub thread; the courier talks to Redis about those that name requests."""
