@@ -282,9 +282,11 @@ class Store(Reads):
         """
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
-            "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready), "timeout_ms": _ms(self.settings.heartbeat_timeout),
-            # Well before the pulse is so old that a sweep judges nobody.
-            "due_ms": self._pulse_ms() // 2, "unfit": unfit[:MAX_UNFIT], "health": health,
+            "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready),
+            "timeout_ms": _ms(self.settings.heartbeat_timeout),
+            # Less than a heartbeat: a guardian that sweeps alone does so at each.
+            "due_ms": _ms(max(1.5 * self.settings.reap_interval, 0.75 * self.settings.heartbeat)),
+            "unfit": unfit[:MAX_UNFIT], "health": health,
         }  # fmt: skip
         groups = {
             "queue": [{"queue": queue} for queue in queues],
