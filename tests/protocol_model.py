@@ -24,6 +24,14 @@ from .protocol_clock import Clock, Look
 
 QUEUES = ("gpu-high", "gpu")
 TOMBSTONE_MS = 3_600_000
+PATIENCE_MS = 2000
+"""For so long a request is left to others by a worker that has failed it."""
+
+BLAMED = {"CRASH", "HANG", "GPU_ERROR", "GPU_OOM", "HOST_OOM", "WORKER_LOST"}
+
+
+def name_of(incarnation: str) -> str:
+    return incarnation.rpartition(".")[0]
 
 
 @dataclass
@@ -56,6 +64,8 @@ class Expected:
     moved: bool = False
     """This execution has stored a checkpoint after at least a second of stepping."""
     gone: bool = False
+    failed: list[str] = field(default_factory=list)
+    """Names of the last four workers that were lost with it, or hung; the last one first."""
 
     @property
     def id(self) -> str:
@@ -80,6 +90,11 @@ class Expected:
     def let_go(self) -> None:
         self.execution = self.holder = ""
         self.moved = False
+
+    def begin_anew(self) -> None:
+        """A claim has met what RQ pushed again."""
+        self.verdict, self.requeued, self.last = "", False, ""
+        self.attempt, self.left, self.deadline, self.failed = 0, self.new.max_retries, 0, []
 
     def drop_checkpoint(self) -> None:
         self.at, self.seq, self.state, self.fingerprint = None, 0, b"", ""
@@ -113,6 +128,7 @@ class World:
         self.executions: set[str] = set()
         self.beats: dict[str, int] = {}
         self.tombs: dict[str, int] = {}
+        self.ready: set[str] = set()
         self.shown: dict[str, int] = {}
         self.look = Look(connection)
         self.sound = True
@@ -190,6 +206,7 @@ class World:
         assert status == ("reaped" if self.is_reaped(call.incarnation) else "ok"), status
         if status == "ok":
             self.beats[call.incarnation] = self.now + 5000
+            self.ready.add(call.incarnation)
             self.shown |= dict.fromkeys(call.rows, self.now)
         return status
 
@@ -227,13 +244,26 @@ class World:
         assert task in ("", claim.task)
         assert claim.task == item.new.task
         if item.requeued:
-            item.verdict, item.requeued, item.last = "", False, ""
-            item.attempt, item.left, item.deadline = 0, item.new.max_retries, 0
+            item.begin_anew()
+        self._check_preference(item, incarnation)
         assert not item.deadline or self.now < item.deadline, "given after its deadline"
         if item.at is None or self.now - item.at > 3_600_000:
             item.restart()
         self.executions.add(claim.execution)
         item.execution, item.holder = claim.execution, incarnation
+
+    def _check_preference(self, item: Expected, incarnation: str) -> None:
+        """It goes to a worker that has failed it only when no other could take it, or none has for a while."""
+        job = self.look.hash(key("job", item.id))
+        others = [
+            other
+            for other, deadline in self.beats.items()
+            if deadline > self.now and other in self.ready and name_of(other) not in item.failed
+            and not ("company" in job and self.held_by(other))
+        ]  # fmt: skip
+        if name_of(incarnation) in item.failed and others:
+            since = int(job.get("passed_at", self.now))
+            assert self.now - since >= PATIENCE_MS, f"{item.id} goes to {incarnation} again, though there are {others}"
 
     def _check_isolation(self, before: Look, incarnation: str) -> None:
         self.look = Look(self.store.connection)
@@ -322,13 +352,16 @@ class World:
             if item.gone or row.execution != item.execution:
                 assert answer == self._bygone(item, row.execution), answer
             else:
-                self._decided(item, answer, charge=row.charge, retry=row.retry, free=not (row.crash or row.loss))
+                free = not (row.crash or row.loss)
+                self._decided(item, answer, row.kind, charge=row.charge, retry=row.retry, free=free)
         return answers
 
     def _bygone(self, item: Expected, execution: str) -> str:
         return "already" if not item.gone and item.last.startswith(f"{execution}:") else "lost"
 
-    def _decided(self, item: Expected, outcome: str, *, charge: bool, retry: bool = True, free: bool = False) -> None:
+    def _decided(
+        self, item: Expected, outcome: str, kind: str, *, charge: bool, retry: bool = True, free: bool = False
+    ) -> None:
         """An execution ended without a result. ``free``: no crash or loss counts against it."""
         execution = item.execution
         if item.cancel or item.stopped:
@@ -352,6 +385,9 @@ class World:
         else:
             assert outcome in ("queued", "scheduled"), outcome
             item.last = f"{execution}:retried"
+            if kind in BLAMED:
+                name = name_of(item.holder)
+                item.failed = [name, *(other for other in item.failed if other != name)][:4]
             item.let_go()
 
     def _job(self, item: Expected) -> dict[str, str]:
@@ -417,7 +453,7 @@ class World:
             if row.id:
                 item = self.requests[row.id]
                 assert (item.execution, item.holder) == (row.execution, row.incarnation)
-                self._decided(item, row.outcome, charge=charge and row.kind != "HANG")
+                self._decided(item, row.outcome, row.kind, charge=charge and row.kind != "HANG")
             else:
                 self.tombs[row.incarnation] = self.now
                 self.beats.pop(row.incarnation, None)
@@ -469,6 +505,8 @@ class World:
             item.gone = True
             return
         job = look.hash(name)
+        if item.requeued and not job["last"]:
+            item.begin_anew()  # it was met, and left in its place: it is of another task than what the worker runs
         waits = not item.ended and not item.execution
         if waits and not item.requeued and item.deadline and self.now >= item.deadline and job["last"] == "-:failed":
             item.end("failed", "", self.now)
@@ -476,6 +514,7 @@ class World:
         assert job["execution"] == item.execution
         assert job["last"] == item.last
         assert job["epoch"] == str(item.epoch)
+        assert [line.partition("\t")[0] for line in job.get("failed_on", "").splitlines()] == item.failed
         places = self._places(item)
         if item.execution:
             assert places.pop("leases", 0) == 1, f"{item.id} is held without a lease"

@@ -472,6 +472,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
     "a reaped request keeps its lease": {
         "prelude": ("detach(queue, id, execution, incarnation, worker)\n  if job[3] == '1' or", "if job[3] == '1' or")
     },
+    "nobody is preferred": {"claim": ("if not failed_there(job[1], here) then", "if true then")},
     "a retry is promoted and still waits": {
         "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n    -- A canceled", "    -- A canceled")
     },

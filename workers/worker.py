@@ -119,7 +119,7 @@ class Worker(SimpleWorker):
         self._dequeue_strategy = dequeue_strategy
         if with_scheduler:
             self._schedule(burst, logging_level)
-        companion = Companion(self.connection, settings, self.name, self.queue_names(), device=settings.device)
+        companion = Companion(self.connection, settings, self.name, self.queue_names(), device=_device(settings))
         holdings = Holdings(settings, Mailbox())
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
@@ -396,3 +396,9 @@ def _exit_at_once(status: int) -> NoReturn:
 def _timeout(settings: Settings) -> float:
     # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
     return max(2.0, min(5.0, settings.lease / 3))
+
+
+def _device(settings: Settings) -> str:
+    """What this worker computes on, and which of the host's devices it was given: a request remembers where it failed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{settings.device} [{visible}]" if visible and settings.device != "cpu" else settings.device

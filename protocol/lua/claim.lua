@@ -19,8 +19,8 @@
 -- Returns  status, n, '1' if the pool is degraded, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
 --          own (ms; '')
---          status 'ok'; 'blocked' (the next entry needs an empty worker, or this one isolates suspects, or holds enough for a
---          degraded pool); 'more' (work was left);
+--          status 'ok'; 'blocked' (what waits needs an empty worker, one that isolates, or another one, or this one holds enough
+--          for a degraded pool); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
 --
 -- A suspect (its hash has `company`, the most requests that may be in flight beside and with it) waits in a set of its
@@ -28,6 +28,9 @@
 -- it is empty or they are cleared (progress.lua); at most half of the living workers do so at a time.
 --
 -- While the pool is degraded, a worker fills half of its slots, and at least one. What it has beyond that runs on.
+--
+-- A request that failed on this worker or its device (failed_on, see blame() in prelude.lua) is left to another one that
+-- lives and serves its queue (and, for a suspect, holds nothing), for 2 s since it was first passed over (passed_at). It keeps its place meanwhile.
 --
 -- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
 -- execution it has.
@@ -63,7 +66,7 @@ local rows, number, bytes = {}, 0, 0
 
 -- What is wanted of a job and of its checkpoint, read once: a call of Redis costs more than what it reads.
 local JOB = { 'status', 'last', 'origin', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout',
-  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions' }
+  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at' }
 local POINT = { 'seq', 'offset', 'fingerprint', 'at', 'chunks', 'writing' }
 
 local function read(name, fields)
@@ -140,7 +143,7 @@ local function runnable(id, queue)
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
     redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason',
-      'deadline', 'queue_deadline', 'company', 'suspected')
+      'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
@@ -165,6 +168,34 @@ local function waits_apart(id, queue, job)
   if not job.company then return false end
   to_suspects(queue, id)
   return true
+end
+
+-- Whether a request that may run here is left to another worker for a while.
+local here, living
+local function passed_over(id, queue, suspects, job)
+  local name = KEY.job .. id
+  job = job or read(name, { 'failed_on', 'passed_at' })
+  if not job.failed_on then return false end
+  here = here or where(incarnation, worker)
+  if not failed_there(job.failed_on, here) then return false end
+  local waited = now_ms - number_of(job.passed_at, now_ms)
+  if waited < 0 or waited >= 2000 then return false end
+  living = living or redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. int(now_ms), '+inf', 'LIMIT', 0, 128)
+  -- A heartbeat names queues without their priorities.
+  local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
+  for _, other in ipairs(living) do
+    local record = redis.call('HMGET', KEY.incarnation .. other, 'ready', 'queues', 'worker')
+    local names = ',' .. (record[2] or '') .. ','
+    local serves = string.find(names, ',' .. queue .. ',', 1, true) or string.find(names, ',' .. plain .. ',', 1, true)
+    local can = other ~= incarnation and record[1] == '1' and serves
+      and not (suspects and redis.call('EXISTS', KEY.held .. other) == 1)
+    if can and not failed_there(job.failed_on, where(other, record[3] or '')) then
+      -- Once: the other is woken now, and this one is not to be woken by its own bell until then.
+      if redis.call('HSETNX', name, 'passed_at', int(now_ms)) == 1 then ring(queue) end
+      return true
+    end
+  end
+  return false
 end
 
 -- 3. What begins from zero while the pool is degraded takes the payload that its producer gave for that; afterwards,
@@ -200,6 +231,7 @@ local function take(id, queue, execution, job, plain_timeout)
   redis.call('HSET', KEY.held .. incarnation, id, execution)
   redis.call('HSET', name, 'status', 'started', 'started_at', utc(), 'last_heartbeat', utc(), 'worker_name', worker,
     'execution', execution, 'claimed', int(now_ms), 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
+  if job.passed_at then redis.call('HDEL', name, 'passed_at') end
   if job.deadline or job.queue_deadline then
     if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
   end
@@ -213,7 +245,7 @@ local function take(id, queue, execution, job, plain_timeout)
   taken[queue] = (taken[queue] or 0) + 1
 end
 
-local status, used, scanned = 'ok', 0, 0
+local status, used, scanned, aside = 'ok', 0, 0, 0
 local empty = next(held) == nil
 
 -- A checkpoint that is stale or foreign to this run is no place to go on from.
@@ -266,8 +298,13 @@ local function give_suspects(queue)
     local allowed = math.min(company, number_of(job[2], 1))
     if task == '' or not job[1] or job[1] == task then
       if used > 0 and used + 1 > allowed then break end
-      redis.call('ZREM', name, id)
-      local found = runnable(id, queue)
+      local found
+      if passed_over(id, queue, true) then
+        aside = aside + 1
+      else
+        redis.call('ZREM', name, id)
+        found = runnable(id, queue)
+      end
       if found then
         company, used = allowed, used + 1
         if task == '' then
@@ -316,7 +353,7 @@ end
 if used > 0 then limit = 0 end -- suspects have no other company
 for _, queue in ipairs(queues) do
   local name = KEY.queue .. queue
-  local drained = false
+  local drained, back = false, {}
   while used < limit and bytes < max_bytes do
     if scanned >= 128 then
       status = 'more'
@@ -329,7 +366,11 @@ for _, queue in ipairs(queues) do
     end
     scanned = scanned + 1
     local job = runnable(id, queue)
-    if job and not waits_apart(id, queue, job) then
+    if not job or waits_apart(id, queue, job) then
+      -- It has left the queue.
+    elseif passed_over(id, queue, false, job) then
+      back[#back + 1] = id
+    else
       local path = job.task
       if (not path and not (empty and task == '')) or (path and task ~= '' and path ~= task) then
         redis.call('LPUSH', name, id) -- it needs an empty worker; it keeps its place
@@ -351,9 +392,11 @@ for _, queue in ipairs(queues) do
       end
     end
   end
+  for i = #back, 1, -1 do redis.call('LPUSH', name, back[i]) end
+  aside = aside + #back
   if status ~= 'ok' then break end
   if drained then
-    redis.call('DEL', KEY.bell .. queue)
+    if #back == 0 then redis.call('DEL', KEY.bell .. queue) end
   elseif redis.call('LLEN', name) > 0 then
     ring(queue) -- another idle worker may take the rest
     status = 'more'
@@ -361,7 +404,7 @@ for _, queue in ipairs(queues) do
   if used >= limit then break end
 end
 
-if status == 'ok' and number == 0 and apart then status = 'blocked' end -- what waits is left to those who isolate
+if status == 'ok' and number == 0 and (apart or aside > 0) then status = 'blocked' end -- what waits is left to others
 
 waited.send()
 if number > 0 then

@@ -371,6 +371,36 @@ local function suspect(id, execution, worker, flight, offset, kind)
   count('suspected', redis.call('HGET', name, 'origin') or '')
 end
 
+-- Where a request runs: the worker's name, and its device where the host may have several. Somebody may have given
+-- the name, then it survives a restart; the device does in any case. Tab-separated.
+local function where(incarnation, worker)
+  local record = redis.call('HMGET', KEY.incarnation .. incarnation, 'host', 'device')
+  local device = record[2] or ''
+  local place = string.find(device, '%d') and (record[1] or '') .. '/' .. device or ''
+  return (string.gsub(worker, '%c', ' ')) .. '\t' .. (string.gsub(place, '%c', ' '))
+end
+
+-- Whether a request failed there before; failed_on: one place a line.
+local function failed_there(failed_on, place)
+  local worker, device = string.match(place, '^(.*)\t(.*)$')
+  for line in string.gmatch(failed_on, '[^\n]+') do
+    local other, its_device = string.match(line, '^(.*)\t(.*)$')
+    if (worker ~= '' and other == worker) or (device ~= '' and its_device == device) then return true end
+  end
+  return false
+end
+
+local BLAMED = { CRASH = true, HANG = true, GPU_ERROR = true, GPU_OOM = true, HOST_OOM = true, WORKER_LOST = true }
+
+-- A request remembers the last four places at which it failed by what may be their fault; claim.lua prefers others.
+local function blame(id, worker, incarnation)
+  local kept = { where(incarnation, worker) }
+  for line in string.gmatch(redis.call('HGET', KEY.job .. id, 'failed_on') or '', '[^\n]+') do
+    if line ~= kept[1] and #kept < 4 then kept[#kept + 1] = line end
+  end
+  redis.call('HSET', KEY.job .. id, 'failed_on', table.concat(kept, '\n'))
+end
+
 -- A suspect that has stepped for a while is none any more. With the last of them, its worker takes ordinary requests
 -- again.
 local function clear(id, queue, execution, incarnation, worker, offset)
@@ -566,6 +596,7 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
   redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
+  if BLAMED[policy.kind] then blame(id, worker, incarnation) end
   if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end
   if delay == 0 then
     history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason)
