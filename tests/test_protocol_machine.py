@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -432,14 +431,8 @@ def drive(
 ) -> None:
     """Run the machine over scripts in which mistakes may be planted."""
     numbers = itertools.count()
-
-    class Named:
-        """Executions in the order of their making, so that an example can be run again."""
-
-        def __init__(self) -> None:
-            self.hex = f"e{next(numbers)}"
-
-    monkeypatch.setattr(store, "uuid", SimpleNamespace(uuid4=Named))
+    # Named in the order of their making, so that an example can be run again.
+    monkeypatch.setattr(store, "new_executions", lambda number: [f"e{next(numbers)}" for _ in range(number)])
     machine = type("Requests", (Requests,), {"connection": connection})
     profile = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None,

@@ -348,7 +348,7 @@ if task == '' then
   limit = 1 -- until the first entry says which task it is
 elseif short then
   limit = math.min(free, room(slots_of[task] or free + #held / 2, #held / 2))
-  if limit < 1 then return answer('blocked') end
+  if limit < 1 and used == 0 then return answer('blocked') end
 end
 if used > 0 then limit = 0 end -- suspects have no other company
 for _, queue in ipairs(queues) do
