@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from failure_page import failure_page
 
 from perdure.protocol.settings import Settings, variable
 
@@ -59,7 +60,12 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "settings": ("Settings", {"perdure.protocol.settings": ("Settings",)}),
     "recovery": (
         "Recovery",
-        {"perdure.recovery": ("Reaper", "classify", "describe", "failure", "Policy", "POLICIES", "backoff", "schedule", "Snapshots", "Snapshot")},
+        {
+            "perdure.recovery": (
+                "Reaper", "classify", "describe", "failure", "lost_peer", "Policy", "POLICIES", "Death", "device_kind",
+                "backoff", "schedule", "Snapshots", "Snapshot",
+            ),
+        },
     ),
 }  # fmt: skip
 """File -> title, and what it describes: module from which it is imported -> names, in the order of the page."""
@@ -116,6 +122,7 @@ class Reference:
                 parts.append(settings_table())
             made[f"{page}.md"] = re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
             assert modules
+        made["failures.md"] = NOTE + "\n" + failure_page().rstrip() + "\n"
         return made
 
     def undocumented(self) -> list[str]:

@@ -164,6 +164,14 @@ def unpack_result(data: bytes) -> Any:
         raise ValueError(f"not a result of plain values: {error}") from None
 
 
+def shortened(text: str, limit: int) -> str:
+    """A text without its middle, if it has more than ``limit`` characters: where it begins and ends says most."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
+
+
 def pack_exception(text: str) -> str:
     """A traceback as RQ's result stream holds it."""
     return base64.b64encode(zlib.compress(text.encode(errors="replace"))).decode()

@@ -1,7 +1,7 @@
 """What kind of failure an error is, and what follows from it.
 
 An error is judged by its type, by what caused it and by errno, never by its text: that may be the
-user's prompt. What follows stands in one table, :data:`POLICIES`. Torch is looked up only if somebody
+user's prompt; :mod:`.deaths` judges the end of a process. What follows stands in one table, :data:`POLICIES`. Torch is looked up only if somebody
 has imported it; a worker without torch raises none of its errors.
 """
 
@@ -19,6 +19,7 @@ from typing import Final, Literal
 
 import redis
 
+from ..protocol.codec import shortened
 from ..protocol.errors import PerdureError, RedisUnavailable, SettingsError, UsageError
 from ..protocol.records import Failure, FailureKind
 
@@ -41,18 +42,37 @@ class Policy:
     """It counts as the loss of a worker: the first redelivery is immediate and free, later ones wait longer."""
     retry: bool
     """Another execution may follow; without, the request is a dead letter at once."""
-    worker: Literal["go on", "exit"]
-    """Whether the process is still fit to run anything: one that exits is replaced."""
+    worker: Literal["go on", "shrink its batch", "leave its group", "exit"]
+    """What the worker does. One that exits is replaced. A group (several ranks that step together) is left when a
+    collective failed (:func:`lost_peer`); otherwise such a worker goes on.
+    """
+
+    @property
+    def suspect(self) -> str:
+        """Whether all that was in flight runs in limited company from then on."""
+        return "at once" if self.crash else "the second time without progress" if self.loss else "never"
+
+    @property
+    def delay(self) -> str:
+        """How long the next execution waits; a backoff is that of :func:`perdure.recovery.retries.backoff`."""
+        if not self.retry:
+            return "there is none"
+        reasons = [
+            *(["attempts"] if self.charge else []),
+            *(["crashes, if it was alone on its worker"] if self.crash else []),
+            *(["losses, if it was alone, from the second on"] if self.loss else []),
+        ]
+        return "backoff by its " + "; by its ".join(reasons) if reasons else "none"
 
 
 POLICIES: Final[Mapping[FailureKind, Policy]] = MappingProxyType(
     {
         # The step was too large for what was free; with other neighbours, or elsewhere, it may fit.
-        FailureKind.GPU_OOM: Policy(charge=True, crash=False, loss=False, retry=True, worker="go on"),
+        FailureKind.GPU_OOM: Policy(charge=True, crash=False, loss=False, retry=True, worker="shrink its batch"),
         # After a device error every further call of the process fails, for its batch-mates too.
         FailureKind.GPU_ERROR: Policy(charge=False, crash=True, loss=True, retry=True, worker="exit"),
         # What the task wanted to reach may be back by the next attempt.
-        FailureKind.NETWORK: Policy(charge=True, crash=False, loss=False, retry=True, worker="go on"),
+        FailureKind.NETWORK: Policy(charge=True, crash=False, loss=False, retry=True, worker="leave its group"),
         # To have been on a worker that was lost is not the request's fault.
         FailureKind.WORKER_LOST: Policy(charge=False, crash=False, loss=True, retry=True, worker="exit"),
         # The request, or the machine: crashes count until it is clear which.
@@ -99,6 +119,11 @@ def classify(error: BaseException) -> FailureKind:
             continue
         found = found or kind
     return found or FailureKind.UNKNOWN
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed: another rank of the group, or the way to it, is gone."""
+    return any(_is_torch(link, "torch.distributed", "DistError") for link, _ in _links(error))
 
 
 def describe(error: BaseException) -> str:
@@ -185,7 +210,4 @@ def _traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(error))
     except Exception:  # a user's exception may break the formatting of its own traceback
         return describe(error)
-    if len(text) <= MAX_TRACEBACK:
-        return text
-    half = MAX_TRACEBACK // 2
-    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
+    return shortened(text, MAX_TRACEBACK)
