@@ -27,7 +27,7 @@ class FailureKind(StrEnum):
     WORKER_LOST = "WORKER_LOST"
     """The worker process is gone and left no evidence why: kill -9, power, host."""
     HANG = "HANG"
-    """No progress for the length of a lease while the worker's heart was beating."""
+    """No progress for longer than a step may take, although the worker's process was there."""
     HOST_OOM = "HOST_OOM"
     """The kernel's out-of-memory killer ended the worker."""
     CRASH = "CRASH"
@@ -198,7 +198,8 @@ class Event:
     """One line of a request's history: what happened, and when.
 
     ``at`` is in seconds since 1970 on the server's clock; ``offset`` is how many outputs were stored then. ``kind`` is
-    that of a failure, ``reason`` is for people; both may be empty.
+    that of a failure, ``reason`` is for people; both may be empty. ``evidence`` is what a worker that crashed or hung left
+    behind: the stacks of its threads.
     """
 
     at: float
@@ -208,14 +209,16 @@ class Event:
     offset: int
     kind: str
     reason: str
+    evidence: str = ""
 
     @classmethod
     def parse(cls, line: bytes) -> Event:
         """Read a tab-separated line as the scripts write it. Raises ``ValueError`` for any other."""
-        at, event, worker, execution, offset, kind, reason = line.decode(errors="replace").split("\t", 6)
+        at, event, worker, execution, offset, kind, rest = line.decode(errors="replace").split("\t", 6)
+        reason, _, evidence = rest.partition("\t")
         return cls(
             at=whole(at) / 1000, event=event, worker=worker, execution=execution, offset=whole(offset), kind=kind,
-            reason=reason,
+            reason=reason, evidence=evidence,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import redis
 
-from .codec import envelope, pack_exception
+from .codec import envelope, pack_exception, shortened
 from .errors import Degraded, DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
 from .keys import key
 from .mode import Count, Tally
@@ -52,6 +52,9 @@ RETRY_AFTER = 1.0
 MAX_UNFIT = 500
 """Characters of the reason for which a device is not used."""
 
+MAX_EVIDENCE = 8_000
+"""Characters of what a dead worker left behind that the history of each request keeps."""
+
 DISK_TIMEOUT = 3.0
 """Seconds that a durable submit waits for the disk, which is synced every second by default."""
 
@@ -62,6 +65,8 @@ class Store(Reads):
     def __init__(self, connection: redis.Redis, settings: Settings) -> None:
         super().__init__(connection)
         self.settings = settings
+        self.calling: Callable[[], object] = _nothing
+        """Called before each script."""
 
     # --- producers -------------------------------------------------------------------------------
 
@@ -313,11 +318,13 @@ class Store(Reads):
         """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call.
 
         ``clean``: the incarnation has left of its own accord, and the pool expects one worker less.
-        ``evidence``: what the dead left behind, such as the stacks of a native crash; a dead letter keeps it.
+        ``evidence``: what the dead left behind, such as the stacks of a native crash; a dead letter keeps it, and of
+        :data:`MAX_EVIDENCE` characters each request's history.
         """
         shown = f"{kind}: {reason}\n{evidence}" if evidence else f"{kind}: {reason}"
         values = {
             "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(shown),
+            "evidence": shortened(evidence, MAX_EVIDENCE).replace("\t", " "),
             "charge": int(charge), "crash": int(crash), "loss": int(loss), "clean": int(clean),
             "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
             "timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
@@ -360,6 +367,7 @@ class Store(Reads):
     # --- within ----------------------------------------------------------------------------------
 
     def _call(self, name: str, values: Any, groups: Any, connection: redis.Redis | None = None) -> Any:
+        self.calling()
         return _text(load(name)(connection or self.connection, values, groups))
 
     def _limits(self) -> dict[str, str | int | float]:
@@ -425,6 +433,10 @@ def _not_on_disk(connection: redis.Redis) -> str:
             return "this server has no WAITAOF, which came with Redis 7.2"
         return str(error)
     return "" if int(reply[0]) >= 1 else f"it was not synced within {DISK_TIMEOUT:g} s"
+
+
+def _nothing() -> None:
+    """What is called where nobody listens."""
 
 
 def memory_full(error: redis.ResponseError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from .console import (
     say_if_degraded,
     timeout_option,
     url_option,
-)
+    visible,
+)  # fmt: skip
 from .submitting import follow
 
 if TYPE_CHECKING:
@@ -119,6 +121,18 @@ def _print_facts(facts: dict[str, Any], now: float) -> None:
         worker = f" on {one_line(event['worker'])}" if event["worker"] else ""
         reason = ": ".join(one_line(event[name]) for name in ("kind", "reason") if event[name])
         line("" if number else "history", f"{at}  {event['event']}{worker}{place}  {reason}".rstrip())
+    _print_stacks(facts["history"])
+
+
+def _print_stacks(events: Sequence[dict[str, Any]]) -> None:
+    """Where the threads of the last worker stood that crashed or hung with this request; the earlier ones are in --json."""
+    left = [event for event in events if event["evidence"]]
+    if not left:
+        return
+    more = f" ({len(left) - 1} earlier: --json)" if len(left) > 1 else ""
+    click.echo(f"\nstacks of {one_line(left[-1]['worker'])} at its end{more}:")
+    for text in left[-1]["evidence"].splitlines():
+        click.echo(f"  {visible(text)}")
 
 
 def _status_note(facts: dict[str, Any]) -> str:

@@ -108,10 +108,12 @@ local function count(event, queue, by)
   add(KEY.counters, event .. ':' .. queue, by or 1)
 end
 
--- One line of a request's history: tab-separated, so that redis-cli shows it as it is.
-local function history(id, event, worker, execution, offset, kind, reason)
+-- One line of a request's history: tab-separated, so that redis-cli shows it as it is. What the dead left behind
+-- (stacks) stands in a last column, if there is any; a reader of an older release takes it for a part of the reason.
+local function history(id, event, worker, execution, offset, kind, reason, evidence)
   local plain = string.gsub(string.sub(reason or '', 1, 500), '[\t\r\n]', ' ')
   local name = KEY.history .. id
+  if evidence and evidence ~= '' then plain = plain .. '\t' .. evidence end
   redis.call('RPUSH', name, table.concat({ int(now_ms), event, worker or '', execution or '', offset or '0', kind or '', plain }, '\t'))
   redis.call('LTRIM', name, -200, -1)
   redis.call('EXPIRE', name, DAY)
@@ -454,7 +456,7 @@ local function to_back(queue, id)
 end
 
 -- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
-local function bury(queue, id, execution, worker, started, kind, reason, exception)
+local function bury(queue, id, execution, worker, started, kind, reason, exception, evidence)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'failure_ttl', 'client')
   local ttl = number_of(job[1], 7 * DAY)
@@ -463,7 +465,7 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
     'error_kind', kind, 'error_reason', reason)
   redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
   add_result(id, '2', worker, execution, started, 'exc_string', exception)
-  history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason)
+  history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason, evidence)
   share_ttl(id, ttl)
   count('failed', queue)
   if worker ~= '' and redis.call('EXISTS', KEY.worker .. worker) == 1 then
@@ -531,7 +533,7 @@ local function credit_progress(id, claimed_ms)
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
--- policy: kind, reason, exception (stored form), charge ('1' an attempt), crash ('1'), loss ('1'), retry ('1'),
+-- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'), loss ('1'), retry ('1'),
 -- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
 -- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
 local function decide(queue, id, execution, incarnation, policy)
@@ -591,7 +593,7 @@ local function decide(queue, id, execution, incarnation, policy)
   local executions = number_of(redis.call('HGET', name, 'executions'))
   if executions >= policy.max_executions then verdict = 'bury' end
   if verdict == 'bury' then
-    bury(queue, id, execution, worker, started, policy.kind, policy.reason, policy.exception)
+    bury(queue, id, execution, worker, started, policy.kind, policy.reason, policy.exception, policy.evidence)
     return 'failed'
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
@@ -599,12 +601,12 @@ local function decide(queue, id, execution, incarnation, policy)
   if BLAMED[policy.kind] then blame(id, worker, incarnation) end
   if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end
   if delay == 0 then
-    history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason)
+    history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason, policy.evidence)
     count('redelivered', queue)
     to_front(queue, id)
     return 'queued'
   end
-  history(id, 'retry', worker, execution, offset, policy.kind, policy.reason)
+  history(id, 'retry', worker, execution, offset, policy.kind, policy.reason, policy.evidence)
   count('retried', queue)
   to_retries(queue, id, delay)
   return 'scheduled'

@@ -4,6 +4,7 @@
 -- ARGV kind               failure kind of that evidence
 -- ARGV reason             one line for people
 -- ARGV exception          traceback for a dead letter, as RQ's result stream holds it
+-- ARGV evidence           what the dead left behind, for the history; '' for nothing
 -- ARGV charge             '1' charges an attempt
 -- ARGV crash              '1' counts a crash
 -- ARGV loss               '1' counts the loss of a worker
@@ -27,8 +28,8 @@
 -- saves its worker. After an outage or a stall (the pulse is missing, old or from the future) the clocks say
 -- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
 -- Decides by lease and execution, never by RQ's status.
-local incarnation, kind, reason, exception, charge, crash, loss = arg(), arg(), arg(), arg(), arg(), arg(), arg()
-local clean = arg()
+local incarnation, kind, reason, exception, evidence = arg(), arg(), arg(), arg(), arg()
+local charge, crash, loss, clean = arg(), arg(), arg(), arg()
 local hang_exception, timeout_ms, pulse_ms, limit = arg(), arg(), arg(), arg()
 local base, cap, max_crashes, max_crashes_total, max_executions = arg(), arg(), arg(), arg(), arg()
 timeout_ms, pulse_ms, limit = tonumber(timeout_ms), tonumber(pulse_ms), math.min(tonumber(limit), 128)
@@ -118,7 +119,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
       return
     end
     reap_one(held[i], held[i + 1], holder, worker, why, text, blob,
-      { charge = charged, crash = crashed, loss = lost, flight = flight })
+      { charge = charged, crash = crashed, loss = lost, flight = flight, evidence = evidence })
   end
   redis.call('DEL', KEY.held .. holder)
   redis.call('ZREM', KEY.unready, holder)
