@@ -151,11 +151,11 @@ def drain(lab: Lab, server: Server) -> float:
 
 
 def hang(lab: Lab, server: Server) -> float:
-    """A step that does not end: until the request goes on elsewhere. One and a half step timeouts, and a second."""
+    """A step that holds the interpreter's lock for ever: until the request goes on elsewhere. A step timeout, and the second before its retry."""
     lab.reaper(reap_interval=0.5)
     lab.worker()
-    name = lab.submit("stall", {"folder": str(lab.folder), "seconds": 600})
-    eventually((lab.folder / "hung").exists)
+    name = lab.submit("hang_tasks.alone", {"folder": str(lab.folder), "how": "native", "sleep": 0.1})
+    eventually((lab.folder / f"hung-{name}").exists)
     begin, holding = clock(lab), lab.record(name).execution
     lab.worker()
     return since_next_step(lab, name, begin, holding)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..protocol.records import Claim, FailureKind
@@ -19,6 +19,7 @@ from .device_memory import does_not_fit, empty_caches, forget, free_bytes
 from .engines import Engine, Waiting
 from .fitness import Fitness
 from .holdings import Holdings
+from .members import Members
 from .room import Verdict
 from .tasks import RAISED
 
@@ -30,6 +31,8 @@ class Admissions:
     holdings: Holdings
     fitness: Fitness
     log: logging.Logger
+    before: Callable[[Engine, Claim], None] = lambda engine, claim: None
+    """Called before the task's code for one request is."""
 
     def admit(self, engine: Engine) -> None:
         """Admit what waits, in its order, as far as there is room; then say how much more may come."""
@@ -96,6 +99,7 @@ class Admissions:
         failed: BaseException | None = None
         needed: int | None = None
         verdict = Verdict.ADMIT
+        self.before(engine, claim)
         try:
             needed = engine.batch.memory_needed(entry.request.payload)
             verdict = engine.judge(needed)
@@ -114,6 +118,8 @@ class Admissions:
             self.holdings.fail(claim.id, claim.execution, too_large, kind=FailureKind.GPU_OOM)
         else:
             engine.took(claim, needed)
+            if isinstance(engine.batch, Members):
+                engine.batch.limit(claim.id, claim.step_timeout)
             self.holdings.accept(claim, engine.fingerprint)
         return not self.fitness.left
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any, cast
@@ -30,6 +31,24 @@ class AsyncBatch(Members):
     def __init__(self, task: Task, news: Callable[[], None] = lambda: None) -> None:
         super().__init__(task, news)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked: float | None = None
+        """Since when the event loop has been asked whether it runs (monotonic seconds)."""
+
+    def stuck(self, step_timeout: float) -> str:
+        loop = self._loop
+        why = super().stuck(step_timeout)
+        if why or loop is None or not self._late(step_timeout):
+            return why
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            loop.call_soon_threadsafe(self._answer)
+        elif now - self._asked > step_timeout:
+            return f"its event loop has been blocked for {now - self._asked:.1f} s"
+        return ""
+
+    def _answer(self) -> None:
+        self._asked = None
 
     def close(self) -> None:
         loop, self._loop = self._loop, None

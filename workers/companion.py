@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import json
 import logging
 import os
@@ -19,6 +20,10 @@ from typing import Any
 import redis
 
 from ..protocol.settings import PREFIX, Settings
+from .watchdog import Page
+
+PIPE_SIZE = 256 * 1024
+"""Bytes that the stacks of a crash or a hang may have without waiting for a guardian to read them. Linux only."""
 
 RESTART_INTERVAL = 1.0
 """Seconds between two starts of a guardian, so that one that cannot start does not use up the machine."""
@@ -50,6 +55,12 @@ class Companion:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     fingerprints: list[str] = field(default_factory=list)
     ready: bool | str = False
+    page: Page = field(default_factory=Page.create)
+    """The counters of the engine loop and the courier; the guardian reads them."""
+    crash_file: int = field(default_factory=lambda: os.open(os.devnull, os.O_WRONLY))
+    """Descriptor on which faulthandler writes: at any time the pipe to the guardian, if there is one. It stays open,
+    so that what was once told to write on it never writes into another file that got its number.
+    """
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -98,12 +109,17 @@ class Companion:
         faulthandler.disable()
         self._process = None  # its pipe is closed with this process
 
+    def give_up(self, why: str) -> None:
+        """Nothing in this process can go on: have the guardian end it as one that hangs."""
+        self._send({"hung": why})
+
     def dismiss(self) -> None:
         """The end is clean: the guardian exits without reaping."""
         if self._process is None:
             return
         self._send({"bye": True})
-        faulthandler.disable()  # before its file is closed
+        faulthandler.disable()
+        self._turn_crashes(None)  # or the guardian would see no end of its pipe
         if self._process.stdin is not None:
             try:
                 self._process.stdin.close()
@@ -126,15 +142,16 @@ class Companion:
 
     def _launch(self) -> None:
         self._started = time.monotonic()
-        previous = self._process  # its pipe stays open until crashes are reported to the new one
         self._process = subprocess.Popen(
             # -P: whatever lies in the current folder is not imported in place of ours.
             [sys.executable, "-P", "-m", "perdure.workers.guardian"],
             stdin=subprocess.PIPE,
+            pass_fds=[self.page.fd],
             # A session of its own: Ctrl-C in the terminal is the worker's to handle, and the guardian outlives it.
             start_new_session=True,
             env=_environment(self.settings),
         )
+        _widen(self._process)
         self._write(
             {
                 "connection": portable(self.connection),
@@ -147,15 +164,22 @@ class Companion:
                 "fingerprints": self.fingerprints,
                 "ready": self.ready,
                 "drains": True,
+                "page": self.page.fd,
             }
         )
         self._report_crashes()
-        del previous
 
     def _report_crashes(self) -> None:
         """Have a native crash of this process (SIGSEGV and the like) write its stacks to the guardian."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
-            faulthandler.enable(self._process.stdin.fileno())
+            self._turn_crashes(self._process.stdin.fileno())
+            faulthandler.enable(self.crash_file)
+
+    def _turn_crashes(self, pipe: int | None) -> None:
+        target = os.open(os.devnull, os.O_WRONLY) if pipe is None else pipe
+        os.dup2(target, self.crash_file, inheritable=False)
+        if pipe is None:
+            os.close(target)
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._lock:
@@ -169,6 +193,16 @@ class Companion:
             self._process.stdin.flush()
         except (OSError, ValueError):
             pass  # it is gone, which tend() will see; or the other thread dismisses it in this moment (closed: ValueError)
+
+
+def _widen(process: subprocess.Popen[bytes]) -> None:
+    """Let a dump of many threads into the pipe at once, as far as the system allows it."""
+    if process.stdin is None or not hasattr(fcntl, "F_SETPIPE_SZ"):
+        return
+    try:
+        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass  # this user has as many pipes as the system gives; a guardian that reads makes room as well
 
 
 def _environment(settings: Settings) -> dict[str, str]:

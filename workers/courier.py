@@ -31,9 +31,13 @@ from .holding import Holding
 from .holdings import Handback, Holdings
 from .mailbox import Drop
 from .uploads import Uploads
+from .watchdog import Counter
 
 GIVE_UP = 5.0
 """Seconds that a stopping worker tries to reach Redis; after that the reaper hands its requests on."""
+
+RECONNECT = 60.0
+"""Seconds that a try to reach Redis may take during an outage: asking for its address has no timeout of ours."""
 
 QUESTION_INTERVAL = 0.5
 """Seconds between two questions about requests whose step takes long."""
@@ -54,6 +58,10 @@ class Courier:
     tended: Callable[[], Guarded]
     rejoined: Callable[[str], None]
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    counter: Counter = field(default_factory=Counter)
+    """Ticked in every round, and before every call."""
+    patience: float = 5.0
+    """Seconds in which a call ends: answered, or given up."""
 
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     failed: BaseException | None = None
@@ -69,6 +77,7 @@ class Courier:
     def __post_init__(self) -> None:
         self._uploads = Uploads(self.store, self._hear_of_progress)
         self.claimer.between = self._between
+        self.store.calling = self._tick
 
     def start(self) -> None:
         """Start the thread."""
@@ -96,6 +105,7 @@ class Courier:
             self.failed = error
             self.log.critical("the courier stopped: %s", error, exc_info=True)
         finally:
+            self.counter.tick(0)
             self.holdings.stop()
 
     def tend_idle(self) -> bool:
@@ -111,8 +121,14 @@ class Courier:
         self.log.error("Worker %s: Redis holds a newer protocol; upgrade this worker", self.worker)
         self.holdings.stop()
 
+    def _tick(self) -> None:
+        """The courier moves. A server that is looked for may be found late: resolvers have timeouts of their own."""
+        allowed = max(self.holdings.settings.step_timeout, 2 * self.patience + 1)
+        self.counter.tick(allowed if self._outage is None else max(allowed, RECONNECT))
+
     def _round(self) -> None:
         """Wait, store, end, hand back, claim. A connection error costs a pause, never a request."""
+        self._tick()
         guarded = self.tended()
         self._wait()
         try:

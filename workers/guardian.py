@@ -5,6 +5,9 @@ late) and watches the worker: when the worker is gone, it reaps at once what the
 waiting for any timeout. When no reaper has swept lately, it sweeps. Beside that, in threads and processes of their own, it
 looks at the worker's health (:mod:`.health`).
 
+It looks at the worker's two counters (:mod:`.watchdog`) and ends a worker that hangs. What it knows of the end (who
+stood still, what faulthandler wrote, what the kernel counted) decides the kind of failure.
+
 It imports only the standard library, redis and the protocol, so that it starts in a fraction of a
 second and a failing driver cannot take it along.
 """
@@ -26,10 +29,13 @@ import redis
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..recovery.cgroups import OomKills
+from ..recovery.deaths import Death
 from ..recovery.failures import POLICIES
 from ..recovery.reaper import Reaper
 from .companion import Guarded, rebuild
 from .vitals import Vitals
+from .watchdog import Lookout, Page
 
 LAST_EFFORT = 60.0
 """Seconds that a guardian whose worker is gone tries to reach Redis; afterwards the heartbeat has long run out
@@ -38,12 +44,8 @@ and any reaper does the same."""
 PAUSE = 0.1
 """Seconds between two tries of a call that Redis did not answer."""
 
-
-FATAL = "Fatal Python error: "
-"""What faulthandler writes first."""
-
-MAX_DUMP = 32_000
-"""Bytes of its dump that are kept."""
+MAX_DUMP = 1_000_000
+"""Bytes of faulthandler's dump that are read; what is kept of it is shorter."""
 
 VERDICTS = {"ok": Guarded.WELL, "reaped": Guarded.REAPED, "newer": Guarded.OUTDATED}
 
@@ -64,31 +66,52 @@ class Guardian:
     ready: bool | str
     drains: bool = False
     """Whether the worker knows the signal that its device is unfit."""
+    page: int = -1
+    """Descriptor of the memory with the worker's counters."""
     pipe: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("perdure.guardian"))
     _rest: bytes = b""
     _dump: bytes = b""
     """What faulthandler wrote when a native signal ended the worker: name of the signal, stacks of all threads."""
     _clean: bool = False
+    _hung: str = ""
+    """What the worker itself says of a hang: every slot of a task is taken by a step that does not end."""
+    _lookout: Lookout = field(init=False)
+    _oom: OomKills = field(init=False)
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
     _vitals: Vitals = field(init=False)
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
-        handles = [self.pipe]
+        pidfd = None
         try:
             # A child that the worker forked may keep its end of the pipe open; the process itself does not lie.
-            handles.append(os.pidfd_open(self.pid))
+            pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):
             pass  # not Linux, or the worker is gone already, which the pipe will tell
         self._vitals = Vitals.start(self.settings, self.store.connection, self.pid, self.device, self.drains, self.log)
+        self._oom = OomKills.of(self.pid)
+        page = Page.create() if self.page < 0 else Page(self.page, writable=False)
+        self._lookout = Lookout(page, self.pid, pidfd, lambda why: self.log.error("%s hangs: %s", self._who(), why))
+        self._lookout.start()
+        try:
+            return self._guard(pidfd)
+        finally:
+            self._lookout.stop()
+
+    def _guard(self, pidfd: int | None) -> int:
+        handles = [self.pipe, self._lookout.done, *([] if pidfd is None else [pidfd])]
         reaper = Reaper(self.store, self.settings)
         due = time.monotonic()
         while True:
             ready, _, _ = select.select(handles, [], [], max(0.0, due - time.monotonic()))
             if ready and self._worker_gone(ready):
                 return 0 if self._clean else self._reap()
+            if self._hung:
+                why, self._hung = self._hung, ""
+                self._lookout.end(why)
+                continue  # its end is to be read before anything else
             if time.monotonic() >= due or self._news:
                 self._news = False
                 self._vitals.health.claims = self.ready is True
@@ -99,12 +122,18 @@ class Guardian:
 
     def _worker_gone(self, ready: list[int]) -> bool:
         """Read what the worker says; True at its end."""
-        if self.pipe not in ready:
-            # The process ended. Its last word may still stand in the pipe.
-            readable, _, _ = select.select([self.pipe], [], [], 0)
-            if not readable:
-                return True
-        data = os.read(self.pipe, 65536)
+        ended = ready != [self.pipe]  # the process ended, or cannot be ended
+        data = b""
+        # Its last words may still stand in the pipe.
+        while select.select([self.pipe], [], [], 0)[0]:
+            data = os.read(self.pipe, 65536)
+            self._hear(data)
+            if not (ended and data):
+                break
+        return ended or not data or self._clean
+
+    def _hear(self, data: bytes) -> None:
+        """Take in what the worker wrote: a message on each line, or what faulthandler writes."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             message = None if self._dump else _message(line)
@@ -112,13 +141,15 @@ class Guardian:
                 self._dump = (self._dump + line + b"\n")[:MAX_DUMP]
                 continue
             self._clean = self._clean or bool(message.get("bye"))
+            self._hung = message.get("hung", self._hung)
             self.fingerprints = message.get("fingerprints", self.fingerprints)
             self.ready = message.get("ready", self.ready)
             self._news = True
-        return not data or self._clean
 
     def _beat(self, reaper: Reaper) -> bool:
         """One heartbeat; False when Redis did not answer."""
+        # What other processes of this cgroup were killed for until now is not this worker's end.
+        self._oom.look()
         try:
             pulse = self.store.heartbeat(
                 incarnation=self.incarnation,
@@ -141,12 +172,16 @@ class Guardian:
 
     def _evidence(self) -> tuple[FailureKind, str, str]:
         """Kind, reason and evidence of the worker's end."""
-        who = f"worker {self.worker} (pid {self.pid} on {self.host})"
-        _, found, dump = (self._dump + self._rest).decode(errors="replace").partition(FATAL)
-        if found:
-            name, _, stacks = dump.partition("\n")
-            return FailureKind.CRASH, f"{who} crashed: {name.strip()}", stacks.strip()
-        return FailureKind.WORKER_LOST, f"{who} is gone", ""
+        death = Death(
+            hung=self._lookout.found,
+            dump=(self._dump + self._rest).decode(errors="replace"),
+            oom_kills=self._oom.look(),
+            stopped=self._lookout.stopped_lately,
+        )
+        return death.kind, f"{self._who()} {death.reason}", death.stacks
+
+    def _who(self) -> str:
+        return f"worker {self.worker} (pid {self.pid} on {self.host})"
 
     def _reap(self) -> int:
         """Hand on what the worker held: it is gone, and did not say good-bye."""

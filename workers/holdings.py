@@ -170,6 +170,11 @@ class Holdings:
         default = self._step_timeouts.get(self.task) or self.settings.step_timeout
         return [item.claim.step_timeout or default for item in self.held.values() if not item.claim.plain] or [default]
 
+    def longest_step(self) -> float:
+        """Seconds that a step of what is held now may take: a batch steps all together, by the longest."""
+        with self.lock:
+            return max(self.step_timeouts())
+
     def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
@@ -255,13 +260,17 @@ class Holdings:
             self.wanting = self.urgent = True
             self.lock.notify_all()
 
-    def wait_stored(self, identifiers: Sequence[str]) -> None:
-        """Wait until all that these requests have put out is in Redis, or they are lost or stopped."""
+    def wait_stored(self, identifiers: Sequence[str], timeout: float) -> bool:
+        """Wait until all that these requests have put out is in Redis, or they are lost or stopped.
+
+        False after ``timeout`` seconds in which that has not come.
+        """
         with self.lock:
             self.urgent = True
             self.lock.notify_all()
-            self.lock.wait_for(
-                lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held)
+            return self.lock.wait_for(
+                lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held),
+                timeout,
             )
 
     def watch_stored(self, executions: Mapping[str, str]) -> None:

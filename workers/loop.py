@@ -24,8 +24,10 @@ from .generators import as_batch
 from .holdings import Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
+from .statuses import HUNG
 from .tasks import RAISED, AnyTask, Request, Step, resolve
 from .unfit import Unfit
+from .watchdog import WAIT, Watchdog
 
 CANNOT_RUN_DELAY = 5.0
 """Seconds before a request may be claimed again that this worker could not run."""
@@ -54,6 +56,9 @@ class EngineLoop:
     shown: Callable[[list[str]], None]
     """Called with all fingerprints when another task has been loaded."""
 
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    hung: Callable[[str], None] = lambda why: None
+    """Called when this process can run nothing any more and must be replaced."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     find: Callable[[str], AnyTask] = resolve
     fitness: Fitness = field(init=False)
@@ -68,7 +73,7 @@ class EngineLoop:
 
     def __post_init__(self) -> None:
         self.fitness = Fitness(self.holdings.stop, self.log)
-        self._admissions = Admissions(self.holdings, self.fitness, self.log)
+        self._admissions = Admissions(self.holdings, self.fitness, self.log, self._tick_for)
 
     @property
     def exit_code(self) -> int:
@@ -83,6 +88,7 @@ class EngineLoop:
         """Load the tasks of ``PERDURE_TASKS``. Raises what loading raises: such a worker must not claim."""
         for path in self.settings.tasks:
             self._load(path)
+        self.watchdog.rest()  # what comes before the first turn is no step
 
     def run(self) -> None:
         """Until the courier says stop; every request is then dropped from the engine, between two steps."""
@@ -97,11 +103,14 @@ class EngineLoop:
         if engine is not None and (lost := self.fitness.device_error) is not None:
             # Nobody can tell whose fault it was, and the task is not called again, not even to drop.
             self._fail_all(engine, lost)
+        self.watchdog.rest()
         self.holdings.parked.set()
 
     def turn(self) -> None:
         """Read the mail, which is waited for if there is nothing else to do, and step once."""
+        self._tick()
         self._read_mail()
+        self._tick()
         engine = self._engine
         if self._ends() or engine is None:
             return
@@ -114,6 +123,14 @@ class EngineLoop:
         elif engine.admitted and self.holdings.may_step():
             self._step(engine)
 
+    def _tick(self) -> None:
+        """The loop moves, and does nothing now but to wait for a while."""
+        self.watchdog.tick(self.holdings.longest_step() + WAIT)
+
+    def _tick_for(self, engine: Engine, claim: Claim) -> None:
+        """The task's code for one request comes next, which may take as long as one of its steps."""
+        self.watchdog.tick(claim.step_timeout or engine.step_timeout(self.settings))
+
     def _read_mail(self) -> None:
         engine = self._engine
         idle = engine is None or not (engine.admitted or engine.waiting)
@@ -121,6 +138,7 @@ class EngineLoop:
         for letter in self.holdings.mailbox.take(wait=idle or self._resumed):
             if isinstance(letter, Drop):
                 dropped.append(letter.id)
+            self._tick()
             self._read(letter)
         if self._engine is not None and not self._ends():
             self._admissions.admit(self._engine)
@@ -184,6 +202,7 @@ class EngineLoop:
         engine.changed = True
 
     def _run_plain(self, claim: Claim) -> None:
+        self.watchdog.rest()  # it runs by RQ's rules, under RQ's timeout
         try:
             self.run_plain(claim)
         except InvalidRequest as error:
@@ -202,11 +221,13 @@ class EngineLoop:
     def _load(self, path: str) -> Engine:
         began = time.monotonic()
         self.holdings.loading(self.settings.load_timeout)
+        self.watchdog.tick(self.settings.load_timeout)
         try:
             batch = as_batch(self.find(path), lambda: self.holdings.mailbox.put(News()))
             batch.load()
             engine = Engine(path, batch, batch.fingerprint())
         finally:
+            self._tick()
             self.holdings.loading(0)
         self._engines[path] = engine
         self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
@@ -219,6 +240,7 @@ class EngineLoop:
     def _step(self, engine: Engine) -> None:
         failed: BaseException | None = None
         self.holdings.stepping = True
+        self.watchdog.tick(self.holdings.longest_step())
         try:
             steps = [_checked(step) for step in engine.batch.step()]
         except Unfit as error:
@@ -233,8 +255,9 @@ class EngineLoop:
             self._fail_step(engine, failed)
             return
         durable = self._offer(engine, steps)
-        if durable:
-            self.holdings.wait_stored(durable)
+        self._tick()
+        while durable and not self.holdings.wait_stored(durable, WAIT):
+            self._tick()
 
     def _offer(self, engine: Engine, steps: Sequence[Step]) -> list[str]:
         """Hand steps over; returns the ids of the requests that go on only when theirs are stored."""
@@ -270,6 +293,8 @@ class EngineLoop:
 
     def _collect(self, engine: Engine, batch: Members) -> None:
         """Hand over what has come of the requests that move by themselves."""
+        if stuck := batch.stuck(engine.step_timeout(self.settings)):
+            self._replace(engine, stuck)
         steps = batch.collect()
         self.holdings.set_apart(batch.computing)
         durable = self._offer(engine, steps)
@@ -291,6 +316,7 @@ class EngineLoop:
                 return
             if not batch.computing:
                 break
+            self._tick()
             for letter in self.holdings.mailbox.take(wait=True):
                 if isinstance(letter, Drop):
                     self._drop(letter.id)
@@ -360,8 +386,18 @@ class EngineLoop:
             "%s: a step of %s has run for %.1f s, longer than its step timeout. It cannot be ended from outside: its "
             "slot stays taken until it ends by itself (%d of %d left)%s",
             engine.path, identifier, seconds, left, batch.slots,
-            "" if left else "; this worker claims nothing more: start another in its place",
+            "" if left else "; this worker claims nothing more",
         )  # fmt: skip
+
+    def _replace(self, engine: Engine, why: str) -> None:
+        """No step of this task can run here any more: the guardian ends the process, with the stacks as evidence.
+
+        Without a guardian it leaves by itself.
+        """
+        if not self.exit_code:
+            self.log.critical("%s: %s; this worker is to be replaced", engine.path, why)
+            self.hung(why)
+            self.fitness.leave(HUNG)
 
 
 class CannotImport(PerdureError):

@@ -39,6 +39,8 @@ class Member:
 
     started: bool = False
     """A thread, or the event loop, runs it."""
+    limit: float | None = None
+    """Seconds that one of its steps may take, if that is not as the task says."""
     computing: bool = False
     since: float = 0.0
     """When its running step began (monotonic seconds)."""
@@ -135,6 +137,21 @@ class Members(BatchTask):
             member = self._members.get(request_id)
             return time.monotonic() - member.since if member is not None and member.computing else 0.0
 
+    def limit(self, request_id: str, seconds: float | None) -> None:
+        """How long one step of a request may take; ``None`` is as long as the task says."""
+        with self._lock:
+            if member := self._members.get(request_id):
+                member.limit = seconds
+
+    def stuck(self, step_timeout: float) -> str:
+        """Why no step can run any more: each slot is taken by one that takes too long. Empty if one can.
+
+        ``step_timeout``: seconds, for those without a limit of their own. A slot is taken by what was dropped too.
+        """
+        if self._late(step_timeout) < self.slots:
+            return ""
+        return f"each of its {self.slots} slots is taken by a step that does not end"
+
     def drop(self, request_id: str) -> None:
         with self._lock:
             member = self._members.pop(request_id, None)
@@ -188,6 +205,15 @@ class Members(BatchTask):
             self._lock.notify_all()
         if leaving:
             self._news()
+
+    def _late(self, step_timeout: float) -> int:
+        """How many have been in a step for too long."""
+        now = time.monotonic()
+        with self._lock:
+            return sum(
+                item.computing and now - item.since > (item.limit or step_timeout)
+                for item in {*self._members.values(), *self._leaving}
+            )
 
     def _set_withheld(self, request_ids: Iterable[str], value: bool) -> None:
         with self._lock:

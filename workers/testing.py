@@ -233,8 +233,9 @@ class _Recorded(Holdings):
         self.steps += bool(steps) and not any(step.ends for step in steps)
         return super().offer(steps, executions)
 
-    def wait_stored(self, identifiers: Sequence[str]) -> None:
+    def wait_stored(self, identifiers: Sequence[str], timeout: float) -> bool:
         self.store_now()
+        return True
 
     steps: int
     store_now: Callable[[], None]

@@ -53,6 +53,7 @@ from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
 from .standby import StandBy
 from .statuses import UNFIT_DEVICE
+from .watchdog import Watchdog
 
 TESTED_RQ = ("3.0",)
 """Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
@@ -123,11 +124,16 @@ class Worker(SimpleWorker):
         holdings = Holdings(settings, Mailbox())
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
+        page = companion.page
         courier = Courier(
             store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log,
-            incarnation=os.environ.pop(INCARNATION, "") or uuid.uuid4().hex,
+            incarnation=os.environ.pop(INCARNATION, "") or uuid.uuid4().hex, counter=page.courier,
+            patience=_timeout(settings),
         )  # fmt: skip
-        loop = EngineLoop(holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown))
+        loop = EngineLoop(
+            holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown),
+            Watchdog(page.loop, companion.crash_file), companion.give_up,
+        )  # fmt: skip
         self._companion, self._courier, self._loop = companion, courier, loop
         own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
         names = self.queue_names()
