@@ -346,9 +346,12 @@ class EngineLoop:
         self.fitness.judge(error)
 
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
-        for identifier, execution in list(engine.admitted.items()):
-            self._drop(identifier)
-            self.holdings.fail(identifier, execution, error)
+        concerned = list(engine.admitted.items())
+        self._drop_all(engine)
+        # At once: the last one of several that reach Redis one by one would count as having been alone.
+        with self.holdings.lock:
+            for identifier, execution in concerned:
+                self.holdings.fail(identifier, execution, error)
 
     def _ends(self) -> bool:
         return self._stopped or self.fitness.left
