@@ -185,3 +185,11 @@ def test_signals_that_end_a_process_are_known() -> None:
     """Each has a reason of its own."""
     for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE):
         assert Death(status=-number).kind == "CRASH"
+
+
+def test_exit_statuses_are_those_that_workers_leave_with():
+    """They stand twice, since recovery imports nothing of the workers."""
+    from perdure.recovery import deaths
+    from perdure.workers import statuses
+
+    assert set(deaths._EXITS) == {statuses.UNFIT_DEVICE, statuses.OUT_OF_MEMORY, statuses.HUNG}

@@ -94,6 +94,7 @@ class Guardian:
         self._oom = OomKills.of(self.pid)
         page = Page.create() if self.page < 0 else Page(self.page, writable=False)
         self._lookout = Lookout(page, self.pid, pidfd, lambda why: self.log.error("%s hangs: %s", self._who(), why))
+        self._vitals.health.hung = lambda: self._lookout.found
         self._lookout.start()
         try:
             return self._guard(pidfd)
