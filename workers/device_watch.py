@@ -142,11 +142,11 @@ class DeviceWatch:
         while True:
             process = self._started()
             if process is not None:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    self._hear(line)
-                # Its end of file: another one is never started beside it.
-                status = process.wait()
+                with process:  # its end, and that of its pipes: another one is never started beside it
+                    assert process.stdout is not None
+                    for line in process.stdout:
+                        self._hear(line)
+                status = process.returncode
                 if status == 0:
                     return  # there is nothing to watch, and it has said why
                 self._tell(f"the watch over the driver ended with status {status}; another one is started")

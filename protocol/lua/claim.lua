@@ -178,7 +178,7 @@ local function passed_over(id, queue, suspects, job)
   if not job.failed_on then return false end
   here = here or where(incarnation, worker)
   if not failed_there(job.failed_on, here) then return false end
-  local waited = now_ms - number_of(job.passed_at, now_ms)
+  local waited = job.passed_at and now_ms - number_of(job.passed_at) or 0
   if waited < 0 or waited >= 2000 then return false end
   living = living or redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. int(now_ms), '+inf', 'LIMIT', 0, 128)
   -- A heartbeat names queues without their priorities.
