@@ -37,7 +37,7 @@ def test_a_worker_leaves_after_its_idle_time(lab: Lab) -> None:
     """``--max-idle-time``: what comes in time is run first."""
     one = lab.submit("count", {"n": 3})
     began = time.monotonic()
-    assert lab.worker("--max-idle-time", "1").end() == 0
+    assert lab.worker("--max-idle-time", "1", wait=False).end() == 0
     assert time.monotonic() - began >= 1
     lab.check(one, 3)
 
