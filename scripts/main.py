@@ -27,6 +27,7 @@ COMMANDS = {
     "worker": ("processes", "worker", "Run one worker."),
     "reaper": ("processes", "reaper", "Take requests from dead workers."),
     "submit": ("submitting", "submit", "Put a request on a queue."),
+    "batch": ("batch.command", "batch", "Answer the lines of a file."),
     "show": ("views", "show", "Show one request."),
     "list": ("views", "list_", "List requests."),
     "workers": ("workers", "workers", "List workers, and why a device has none."),
