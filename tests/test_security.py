@@ -249,7 +249,7 @@ def test_nothing_that_stands_in_redis_is_run(lab: Lab, tmp_path: Path, form: str
     def told() -> bool:
         # A note that the lost worker had begun with is left to it for a while longer.
         notes: Any = connection.smembers(key("notices"))
-        left = [note for note in notes if not connection.exists(key("notice", note.decode()))]
+        left = [note for note in notes if not connection.exists(key("notice", note.decode(errors="replace")))]
         return not left and not connection.exists(key("parents"))
 
     eventually(told)

@@ -140,7 +140,12 @@ def test_a_killed_worker_is_followed_by_one_of_the_other_release(lab: Lab, relea
     Each moves for more than a second before the second loss: without that it would be a suspect, which only workers
     of the tree take.
     """
-    names = [lab.submit("laden", {"n": 110, "sleep": 0.02, "bytes": size}) for size in (10, 1_500_000)]
+    # The small one goes on where the large one may begin again: it must not be over before both have moved enough.
+    sizes = {
+        lab.submit("laden", {"n": number, "sleep": 0.02, "bytes": size}): number
+        for number, size in ((400, 10), (110, 1_500_000))
+    }
+    names = list(sizes)
     worker = releases.worker(first)
     for which, least in ((other(first), 10), (first, 85)):
         for name in names:
@@ -150,7 +155,7 @@ def test_a_killed_worker_is_followed_by_one_of_the_other_release(lab: Lab, relea
         for name in names:
             eventually(partial(held_by, lab, name, worker))
     for name in names:
-        record = lab.check(name, 110)
+        record = lab.check(name, sizes[name])
         assert record.attempt == 0
         assert releases.made_by(lab.store.result(name)) == first
         events = [event.event for event in lab.store.history(name)]
