@@ -90,7 +90,9 @@ class Guardian:
             pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):
             pass  # not Linux, or the worker is gone already, which the pipe will tell
-        self._vitals = Vitals.start(self.settings, self.store.connection, self.pid, self.device, self.drains, self.log)
+        self._vitals = Vitals.start(
+            self.settings, self.store.connection, self.pid, self.settings.device, self.drains, self.log
+        )
         self._oom = OomKills.of(self.pid)
         page = Page.create() if self.page < 0 else Page(self.page, writable=False)
         self._lookout = Lookout(page, self.pid, pidfd, lambda why: self.log.error("%s hangs: %s", self._who(), why))
