@@ -147,6 +147,12 @@ class Host:
         assert started.process.poll() is None, started.log
         return started
 
+    @staticmethod
+    def environment(given: dict[str, str]) -> dict[str, str]:
+        """What a container sees: nothing of the settings of who runs the tests."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("PERDURE_", "RQ_"))}
+        return {**ours, "PYTHONPATH": str(TASKS), "PYTHONUNBUFFERED": "1", **given}
+
     def start(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> Container:
         """One container: the command from our environment instead of the image's, and nothing of the caller's settings."""
         folder = self.folder / f"{name}-{len(self.containers)}"
@@ -162,12 +168,7 @@ class Host:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                env={
-                    **{item: value for item, value in os.environ.items() if not item.startswith(("PERDURE_", "RQ_"))},
-                    "PYTHONPATH": str(TASKS),
-                    "PYTHONUNBUFFERED": "1",
-                    **(environment or {}),
-                },
+                env=self.environment(environment or {}),
             )
         started = Container(name, process, output)
         self.containers.append(started)
