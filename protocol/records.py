@@ -73,11 +73,43 @@ class NewRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interruption:
+    """How the execution before this one ended: ``kind`` is that of a failure, or ``RELEASED``.
+
+    Dates are seconds since 1970 on the server's clock: when it ``began``, when something of it was last stored
+    (``moved``), and when it was known to be over (``ended``).
+    """
+
+    kind: str
+    moved: float
+    ended: float
+    began: float
+    execution: str
+    worker: str
+
+    @classmethod
+    def parse(cls, text: str) -> Interruption | None:
+        """Read the job hash's field; ``None`` for an empty one, and for what no script of ours has written."""
+        parts = text.split(" ", 5)
+        if len(parts) < 6:
+            return None
+        kind, moved, ended, began, execution, worker = parts
+        return cls(
+            kind=kind, moved=whole(moved) / 1000, ended=whole(ended) / 1000, began=whole(began) / 1000,
+            execution=execution, worker=worker,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """One request, or one plain RQ job, that a worker holds.
 
     ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero. ``step_timeout`` (seconds)
     is the request's own, if it has one.
+
+    What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the claim: ``age`` since its submit, ``waited`` since it last came
+    into its queue. ``interruption``: what became of the execution before; ``paused``: since something of that was last
+    stored. ``trace``: the producer's, see :mod:`~perdure.protocol.tracing`.
     """
 
     id: str
@@ -94,6 +126,11 @@ class Claim:
     client: str
     timeout: float
     step_timeout: float | None = None
+    age: float = field(default=0.0, compare=False)
+    waited: float = field(default=0.0, compare=False)
+    interruption: Interruption | None = field(default=None, compare=False)
+    paused: float = field(default=0.0, compare=False)
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +29,7 @@ from .records import (
     Claims,
     Failure,
     Finish,
+    Interruption,
     NewRequest,
     Progress,
     Pulse,
@@ -141,8 +143,9 @@ class Store(Reads):
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
-        rows = [reply[start : start + 14] for start in range(3, len(reply), 14)]
-        return Claims(reply[0].decode(), [_claim(row) for row in rows], reply[2] == b"1")
+        rows = [reply[start : start + 18] for start in range(4, len(reply), 18)]
+        now = whole(reply[3]) / 1000
+        return Claims(reply[0].decode(), [_claim(row, now) for row in rows], reply[2] == b"1")
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
         """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``.
@@ -298,6 +301,11 @@ class Store(Reads):
         }
         status, due = self._call("heartbeat", values, groups)
         return Pulse(status, due == "1")
+
+    def measure(self, incarnation: str, number: int, counts: Mapping[str, int]) -> str:
+        """Add to the counters what a worker has measured; call ``number`` of this incarnation. ``ok`` or ``already``."""
+        rows = [{"name": name, "by": by} for name, by in counts.items()]
+        return str(self._call("measure", {"incarnation": incarnation, "number": number}, {"count": rows}))
 
     # --- recovery --------------------------------------------------------------------------------
 
@@ -514,11 +522,23 @@ def _text(reply: Any) -> Any:
     return reply
 
 
-def _claim(row: Sequence[bytes]) -> Claim:
+def _claim(row: Sequence[bytes], now: float) -> Claim:
     identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
+    age = _since(row[14], now)
+    interruption = Interruption.parse(row[16].decode(errors="replace")) if row[16] else None
     return Claim(
         id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
         attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
         fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
-        step_timeout=whole(row[13]) / 1000 or None,
+        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(row[15], now) if row[15] else age,
+        interruption=interruption, paused=max(0.0, now - interruption.moved) if interruption else 0.0,
+        trace=row[17].decode(errors="replace"),
     )  # fmt: skip
+
+
+def _since(date: bytes, now: float) -> float:
+    """Seconds since a date of RQ's; 0 for what is none."""
+    try:
+        return max(0.0, now - datetime.fromisoformat(date.decode()).timestamp())
+    except (ValueError, TypeError):
+        return 0.0

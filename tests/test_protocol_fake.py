@@ -139,6 +139,14 @@ def test_a_plain_job_becomes_a_request(pool: Pool, hand: Hand):
     assert (again.plain, again.task, again.payload) == (False, TASK, b"\xc0")
 
 
+def test_what_a_worker_measures_is_added_once(pool: Pool, hand: Hand):
+    """Measure, sent twice."""
+    pool.submit("a")
+    answers = [pool.store.measure(hand.incarnation, 1, {"outputs:gpu": 3}) for _ in range(2)]
+    assert answers == ["ok", "already"]
+    assert pool.connection.hget(key("counters"), "outputs:gpu") == b"3"
+
+
 def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
     """A new script needs a plain path here too."""
     ran: set[str] = set()
@@ -157,6 +165,7 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_checkpoint_expires_and_a_request_is_canceled,
         test_a_plain_job_is_settled,
         test_a_plain_job_becomes_a_request,
+        test_what_a_worker_measures_is_added_once,
     ):
         pool.connection.flushall()
         hand.held.clear()

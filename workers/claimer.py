@@ -18,6 +18,7 @@ from ..protocol.records import Claim
 from ..protocol.store import Store
 from .holding import Holding
 from .holdings import Handback, Holdings
+from .ledger import Ledger
 from .mailbox import Admission
 from .tasks import Request
 
@@ -51,6 +52,7 @@ class Claimer:
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
     """Called now and then while a long checkpoint is read."""
+    ledger: Ledger | None = None
     _idle_since: float = field(default_factory=time.monotonic)
     _degraded: bool = False
 
@@ -79,6 +81,8 @@ class Claimer:
             return False
         self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
+        if self.ledger is not None:
+            self.ledger.claimed(answer.claims)
         self._receive(answer.claims)
         if not answer.claims and not known:
             self._nothing_found(answer.status)

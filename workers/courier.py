@@ -29,6 +29,7 @@ from .claimer import Claimer
 from .companion import Guarded
 from .holding import Holding
 from .holdings import Handback, Holdings
+from .ledger import Ledger
 from .mailbox import Drop
 from .uploads import Uploads
 from .watchdog import Counter
@@ -65,6 +66,7 @@ class Courier:
 
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     failed: BaseException | None = None
+    ledger: Ledger = field(init=False)
     _uploads: Uploads = field(init=False)
     _full: bool = False
     """Redis was at its maxmemory at the last checkpoint."""
@@ -78,6 +80,7 @@ class Courier:
         self._uploads = Uploads(self.store, self._hear_of_progress)
         self.claimer.between = self._between
         self.store.calling = self._tick
+        self.claimer.ledger = self.ledger = Ledger(self.holdings.settings.heartbeat)
 
     def start(self) -> None:
         """Start the thread."""
@@ -145,6 +148,7 @@ class Courier:
             self._release()
             if not self.claimer.claim(self.incarnation):
                 self._rejoin()
+            self.ledger.flush(self.store, self.incarnation)
         except (redis.ConnectionError, redis.TimeoutError) as error:
             self._ride_out(error)
         except redis.ResponseError as error:
@@ -215,6 +219,7 @@ class Courier:
             mine = [holdings.current(row.id, row.execution) for row in rows]
             for holding in filter(None, mine):
                 holding.sendings += 1
+        began = time.monotonic()
         try:
             answers = self.store.progress(self.incarnation, rows)
         except redis.ResponseError as error:
@@ -222,6 +227,7 @@ class Courier:
                 for holding in filter(None, mine):
                     holding.sendings -= 1  # refused before it wrote anything
             raise
+        self.ledger.answered(time.monotonic() - began)
         with holdings.lock:
             for row, answer in zip(rows, answers, strict=True):
                 self._hear_of_progress(row, answer)
@@ -234,6 +240,7 @@ class Courier:
             if holding is None:
                 return
             if answer == "ok" and holding.flight is row:
+                self.ledger.stored(holding, row)
                 holding.confirm()
             elif answer == "missing":
                 self.log.warning("request %s: Redis has lost parts of a state on its way; written again", row.id)
@@ -265,6 +272,7 @@ class Courier:
             slow = [item.key for item in rows if item.claim.id in (holdings.apart or ())]
         if keys and now - self._last_renewal >= interval:
             self._call_in_parts(keys, lambda part: self.store.renew(self.incarnation, part))
+            self.ledger.renewed(len(keys))
             # Not before: what was not renewed in an outage is renewed after it, moved or not.
             self._last_renewal = now
         if slow and now - self._last_question >= min(QUESTION_INTERVAL, interval):
@@ -335,6 +343,7 @@ class Courier:
                 elif answer == "lost":
                     self.log.warning("request %s was given to another worker; its result here is dropped", row.id)
                 else:
+                    self.ledger.finished(holding, row)
                     self.log.info("%s: OK (%s), %.2f s", holding.claim.queue, row.id, row.seconds)
             holdings.lock.notify_all()
 
@@ -438,6 +447,7 @@ class Courier:
                 self._end()
                 self._confirm_cancels()
                 self._release_all("its worker was stopped")
+                self.ledger.flush(self.store, self.incarnation, last=True)
                 return
             except redis.RedisError as error:
                 if time.monotonic() > deadline:

@@ -74,6 +74,11 @@ class Holding:
     began: float = field(default_factory=time.monotonic)
     accepted: float = 0.0
     """When the engine took it in (monotonic seconds); 0 before."""
+    first_output: float = 0.0
+    last_output: float = 0.0
+    """When the engine put out the first and the last output of this execution (monotonic seconds)."""
+    moving: bool = False
+    """Something of this execution is in Redis."""
 
     @classmethod
     def of(cls, claim: Claim) -> Holding:
@@ -118,6 +123,8 @@ class Holding:
                 self.weight, self.captured = self.state.size, time.monotonic()
                 self._catch_up()
         if step.output is not NOTHING:
+            self.last_output = time.monotonic()
+            self.first_output = self.first_output or self.last_output
             if self.behind_since is None:
                 self.pending.append(step.output)
                 self.size += size

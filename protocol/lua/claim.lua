@@ -16,9 +16,10 @@
 -- EACH known: id         requests that the worker knows it holds
 -- EACH fresh: execution  ids for the executions to be made, at least as many as slots
 --
--- Returns  status, n, '1' if the pool is degraded, then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
+-- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
---          own (ms; '')
+--          own (ms; ''), dates of its submit and of its last coming into the queue ('' if that was the submit), what
+--          became of the execution before ('' if nothing did), the producer's trace ('' for none)
 --          status 'ok'; 'blocked' (what waits needs an empty worker, one that isolates, or another one, or this one holds enough
 --          for a degraded pool); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
@@ -56,7 +57,7 @@ for _ = 1, tonumber(arg()) do
   fresh[#fresh + 1] = execution
 end
 
-if reaped(incarnation) then return { 'reaped', '0', '0' } end
+if reaped(incarnation) then return { 'reaped', '0', '0', int(now_ms) } end
 local short = degraded()
 
 -- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
@@ -66,7 +67,8 @@ local rows, number, bytes = {}, 0, 0
 
 -- What is wanted of a job and of its checkpoint, read once: a call of Redis costs more than what it reads.
 local JOB = { 'status', 'last', 'origin', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout',
-  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at' }
+  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at',
+  'enqueued_at', 'interrupted', 'trace' }
 local POINT = { 'seq', 'offset', 'fingerprint', 'at', 'chunks', 'writing' }
 
 local function read(name, fields)
@@ -80,7 +82,8 @@ local function give(id, execution, queue, job, point)
   point = point or read(KEY.checkpoint .. id, POINT)
   local row = { id, execution, queue, job.task and 'request' or 'plain', job.task or '', job.payload or '', job.attempt or '0',
     point.seq or '0', point.offset or '0', job.epoch or '0', point.fingerprint or '', job.client or '', job.timeout or '-1',
-    job.step_ms or '' }
+    job.step_ms or '', job.created_at or '', job.enqueued_at ~= job.created_at and job.enqueued_at or '', job.interrupted or '',
+    job.trace or '' }
   for _, value in ipairs(row) do rows[#rows + 1] = value end
   number = number + 1
   bytes = bytes + #(job.payload or '')
@@ -105,7 +108,7 @@ for i = 1, #held, 2 do
 end
 
 local function answer(status)
-  local reply = { status, int(number), short and '1' or '0' }
+  local reply = { status, int(number), short and '1' or '0', int(now_ms) }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
   return reply
 end
@@ -143,7 +146,7 @@ local function runnable(id, queue)
     -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
     for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
     redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason',
-      'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at')
+      'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at', 'interrupted')
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
@@ -265,6 +268,13 @@ local function start(id, queue, execution, job)
     job.epoch, point = redis.call('HGET', KEY.job .. id, 'epoch'), {}
   end
   choose_payload(id, job)
+  if job.interrupted then
+    redis.call('HDEL', KEY.job .. id, 'interrupted')
+    if point.at then
+      count('resumed:' .. queue, string.match(job.interrupted, '^[%w_]+') or 'UNKNOWN')
+      count('kept', queue, number_of(point.offset))
+    end
+  end
   take(id, queue, execution, job)
   give(id, execution, queue, job, point)
 end

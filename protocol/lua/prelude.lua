@@ -108,6 +108,14 @@ local function count(event, queue, by)
   add(KEY.counters, event .. ':' .. queue, by or 1)
 end
 
+-- What became of an execution that ended without an end of its request, for whoever goes on: see records.Interruption.
+-- It was last seen to move at its last checkpoint, or at its claim.
+local function interrupt(id, execution, worker, kind, claimed_ms)
+  local moved = math.max(claimed_ms, number_of(redis.call('HGET', KEY.checkpoint .. id, 'at')))
+  redis.call('HSET', KEY.job .. id, 'interrupted',
+    table.concat({ kind, int(moved), int(now_ms), int(claimed_ms), execution, worker }, ' '))
+end
+
 -- One line of a request's history: tab-separated, so that redis-cli shows it as it is. What the dead left behind
 -- (stacks) stands in a last column, if there is any; a reader of an older release takes it for a part of the reason.
 local function history(id, event, worker, execution, offset, kind, reason, evidence)
@@ -468,6 +476,7 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason, evidence)
   share_ttl(id, ttl)
   count('failed', queue)
+  count('dead:' .. queue, kind)
   if worker ~= '' and redis.call('EXISTS', KEY.worker .. worker) == 1 then
     add(KEY.worker .. worker, 'failed_job_count', 1)
   end
@@ -598,6 +607,8 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
   redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
+  interrupt(id, execution, worker, policy.kind, claimed_ms)
+  count('again:' .. queue, policy.kind)
   if BLAMED[policy.kind] then blame(id, worker, incarnation) end
   if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end
   if delay == 0 then

@@ -77,6 +77,7 @@ local function reap_one(id, execution, holder, worker, why, text, blob, policy)
     return
   end
   local outcome
+  count('lost:' .. job[2], why)
   if job[3] then
     policy.kind, policy.reason, policy.exception, policy.retry = why, text, blob, '1'
     policy.base, policy.cap, policy.max_crashes = tonumber(base), tonumber(cap), tonumber(max_crashes)
@@ -137,6 +138,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
     end
   end
   add(KEY.counters, 'reaped', 1)
+  count('left', clean == '1' and 'LEFT' or why)
   report(holder, worker, '', '', why, 'gone')
 end
 

@@ -50,7 +50,8 @@ for i = #rows, 1, -1 do
   else
     local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
     local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
-    credit_progress(id, number_of(redis.call('HGET', name, 'claimed'), now_ms))
+    local claimed = number_of(redis.call('HGET', name, 'claimed'), now_ms)
+    credit_progress(id, claimed)
     detach(queue, id, execution, incarnation, worker)
     local gone, executions = false, number_of(redis.call('HGET', name, 'executions'))
     local times = executions
@@ -68,6 +69,7 @@ for i = #rows, 1, -1 do
       answers[i] = 'failed'
     else
       redis.call('HSET', name, 'execution', '', 'last', execution .. ':released')
+      interrupt(id, execution, worker, 'RELEASED', claimed)
       history(id, 'released', worker, execution, offset, '', reason)
       count('released', queue)
       if gone then restart(id, 'no living worker has the model that began it', execution) end

@@ -1,0 +1,20 @@
+-- Add what a worker has measured to the counters of the pool.
+--
+-- ARGV incarnation  of the worker process
+-- ARGV number       of this call, growing; the same when it is sent again
+-- EACH count: name  field of the counters (see measures.py)
+-- EACH count: by    what to add
+--
+-- Returns  'ok', or 'already' (this very call was applied before: a reply was lost)
+--
+-- Once per heartbeat and worker, not per request: what a killed worker had measured since its last call is lost.
+local incarnation, number = arg(), tonumber(arg())
+local record = KEY.incarnation .. incarnation
+if number_of(redis.call('HGET', record, 'measured')) >= number then return 'already' end
+redis.call('HSET', record, 'measured', int(number))
+if redis.call('TTL', record) < 0 then redis.call('EXPIRE', record, DAY) end
+for _ = 1, tonumber(arg()) do
+  local name, by = arg(), arg()
+  add(KEY.counters, name, by)
+end
+return 'ok'
