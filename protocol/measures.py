@@ -109,3 +109,76 @@ class Meter:
         self._sums.clear()
         self._counts.clear()
         return fields
+
+
+def parse_counters(raw: Mapping[bytes, bytes]) -> dict[str, int]:
+    """Field -> number, of all fields that hold one."""
+    found = {}
+    for name, value in raw.items():
+        try:
+            found[name.decode()] = int(value)
+        except ValueError:
+            pass  # nobody of ours wrote it
+    return found
+
+
+@dataclass(slots=True)
+class Histogram:
+    """One histogram as it was read: hits of each bucket, in the order of the measure's ``texts``, and the sum."""
+
+    hits: list[int]
+    total: float = 0.0
+
+
+def histograms(counters: Mapping[str, int]) -> dict[str, dict[tuple[str, ...], Histogram]]:
+    """All histograms in the counters: measure -> labels -> histogram.
+
+    A bucket of a release with other bounds counts in the next larger one of this.
+    """
+    result: dict[str, dict[tuple[str, ...], Histogram]] = {name: {} for name in MEASURES}
+    for field_name, number in counters.items():
+        kind, _, rest = field_name.partition(":")
+        if kind not in ("bucket", "sum"):
+            continue
+        name, _, rest = rest.partition(":")
+        bound = ""
+        if kind == "bucket":
+            bound, _, rest = rest.partition(":")
+        measure = MEASURES.get(name)
+        if measure is None:
+            continue
+        labels = split_labels(rest, len(measure.labels))
+        place = _place(measure, bound) if kind == "bucket" else 0
+        if labels is None or place is None:
+            continue
+        entry = result[name].setdefault(labels, Histogram([0] * (len(measure.bounds) + 1)))
+        if kind == "sum":
+            entry.total = number / measure.scale
+        else:
+            entry.hits[place] += number
+    return result
+
+
+def counts(counters: Mapping[str, int], event: str, number: int) -> dict[tuple[str, ...], int]:
+    """All counts of an event with so many labels."""
+    found = {}
+    for name, value in counters.items():
+        head, _, rest = name.partition(":")
+        if head == event and (labels := split_labels(rest, number)) is not None:
+            found[labels] = value
+    return found
+
+
+def split_labels(text: str, number: int) -> tuple[str, ...] | None:
+    """So many labels out of what stands after the event; ``None`` if there are not so many."""
+    if number == 0:
+        return () if not text else None
+    labels = tuple(text.rsplit(":", number - 1))
+    return labels if len(labels) == number and all(labels) else None
+
+
+def _place(measure: Measure, bound: str) -> int | None:
+    try:
+        return bisect_left(measure.bounds, float(bound))
+    except ValueError:
+        return None

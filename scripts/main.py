@@ -31,6 +31,7 @@ COMMANDS = {
     "show": ("views", "show", "Show one request."),
     "list": ("views", "list_", "List requests."),
     "workers": ("workers", "workers", "List workers, and why a device has none."),
+    "metrics": ("metrics", "metrics", "Serve metrics for Prometheus."),
     "result": ("views", "result", "Wait for a request and print its result."),
     "cancel": ("moves", "cancel", "Cancel requests."),
     "requeue": ("moves", "requeue", "Send failed requests back to their queues."),
@@ -50,9 +51,10 @@ class Commands(click.Group):
         try:
             command = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
         except ModuleNotFoundError as error:
+            extra = "metrics" if error.name == "prometheus_client" else "demo"
             raise click.UsageError(
                 f'"perdure {cmd_name}" needs the package {error.name}, which is not installed. '
-                'Run: pip install "perdure[demo]"'
+                f'Run: pip install "perdure[{extra}]"'
             ) from None
         assert isinstance(command, click.Command)
         return command

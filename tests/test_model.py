@@ -26,6 +26,7 @@ NOT_MODELLED = {
     "settle": "ends a plain RQ job, in RQ's own transaction",
     "stop": "a cancel with another word",
     "weigh": "counts workers; moves no request",
+    "measure": "adds to the counters; moves no request",
     "declare": "says that the pool is degraded; moves no request",
 }
 """Scripts that the model leaves out, with the reason."""

@@ -31,20 +31,19 @@ PORTS: Final = 64
 """So many ports from the one that was set are tried, for the workers of one host."""
 
 
-class HealthServer(socketserver.ThreadingTCPServer):
-    """Answers about one worker. Raises ``OSError`` if it cannot listen."""
+class BoundedServer(socketserver.ThreadingTCPServer):
+    """Answers with ``handler``, for a few clients at a time. Raises ``OSError`` if it cannot listen."""
 
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True  # a guardian that is replaced leaves connections behind for a minute
     request_queue_size = MOST
 
-    def __init__(self, health: Health, bind: str, port: int) -> None:
+    def __init__(self, handler: type[Answers], bind: str, port: int) -> None:
         if ":" in bind:
             self.address_family = socket.AF_INET6
-        self.health = health
         self._places = threading.BoundedSemaphore(MOST)
-        super().__init__((bind, port), _Handler)
+        super().__init__((bind, port), handler)
 
     @property
     def url(self) -> str:
@@ -77,10 +76,49 @@ class HealthServer(socketserver.ThreadingTCPServer):
         """A client that leaves in the middle is nobody's fault."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class HealthServer(BoundedServer):
+    """Answers about one worker. Raises ``OSError`` if it cannot listen."""
+
+    def __init__(self, health: Health, bind: str, port: int) -> None:
+        self.health = health
+        super().__init__(_Handler, bind, port)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What pages for machines have in common: nothing is kept, and only GET and HEAD are taken."""
+
     timeout = PATIENCE
     server_version = "perdure"
     sys_version = ""
+
+    def do_GET(self) -> None:
+        raise NotImplementedError
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _refuse(self) -> None:
+        self.answer(405, b"only GET and HEAD\n", Allow="GET, HEAD")
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse
+
+    def answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8", **headers: str) -> None:
+        """Send a whole answer."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        for name, text in headers.items():
+            self.send_header(name, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a probe every second would fill the log."""
+
+
+class _Handler(Answers):
     server: HealthServer
     paths: ClassVar[tuple[str, ...]] = ("/livez", "/readyz", "/quarantine")
 
@@ -98,27 +136,13 @@ class _Handler(BaseHTTPRequestHandler):
             case path:
                 self._answer(404, {"error": f"there is no {path[:100]}; there are {', '.join(self.paths)}"})
 
-    do_HEAD = do_GET
-
     def _refuse(self) -> None:
         self._answer(405, {"error": "only GET and HEAD"}, Allow="GET, HEAD")
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse
 
     def _answer(self, status: int, value: dict[str, Any], **headers: str) -> None:
-        body = json.dumps(value).encode() + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        for name, text in headers.items():
-            self.send_header(name, text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a probe every second would fill the worker's log."""
+        self.answer(status, json.dumps(value).encode() + b"\n", "application/json", **headers)
 
 
 def serve(health: Health, bind: str, port: int, log: logging.Logger) -> str:
