@@ -120,6 +120,9 @@ class Settings:
     spare: bool = field(
         default=False, metadata={"help": "1 loads the tasks and then claims nothing until SIGUSR1 says so"}
     )
+    log_format: str = field(
+        default="text", metadata={"help": "text, json (one object a line), or auto: text on a terminal, JSON elsewhere"}
+    )
     trace: str = field(default="", metadata={"help": "folder into which workers append one line per forward pass"})
     resume: bool = field(
         default=True,
@@ -170,6 +173,9 @@ class Settings:
 
         if self.health_port > 65535:
             raise SettingsError(f"PERDURE_HEALTH_PORT must be at most 65535, but is {self.health_port}")
+        if self.log_format not in ("text", "json", "auto"):
+            raise SettingsError(f"PERDURE_LOG_FORMAT must be text, json or auto, not {self.log_format!r}")
+
         if self.compression not in ("none", "zstd"):
             raise SettingsError(f"PERDURE_COMPRESSION must be none or zstd, not {self.compression!r}")
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Final
 
+from ..protocol import logs
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import ProtocolMismatch, RedisUnavailable, UsageError
 from ..protocol.settings import Settings, redact
@@ -23,7 +24,7 @@ OK, USAGE, UNREACHABLE, UNHEALTHY = 0, 2, 3, 4
 # The settings that rule a reaper. They should be the same for all of a pool; the environment sets them for all.
 _FLAGS: Final = (
     "heartbeat", "heartbeat_timeout", "checkpoint_ttl", "retry_base", "retry_cap", "max_crashes", "max_crashes_total",
-    "max_executions", "reap_interval", "capacity",
+    "max_executions", "reap_interval", "capacity", "log_format",
 )  # fmt: skip
 
 
@@ -34,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     it is waited for), 4 if Redis holds a newer protocol.
     """
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         changes = {name: getattr(arguments, name) for name in _FLAGS}
         settings = Settings.from_environment(strict=True).replace(redis_url=arguments.redis_url, **changes)
+        logs.configure(settings.log_format, date_format=None)
         url = resolve_url(settings)
         connection = connect(url, name="perdure-reaper")
     except UsageError as error:

@@ -17,6 +17,7 @@ from typing import Final
 
 import redis
 
+from ..protocol.logs import about
 from ..protocol.records import FailureKind, Reaped
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -122,6 +123,14 @@ class Reaper:
             log.warning(
                 "%s: %s %s is now %s (execution %s of worker %s)",
                 self.name, item.kind, item.id, item.outcome, item.execution, item.worker or item.incarnation,
+                extra=about(item.id, item.execution, worker=item.worker),
             )  # fmt: skip
         else:
-            log.warning("%s: %s worker %s is gone (%s)", self.name, item.kind, item.worker or "?", item.incarnation)
+            log.warning(
+                "%s: %s worker %s is gone (%s)",
+                self.name,
+                item.kind,
+                item.worker or "?",
+                item.incarnation,
+                extra={"worker": item.worker},
+            )

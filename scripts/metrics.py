@@ -12,6 +12,7 @@ import click
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import choose_encoder
 
+from ..protocol import logs
 from ..protocol.census import Surveyor
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import UsageError
@@ -92,7 +93,7 @@ def metrics(bind: str, port: int, *, once: bool, max_queues: int, max_workers: i
     if once:
         click.echo(generate_latest(registry), nl=False)
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logs.configure(settings.log_format)
     try:
         server = MetricsServer(registry, bind, port)
     except (OSError, OverflowError) as error:

@@ -32,7 +32,7 @@ What follows -- is given to "rq worker" as it is."""
 @click.option("--quiet", "-q", is_flag=True, help="Say less.")
 @setting_options(
     "tasks", "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval",
-    "checkpoint_ttl", "drain_timeout", "model", "model_path", "device", "dtype", "slots", "threads",
+    "checkpoint_ttl", "drain_timeout", "model", "model_path", "device", "dtype", "slots", "threads", "log_format",
 )  # fmt: skip
 @url_option
 def worker(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from ..protocol import logs
 from ..protocol.connection import connect, running_server, state_folders
 from ..protocol.errors import SettingsError
 from ..protocol.keys import check_queue
@@ -40,7 +41,7 @@ def run(
     """
     for queue in queues:
         check_queue(queue)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logs.configure(settings.log_format)
     notifier = Notifier.from_environment()
     chosen = _chosen(gpus, settings)
     told = _signals()

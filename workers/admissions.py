@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..protocol import logs
 from ..protocol.records import Claim, FailureKind
 from ..recovery.failures import classify
 from . import statuses
@@ -106,7 +107,8 @@ class Admissions:
             if verdict is Verdict.WAIT:
                 return False
             if verdict is Verdict.ADMIT:
-                engine.batch.admit(entry.request)
+                with logs.running(claim.id, claim.execution):
+                    engine.batch.admit(entry.request)
         except RAISED as error:
             failed = error
         del engine.waiting[claim.id]

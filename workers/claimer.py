@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol.keys import key
+from ..protocol.logs import about
 from ..protocol.records import Claim
 from ..protocol.store import Store
 from .holding import Holding
@@ -187,6 +188,7 @@ class Claimer:
         self.log.info(
             "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
             f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
+            extra=about(claim.id, claim.execution),
         )  # fmt: skip
         request = Request(
             id=claim.id, payload=claim.payload, attempt=claim.attempt, execution=claim.execution, outputs=outputs,

@@ -21,6 +21,7 @@ from typing import Any
 
 import redis
 
+from ..protocol.logs import about
 from ..protocol.records import Failure, Finish, Progress
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import LEASE
@@ -243,7 +244,10 @@ class Courier:
                 self.ledger.stored(holding, row)
                 holding.confirm()
             elif answer == "missing":
-                self.log.warning("request %s: Redis has lost parts of a state on its way; written again", row.id)
+                self.log.warning(
+                    "request %s: Redis has lost parts of a state on its way; written again", row.id,
+                    extra=about(*holding.key),
+                )  # fmt: skip
                 self._uploads.again(row)
             self._hear(holding, answer)
 
@@ -300,14 +304,17 @@ class Courier:
             self.holdings.urgent = True
             self.holdings.mailbox.put(Drop(name))
         elif answer == "lost":
-            self.log.warning("request %s was given to another worker; dropped here", name)
+            self.log.warning("request %s was given to another worker; dropped here", name, extra=about(*holding.key))
             self.holdings.let_go(name)
         elif answer == "deadline":
-            self.log.warning("request %s: its deadline has passed; it was ended", name)
+            self.log.warning("request %s: its deadline has passed; it was ended", name, extra=about(*holding.key))
             self.holdings.let_go(name)
         elif answer.startswith("gap"):
             # Redis has lost its last second: what it has is the truth, and a new claim goes on from there.
-            self.log.warning("request %s: Redis holds fewer outputs than it had confirmed; handed back", name)
+            self.log.warning(
+                "request %s: Redis holds fewer outputs than it had confirmed; handed back", name,
+                extra=about(*holding.key),
+            )  # fmt: skip
             self.holdings.handbacks.append(Handback(holding, "Redis lost outputs that it had confirmed"))
 
     # --- what ends ---------------------------------------------------------------------------------
@@ -338,13 +345,18 @@ class Courier:
                     continue
                 del holdings.held[row.id]
                 holdings.wanting = True
+                who = about(row.id, row.execution)
                 if isinstance(row, Failure):
-                    self.log.warning("%s: %s (%s): %s; %s", row.kind, holding.claim.task, row.id, row.reason, answer)
+                    self.log.warning(
+                        "%s: %s (%s): %s; %s", row.kind, holding.claim.task, row.id, row.reason, answer, extra=who
+                    )
                 elif answer == "lost":
-                    self.log.warning("request %s was given to another worker; its result here is dropped", row.id)
+                    self.log.warning(
+                        "request %s was given to another worker; its result here is dropped", row.id, extra=who
+                    )
                 else:
                     self.ledger.finished(holding, row)
-                    self.log.info("%s: OK (%s), %.2f s", holding.claim.queue, row.id, row.seconds)
+                    self.log.info("%s: OK (%s), %.2f s", holding.claim.queue, row.id, row.seconds, extra=who)
             holdings.lock.notify_all()
 
     def _stop(self) -> None:
@@ -367,8 +379,8 @@ class Courier:
             part = keys[start : start + MAX_REQUESTS]
             self.store.cancel(part, reason="canceled while running", incarnation=self.incarnation, worker=self.worker)
             with self.holdings.lock:
-                for name, _ in part:
-                    self.log.info("canceled (%s)", name)
+                for name, execution in part:
+                    self.log.info("canceled (%s)", name, extra=about(name, execution))
                     self.holdings.let_go(name)
 
     def _release(self) -> None:
@@ -388,7 +400,9 @@ class Courier:
                     delay=entry.delay,
                     fingerprints=[entry.fingerprint],
                 )
-                self.log.warning("handed back (%s): %s; %s", name, entry.reason, answers[0])
+                self.log.warning(
+                    "handed back (%s): %s; %s", name, entry.reason, answers[0], extra=about(*entry.holding.key)
+                )
             with holdings.lock:
                 holdings.handbacks.remove(entry)
                 if mine:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, cast
 
+from ..protocol import logs
 from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
 log = logging.getLogger("rq.worker")
@@ -24,23 +25,27 @@ class GeneratorBatch(BatchTask):
         self.step_timeout = task.step_timeout
         self.reproducible = task.reproducible
         self._running: dict[str, Running] = {}
+        self._executions: dict[str, str] = {}
 
     def admit(self, request: Request) -> None:
         self._running[request.id] = _generator(self.task, request)
+        self._executions[request.id] = request.execution
 
     def step(self) -> Iterable[Step]:
         steps = []
         for identifier, generator in list(self._running.items()):
-            step = advance(generator, RAISED)
+            with logs.running(identifier, self._executions[identifier]):
+                step = advance(generator, RAISED)
             if step.ends:
-                del self._running[identifier]
+                del self._running[identifier], self._executions[identifier]
             steps.append(Step(step.output, step.state, identifier, step.result, step.error, step.durable))
         return steps
 
     def drop(self, request_id: str) -> None:
         generator = self._running.pop(request_id, None)
         if generator is not None:
-            generator.close()
+            with logs.running(request_id, self._executions.pop(request_id)):
+                generator.close()
 
 
 def begin(task: Task, request: Request, raised: Raised) -> Running | Step:

@@ -26,6 +26,7 @@ from typing import Any
 
 import redis
 
+from ..protocol import logs
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -229,7 +230,6 @@ def _message(line: bytes) -> dict[str, Any] | None:
 
 def main() -> int:
     """Read the first line of standard input, then guard until its end."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     # Ctrl-C and the terminal's hang-up are for the worker; its end is what ends the guardian.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -241,6 +241,7 @@ def main() -> int:
         line += byte
     config: dict[str, Any] = json.loads(line)
     settings = Settings.from_environment()
+    logs.configure(settings.log_format, worker=config["worker"], device=config["device"])
     connection = rebuild(config.pop("connection"), timeout=max(1.0, settings.heartbeat_timeout / 2))
     return Guardian(store=Store(connection, settings), settings=settings, **config).run()
 

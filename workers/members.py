@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ..protocol import logs
 from .tasks import BatchTask, Request, Step, Task
 
 log = logging.getLogger("rq.worker")
@@ -84,6 +85,7 @@ class Members(BatchTask):
 
     def admit(self, request: Request) -> None:
         member = Member(request)
+        member.context.run(logs.enter, request.id, request.execution)
         with self._lock:
             self._members[request.id] = member
         try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..protocol import logs
 from ..protocol.codec import pack
 from .collectives import CollectiveFailed, Collectives, reach
 from .tasks import NOTHING, RAISED, BatchTask, Step, resolve
@@ -125,7 +126,7 @@ class Follower:
 
 def main() -> int:
     """Meet the leader at the other end of the socket, and follow it until its end."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logs.configure(os.environ.get("PERDURE_LOG_FORMAT", "text"))
     # Ctrl-C and the like are for the leader; its end is what ends the followers.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -25,6 +25,7 @@ import redis
 from rq.scheduler import RQScheduler
 from rq.scheduler import run as run_scheduler
 
+from ..protocol import logs
 from .companion import RESTART_INTERVAL, portable, rebuild
 
 LAST_EFFORT = 5.0
@@ -117,6 +118,7 @@ def main() -> int:
     config: dict[str, Any] = json.loads(line)
     # A serializer of the user's own may lie where only the worker looks.
     sys.path.extend(entry for entry in config["path"] if entry not in sys.path)
+    logs.take_over(os.environ.get("PERDURE_LOG_FORMAT", "text"))
     scheduler = Scheduler(
         config["queues"], connection=rebuild(config["connection"], timeout=10.0), name=config["name"],
         serializer=config["serializer"], logging_level=config["level"],

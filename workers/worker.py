@@ -29,6 +29,7 @@ from rq.job import Job
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
+from ..protocol import logs
 from ..protocol.connection import keep_alive
 from ..protocol.deployment import look_at
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
@@ -113,6 +114,7 @@ class Worker(SimpleWorker):
             if finding.fatal:
                 sys.exit(f"perdure worker: {finding}")
         keep_alive(self.connection)
+        logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
         for finding in findings:
             self.log.warning("Worker %s: %s", self.name, finding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -113,6 +114,13 @@ def gate(request: Request) -> Generator[Step, None, Any]:
             while not Path(request.payload["folder"], "open").exists():
                 time.sleep(0.01)
         yield Step(output=index, state=index + 1)
+
+
+@task
+def talks(request: Request) -> Generator[Step, None, Any]:
+    """Log a line, as any code does."""
+    logging.getLogger("app").warning("from within")
+    yield Step(output=0, state=1)
 
 
 def _once(folder: str, name: str) -> bool:
