@@ -75,6 +75,10 @@ class AsyncHandle(Reference[AsyncSession]):
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""
         return await self._ask(questions.checkpoint(self.id))
 
+    async def traceback(self) -> str:
+        """The traceback, or the stacks, with which it last failed; empty if there is none."""
+        return await self._ask(questions.traceback(self.id))
+
     async def offset(self) -> int:
         """How many outputs are stored."""
         return await self._ask(questions.offset(self.id))

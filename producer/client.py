@@ -196,17 +196,19 @@ class Client:
         self._session.ping()
 
     def list(
-        self, *, status: str | None = None, queue: str | None = None, limit: int = 50, cursor: str | None = None
-    ) -> Listing:
+        self, *, status: str | None = None, queue: str | None = None, limit: int = 50, cursor: str | None = None,
+        worker: str | None = None, kind: str | None = None,
+    ) -> Listing:  # fmt: skip
         """One page of requests: running ones first, then waiting, then ended ones from the newest.
 
-        ``status`` and ``queue`` (with its priorities) narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
+        ``status``, ``queue`` (with its priorities), ``worker`` (who has it, or had it last) and ``kind`` (of its failure)
+        narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
         while you turn pages may be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
         """
         deadline = time.monotonic() + self._session.patience
         return read_listing(
             lambda operation: self._session.call(operation, deadline=deadline),
-            status=status, queue=queue, limit=limit, cursor=cursor,
+            status=status, queue=queue, limit=limit, cursor=cursor, worker=worker, kind=kind,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -97,6 +97,10 @@ class Handle(Reference[Session]):
         """Where another worker would go on from now; ``None`` if there is nothing to go on from."""
         return self._ask(questions.checkpoint(self.id))
 
+    def traceback(self) -> str:
+        """The traceback, or the stacks, with which it last failed; empty if there is none."""
+        return self._ask(questions.traceback(self.id))
+
     def offset(self) -> int:
         """How many outputs are stored."""
         return self._ask(questions.offset(self.id))

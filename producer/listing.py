@@ -50,6 +50,8 @@ def read_listing(
     queue: str | None,
     limit: int,
     cursor: str | None,
+    worker: str | None = None,
+    kind: str | None = None,
 ) -> Listing:
     """Read one page; ``call`` runs an operation on a store. Raises :class:`InvalidRequest`."""
     limit = whole(limit, "limit", 1, MOST)
@@ -68,7 +70,11 @@ def read_listing(
                 return Listing(items, _cursor(section, name, position))
             number = min(_STEP, limit - len(items))
             identifiers, records = call(_page(stem, name, position, number))
-            items += [record for record in records if record is not None and _belongs(record, here & states)]
+            items += [
+                record
+                for record in records
+                if record is not None and _belongs(record, here & states) and _wanted(record, worker, kind)
+            ]
             position += len(identifiers)
             looked += len(identifiers)
             if len(identifiers) < number:
@@ -116,6 +122,10 @@ def _belongs(record: RequestRecord, states: frozenset[State]) -> bool:
     # Whether a request is held is decided by its execution: RQ's tools write the status of running ones, too.
     state = State.STARTED if record.execution else record.status
     return state in states
+
+
+def _wanted(record: RequestRecord, worker: str | None, kind: str | None) -> bool:
+    return (worker is None or record.worker == worker) and (kind is None or record.error_kind == kind)
 
 
 def _cursor(section: int, queue: str, position: int) -> str:

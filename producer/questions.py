@@ -112,6 +112,19 @@ def checkpoint(identifier: str) -> Question[Checkpoint | None]:
     return found
 
 
+def traceback(identifier: str) -> Question[str]:
+    yield from fetched(identifier)
+
+    def read(store: Store) -> str:
+        try:
+            return store.traceback(identifier)
+        except ValueError:
+            return ""  # nobody of ours wrote it
+
+    found: str = yield Call(read)
+    return found
+
+
 def offset(identifier: str) -> Question[int]:
     last = yield Call(lambda store: store.outputs(identifier, entry=-1, limit=1))
     return last[0][1] + len(last[0][2]) if last else 0

@@ -236,7 +236,8 @@ class Event:
 
     ``at`` is in seconds since 1970 on the server's clock; ``offset`` is how many outputs were stored then. ``kind`` is
     that of a failure, ``reason`` is for people; both may be empty. ``evidence`` is what a worker that crashed or hung left
-    behind: the stacks of its threads.
+    behind: the stacks of its threads. What ended an execution says when that ``began`` and which checkpoint it left: its
+    number, and when it was ``stored``; ``None`` where that is not known.
     """
 
     at: float
@@ -247,15 +248,20 @@ class Event:
     kind: str
     reason: str
     evidence: str = ""
+    began: float | None = None
+    seq: int | None = None
+    stored: float | None = None
 
     @classmethod
     def parse(cls, line: bytes) -> Event:
         """Read a tab-separated line as the scripts write it. Raises ``ValueError`` for any other."""
         at, event, worker, execution, offset, kind, rest = line.decode(errors="replace").split("\t", 6)
-        reason, _, evidence = rest.partition("\t")
+        reason, course, evidence = [*rest.split("\t", 2), "", ""][:3]
+        began, seq, stored = [*map(whole, course.split(":")), 0, 0, 0][:3]
         return cls(
             at=whole(at) / 1000, event=event, worker=worker, execution=execution, offset=whole(offset), kind=kind,
-            reason=reason, evidence=evidence,
+            reason=reason, evidence=evidence, began=began / 1000 if began else None, seq=seq or None,
+            stored=stored / 1000 if stored else None,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..protocol.errors import SettingsError
 from ..protocol.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,6 +70,17 @@ def say_if_degraded(client: Client) -> None:
     mode = client.mode()
     if mode.degraded:
         click.echo(str(mode), err=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that a flag asked for; ``-`` is stdout. Raises :class:`SettingsError` where that cannot be."""
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}") from None
 
 
 # --- printing ------------------------------------------------------------------------------------

@@ -10,35 +10,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..protocol.errors import PerdureError, SettingsError
 from ..protocol.settings import Settings
+from .console import write
 
 CHECK_EVERY = 0.1
 """Seconds between two drawings of the screen at most."""
 
 
-@click.command(epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json")
+@click.command(
+    epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json --svg run.svg"
+)
 @click.option("--model", help="smollm2 (default), tiny, or a path to a GGUF file or a model folder.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to FILE.")
+@click.option("--svg", "svg_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the run into FILE.")
 @click.option("--keep", is_flag=True, help="Keep the folder with the logs.")
-def demo(model: str | None, json_file: Path | None, keep: bool) -> None:
+def demo(model: str | None, json_file: Path | None, svg_file: Path | None, keep: bool) -> None:
     """Generate text on two workers, kill both in turn, and show that no answer changed.
 
     Starts a Redis of its own. Exits with 1 unless nothing was lost, doubled or different, and unless every
     interrupted request went on from its last checkpoint.
     """
     settings = Settings.from_environment(strict=True).replace(model=model)
-    raise SystemExit(run(settings, json_file, keep=keep))
+    raise SystemExit(run(settings, json_file, svg_file, keep=keep))
 
 
-def run(settings: Settings, json_file: Path | None, *, keep: bool = False) -> int:
+def run(settings: Settings, json_file: Path | None, svg_file: Path | None = None, *, keep: bool = False) -> int:
     """The demonstration, its tables and its exit status: 0 if everything promised was shown."""
     try:
         from .demonstration import Demonstration, prompts
+        from .drawing import draw
+        from .picture import picture
         from .screen import Screen
         from .verdict import judge
     except ImportError as error:
@@ -49,11 +54,14 @@ def run(settings: Settings, json_file: Path | None, *, keep: bool = False) -> in
     try:
         with Screen(CHECK_EVERY) as screen:
             demonstration = Demonstration(settings, folder, screen.say, screen.show)
-            verdict = judge(demonstration.run(prompts(settings.model)))
+            record = demonstration.run(prompts(settings.model))
+            verdict = judge(record)
             screen.stop()
             screen.report(verdict, time.monotonic() - began)
         if json_file is not None:
-            _write(json_file, verdict.as_dict())
+            write(json_file, json.dumps(verdict.as_dict(), indent=2) + "\n")
+        if svg_file is not None:
+            write(svg_file, draw(picture(record, verdict)))
         failed = bool(verdict.problems)
         return 1 if failed else 0
     except PerdureError as error:
@@ -64,10 +72,3 @@ def run(settings: Settings, json_file: Path | None, *, keep: bool = False) -> in
             print(f"The logs are in {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"cannot write {path}: {error.strerror}") from None

@@ -30,7 +30,7 @@ import psutil
 from ..producer import Client, Handle
 from ..protocol.connection import connect
 from ..protocol.errors import PerdureError
-from ..protocol.records import Event
+from ..protocol.records import Event, RequestRecord
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .pool import Pool
@@ -98,6 +98,11 @@ class Record:
     """Entries of RQ's result stream: one for a request that ended once."""
     workers: dict[int, str] = field(default_factory=dict)
     """Process id -> a short name for people."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Worker -> the same short name."""
+    ends: dict[str, RequestRecord] = field(default_factory=dict)
+    clock: float = 0.0
+    """Seconds since 1970 at monotonic second 0; the server is on this machine."""
     trace: list[dict[str, Any]] = field(default_factory=list)
     golden: list[dict[str, Any]] = field(default_factory=list)
 
@@ -188,6 +193,7 @@ class Demonstration:
         for worker in ready:
             if worker["pid"] not in self.record.workers:
                 self.record.workers[worker["pid"]] = chr(ord("A") + len(self.record.workers))
+            self.record.names[worker["worker"]] = self.record.workers[worker["pid"]]
         return ready
 
     def _serve(self, client: Client, store: Store, payloads: Sequence[dict[str, Any]]) -> None:
@@ -308,9 +314,12 @@ class Demonstration:
     def _collect(self, store: Store) -> None:
         from ..protocol.keys import key
 
+        self.record.clock = time.time() - time.monotonic()
         for answer in self.record.answers:
             name = answer.handle.id
             self.record.histories[name] = store.history(name)
+            if (end := store.fetch(name)) is not None:
+                self.record.ends[name] = end
             self.record.logs[name] = store.all_outputs(name)
             length: Any = store.connection.xlen(key("results", name))
             self.record.entries[name] = int(length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,8 +24,11 @@ from .console import (
     timeout_option,
     url_option,
     visible,
+    write,
 )  # fmt: skip
+from .drawing import draw
 from .submitting import follow
+from .timeline import Execution, chart_of, executions_of
 
 if TYPE_CHECKING:
     from ..producer import Handle
@@ -33,17 +37,35 @@ _COLORS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped"
 _WIDTH = 14
 
 
-@click.command(epilog="\b\nExamples:\n  perdure show ID\n  perdure show ID --json | jq .checkpoint.offset")
+@click.command(
+    epilog="\b\nExamples:\n  perdure show ID\n  perdure show ID --json | jq .checkpoint.offset\n  perdure show ID --svg id.svg"
+)
 @click.argument("identifier", metavar="ID")
+@click.option(
+    "--svg",
+    "svg_file",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Draw its executions into FILE (- is stdout), and print nothing else.",
+)
 @json_option
 @url_option
-def show(identifier: str, as_json: bool, url: str | None) -> None:
-    """Show one request: its state, its checkpoint, and what happened to it."""
+def show(identifier: str, svg_file: Path | None, as_json: bool, url: str | None) -> None:
+    """Show one request: its state, its checkpoint, and what happened to it.
+
+    Of each execution: its worker, when it began and ended, and the checkpoint that it left. The drawing has a lane for
+    each worker; a red cross is the loss of one. Of earlier checkpoints Redis keeps the newest of each execution only.
+    """
+    if svg_file is not None and as_json:
+        raise click.UsageError("give --svg or --json, not both")
     with open_client(url) as client:
         say_if_degraded(client)
         handle = client.get(identifier)
         facts = describe(handle)
         now = handle.details().now
+        if svg_file is not None:
+            write(svg_file, draw(chart_of(handle.record(), executions(handle, now), now=now)))
+            return
     if as_json:
         print_json(facts, indent=2)
     else:
@@ -80,8 +102,15 @@ def describe(handle: Handle) -> dict[str, Any]:
         "checkpoint": point
         and {"seq": point.seq, "offset": point.offset, "age": round(point.age, 3), "bytes": point.bytes},
         "error": error and {"kind": error.kind, "reason": error.reason},
+        "traceback": (handle.traceback() or None) if error else None,
+        "timeline": [item.as_dict() for item in executions(handle, given.now)],
         "history": [event.as_dict() for event in handle.history()],
     }
+
+
+def executions(handle: Handle, now: float) -> list[Execution]:
+    """Who has had a request, in order; ``now`` is the server's clock."""
+    return executions_of(handle.record(), handle.history(), offset=handle.offset(), point=handle.checkpoint(), now=now)
 
 
 def _print_facts(facts: dict[str, Any], now: float) -> None:
@@ -115,8 +144,15 @@ def _print_facts(facts: dict[str, Any], now: float) -> None:
         line("checkpoint", text)
     if facts["error"]:
         line("error", f"{facts['error']['kind']}: {one_line(facts['error']['reason'])}")
+    for number, turn in enumerate(facts["timeline"]):
+        line("" if number else "timeline", _turn(turn))
+    if facts["traceback"]:
+        lines = visible(facts["traceback"]).strip().splitlines()
+        line("traceback", lines[0])
+        for text in lines[1:]:
+            click.echo(f"{'':<{_WIDTH}}{text}")
     for number, event in enumerate(facts["history"]):
-        at = datetime.fromtimestamp(event["at"], UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        at = _clock(event["at"])
         place = f" at {event['offset']}" if event["offset"] else ""
         worker = f" on {one_line(event['worker'])}" if event["worker"] else ""
         reason = ": ".join(one_line(event[name]) for name in ("kind", "reason") if event[name])
@@ -133,6 +169,25 @@ def _print_stacks(events: Sequence[dict[str, Any]]) -> None:
     click.echo(f"\nstacks of {one_line(left[-1]['worker'])} at its end{more}:")
     for text in left[-1]["evidence"].splitlines():
         click.echo(f"  {visible(text)}")
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    """One execution on one line: when, where, for how long, and what it left."""
+    at = "an older release's" if turn["began"] is None else _clock(turn["began"])
+    parts = [f"{at}  {one_line(turn['worker'])}"]
+    if turn["ended"] is None:
+        parts.append("runs")
+    else:
+        lasted = "" if turn["began"] is None else f" after {turn['ended'] - turn['began']:.1f} s"
+        parts.append(f"{turn['kind'] or turn['outcome']}{lasted}")
+    parts.append(f"{turn['offset']} outputs")
+    if turn["seq"] is not None:
+        parts.append(f"checkpoint {turn['seq']}")
+    return ", ".join(parts)
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
 def _status_note(facts: dict[str, Any]) -> str:
@@ -152,21 +207,27 @@ def _date(at: float, now: float) -> str:
 
 @click.command(
     name="list",
-    epilog="\b\nExamples:\n  perdure list --status failed --queue gpu\n  perdure list --json --limit 200",
+    epilog="\b\nExamples:\n  perdure list --status failed --queue gpu\n  perdure list --status failed --kind GPU_OOM\n  perdure list --json --limit 200",
 )
 @click.option("--status", help="Only these: queued, started, scheduled, finished, failed, canceled, stopped.")
 @click.option("--queue", metavar="NAME", help="Only of this queue.")
+@click.option("--worker", metavar="NAME", help="Only what this worker has, or had last.")
+@click.option("--kind", metavar="KIND", help="Only failures of this kind, such as GPU_OOM.")
 @click.option("--limit", default=50, show_default=True, type=int, metavar="N", help="Requests on a page.")
 @click.option("--cursor", metavar="CURSOR", help="Of the page before.")
 @json_option
 @url_option
 def list_(
-    status: str | None, queue: str | None, limit: int, cursor: str | None, as_json: bool, url: str | None
-) -> None:
-    """List requests: running, waiting, then ended ones from the newest."""
+    status: str | None, queue: str | None, worker: str | None, kind: str | None, limit: int, cursor: str | None,
+    as_json: bool, url: str | None,
+) -> None:  # fmt: skip
+    """List requests: running, waiting, then ended ones from the newest.
+
+    A page is bounded work and reads no payload: it ends after 1000 requests that were looked at, however few fitted.
+    """
     with open_client(url) as client:
         say_if_degraded(client)
-        page = client.list(status=status, queue=queue, limit=limit, cursor=cursor)
+        page = client.list(status=status, queue=queue, worker=worker, kind=kind, limit=limit, cursor=cursor)
     items = [_item(record) for record in page.items]
     if as_json:
         print_json({"items": items, "cursor": page.cursor})

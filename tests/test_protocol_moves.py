@@ -1001,8 +1001,10 @@ def test_what_a_viewer_reads_is_text(pool: Pool, hand: Hand):
     pool.submit("a")
     hand.fail(hand.take("a"), FailureKind.INVALID_REQUEST, "two\nlines\tand a tab")
     (line,) = plain(pool.connection.lrange(key("history", "a"), 0, -1))
-    assert line.count("\t") == 6
+    assert line.count("\t") == 7
     assert "\n" not in line
     (event,) = pool.store.history("a")
+    assert event.began == pytest.approx(event.at, abs=60)
+    assert (event.seq, event.stored) == (None, None)
     assert (event.event, event.kind, event.reason) == ("failed", "INVALID_REQUEST", "two lines and a tab")
     assert event.at == pytest.approx(pool.now(), abs=60)
