@@ -31,7 +31,7 @@ class Reads:
         """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held.
 
         ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
-        not to be used; ``health``: where its health is served.
+        not to be used; ``health``: where its health is served; ``task`` and ``slots``: of what it claimed last.
         A spare has loaded its tasks, and claims only when it is told to (``spare``).
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
@@ -59,6 +59,8 @@ class Reads:
                     "age": whole(fields["timeout"]) / 1000 - (deadline / 1000 - now) if "timeout" in fields else None,
                     "unfit": fields.get("unfit", ""),
                     "health": fields.get("health", ""),
+                    "task": fields.get("task", ""),
+                    "slots": whole(fields.get("slots")) or None,
                     "held": sorted(item.decode(errors="replace") for item in held),
                 }
             )

@@ -53,7 +53,7 @@ TRANSITIONS: Final[dict[State, dict[State, tuple[str, ...]]]] = {
         State.FAILED: ("fail", "reap", "release", "progress", "renew"),
         State.CANCELED: ("cancel", "fail", "reap", "release"),
         State.STOPPED: ("cancel", "fail", "reap", "release"),
-        State.QUEUED: ("release", "fail", "reap"),
+        State.QUEUED: ("release", "fail", "reap", "readmit"),
         State.SCHEDULED: ("fail", "release", "reap"),
     },
     # RQ's own requeue pushes the id; the claim that pops it starts the counts anew.

@@ -364,6 +364,11 @@ class Store(Reads):
         values = {"version": count.version, "weighed_ms": count.now, **tally.to_redis()}
         return bool(self._call("declare", values, {}) == "ok")
 
+    def readmit(self, requests: Sequence[tuple[str, str]], *, reason: str) -> list[str]:
+        """Take back ``(id, execution of RQ or "")`` that nobody holds. Returns per request what ``readmit.lua`` says."""
+        rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
+        return list(self._call("readmit", {"reason": reason}, {"request": rows}))
+
     # --- the protocol itself ---------------------------------------------------------------------
 
     def check_protocol(self) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,10 +29,20 @@ COMMANDS = {
     "reaper": ("processes", "reaper", "Take requests from dead workers."),
     "submit": ("submitting", "submit", "Put a request on a queue."),
     "batch": ("batch.command", "batch", "Answer the lines of a file."),
-    "show": ("views", "show", "Show one request."),
+    "show": ("views", "show", "Show one request, or draw it."),
     "list": ("views", "list_", "List requests."),
+    "queues": ("inspect_queues", "queues", "List queues: what waits, how long, and how fast it ends."),
     "workers": ("workers", "workers", "List workers, and why a device has none."),
     "metrics": ("metrics", "metrics", "Serve metrics for Prometheus."),
+    "leases": ("inspect_leases", "leases", "List leases, the next to expire first."),
+    "checkpoints": ("inspect_checkpoints", "checkpoints", "List checkpoints, the oldest first."),
+    "dead-letters": ("inspect_dead_letters", "dead_letters", "Group failures by error, and requeue groups."),
+    "redis": ("inspect_redis", "redis_", "Show how hard Redis has it."),
+    "inspect-key": ("inspect_key", "inspect_key", "Decode one key."),
+    "top": ("top", "top", "Watch a pool."),
+    "doctor": ("doctor", "doctor", "Look for what is wrong, and say what to change."),
+    "config": ("config", "config", "Show the settings and where they come from."),
+    "completion": ("completion", "completion", "Print what completes commands in a shell."),
     "result": ("views", "result", "Wait for a request and print its result."),
     "cancel": ("moves", "cancel", "Cancel requests."),
     "requeue": ("moves", "requeue", "Send failed requests back to their queues."),
@@ -86,13 +97,25 @@ def perdure() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; errors a person can cause are one message on stderr."""
+    """Run the command that ``argv`` names and return its exit code."""
+    return run(perdure, argv, "perdure")
+
+
+def run_file(name: str) -> None:
+    """Run one command as its file, ``python scripts/inspect_….py``, was started, and exit."""
+    command = perdure.get_command(click.Context(perdure), name)
+    assert command is not None, name
+    sys.exit(run(command, None, Path(sys.argv[0]).name))
+
+
+def run(command: click.Command, argv: Sequence[str] | None, name: str) -> int:
+    """Run a command and return its exit code; errors a person can cause are one message on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     options: dict[str, Any] = {"color": False} if os.environ.get("NO_COLOR") else {}
     try:
-        code = perdure.main(args=argv, prog_name="perdure", standalone_mode=False, **options)
+        code = command.main(args=argv, prog_name=name, standalone_mode=False, **options)
         sys.stdout.flush()
     except click.exceptions.Exit as leave:
         return leave.exit_code

@@ -88,19 +88,19 @@ def _requeue(
         for identifier, record in zip(identifiers, store.fetch_many([*map(check_id, identifiers)]), strict=True):
             if record is None:
                 missing.append(UnknownRequest(identifier))
-            elif _requeue_one(connection, record.queue, identifier):
+            elif requeue_one(connection, record.queue, identifier):
                 done.append(identifier)
             else:
                 missing.append(click.UsageError(f"request {identifier} is {record.status}, not failed"))
     else:
         for name in store.queues() if queue is None else [check_queue(queue)]:
             done += [
-                identifier for identifier in _failed(connection, name) if _requeue_one(connection, name, identifier)
+                identifier for identifier in _failed(connection, name) if requeue_one(connection, name, identifier)
             ]
     return done, missing
 
 
-def _requeue_one(connection: redis.Redis, queue: str, identifier: str) -> bool:
+def requeue_one(connection: redis.Redis, queue: str, identifier: str) -> bool:
     """RQ's own requeue; False if the id is not in its failed registry, or its job is gone."""
     from rq.exceptions import InvalidJobOperation, NoSuchJobError
     from rq.registry import FailedJobRegistry

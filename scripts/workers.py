@@ -30,7 +30,7 @@ def workers(as_json: bool, url: str | None) -> None:
         store = Store(connection, settings)
         try:
             store.check_protocol()
-            items = [_item(worker) for worker in store.workers()]
+            items = [as_item(worker) for worker in store.workers()]
             unfit = store.unfit_devices()
         except (redis.ConnectionError, redis.TimeoutError) as error:
             raise explain(error, address) from None
@@ -39,8 +39,7 @@ def workers(as_json: bool, url: str | None) -> None:
         print_json({"items": items, "unfit_devices": unfit})
         return
     if items:
-        header = ("NAME", "HOST", "PID", "DEVICE", "READY", "QUEUES", "BEAT", "HELD")
-        print_table(header, [_row(item) for item in items])
+        print_table(HEADER, [row(item) for item in items])
     else:
         click.echo("No worker lives.", err=True)
     for item in items:
@@ -52,7 +51,10 @@ def workers(as_json: bool, url: str | None) -> None:
         click.secho(one_line(text), fg="red")
 
 
-def _item(worker: dict[str, Any]) -> dict[str, Any]:
+HEADER = ("NAME", "HOST", "PID", "DEVICE", "READY", "QUEUES", "BEAT", "HELD")
+
+
+def as_item(worker: dict[str, Any]) -> dict[str, Any]:
     """A worker as ``--json`` prints it. ``beat_age`` and ``dead_in`` are seconds, the latter below 0 if it is overdue."""
     age = worker["age"]
     return {
@@ -66,16 +68,18 @@ def _item(worker: dict[str, Any]) -> dict[str, Any]:
         "beat_age": None if age is None else round(age, 3),
         "dead_in": round(worker["dead_in"], 3),
         "held": len(worker["held"]),
+        "slots": worker["slots"],
+        "task": worker["task"] or None,
         "unfit": worker["unfit"] or None,
         "health": worker["health"] or None,
     }
 
 
-def _row(item: dict[str, Any]) -> list[object]:
+def row(item: dict[str, Any]) -> list[object]:
     beat = "-" if item["beat_age"] is None else f"{item['beat_age']:.1f} s"
     state = "leaving" if item["unfit"] else "yes" if item["ready"] else "no"
     overdue = " late" if item["dead_in"] < 0 else ""
     return [
         item["name"], item["host"], item["pid"], item["device"], state, ",".join(item["queues"]), beat + overdue,
-        item["held"],
+        item["held"] if item["slots"] is None else f"{item['held']} of {item['slots']}",
     ]  # fmt: skip

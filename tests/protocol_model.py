@@ -474,10 +474,10 @@ class World:
 
     def requeue(self, identifier: str) -> bool:
         """As ``perdure requeue`` does: RQ's own code."""
-        from perdure.scripts.moves import _requeue_one
+        from perdure.scripts.moves import requeue_one
 
         item = self.requests[identifier]
-        done = _requeue_one(self.store.connection, item.new.queue, identifier)
+        done = requeue_one(self.store.connection, item.new.queue, identifier)
         dead = not item.gone and item.ended and item.verdict == "failed"
         assert done == dead, "only a dead letter is requeued"
         if done:

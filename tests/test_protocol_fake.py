@@ -147,6 +147,18 @@ def test_what_a_worker_measures_is_added_once(pool: Pool, hand: Hand):
     assert pool.connection.hget(key("counters"), "outputs:gpu") == b"3"
 
 
+def test_a_request_is_taken_from_a_stock_worker(pool: Pool, hand: Hand):
+    """Readmit: popped by a worker of RQ's own and lost with it, a request waits again, once."""
+    pool.submit("a")
+    pool.connection.lpop(key("queue", "gpu"))
+    pool.connection.hset(key("job", "a"), "status", "started")
+    assert pool.store.readmit([("a", "")], reason="lost") == ["queued"]
+    assert pool.store.readmit([("a", "")], reason="lost") == ["already"]
+    assert pool.events("a") == ["readmitted"]
+    assert hand.take("a").id == "a"
+    assert pool.store.readmit([("a", ""), ("b", "")], reason="lost") == ["held", "gone"]
+
+
 def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
     """A new script needs a plain path here too."""
     ran: set[str] = set()
@@ -166,6 +178,9 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_plain_job_is_settled,
         test_a_plain_job_becomes_a_request,
         test_what_a_worker_measures_is_added_once,
+
+
+        test_a_request_is_taken_from_a_stock_worker,
     ):
         pool.connection.flushall()
         hand.held.clear()

@@ -424,11 +424,15 @@ if number > 0 then
   for queue, many in pairs(taken) do count('claimed', queue, many) end
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
-  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker)
+  -- For people: what it runs, and how much of it at once. A plain job is alone.
+  local path = task ~= '\0plain' and task or ''
+  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'task', path, 'slots', path == '' and '1' or slots_of[path] and int(slots_of[path]) or '')
   -- Until the first heartbeat, which knows the names that the worker was started with.
   redis.call('HSETNX', KEY.incarnation .. incarnation, 'queues', queues_text)
   if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung', 'hung_at') end -- whoever hung here before has gone
   redis.call('EXPIRE', KEY.incarnation .. incarnation, DAY)
   show_state(worker, incarnation)
+elseif not empty and slots_of[task] then
+  redis.call('HSET', KEY.incarnation .. incarnation, 'slots', int(slots_of[task])) -- known only once it was loaded
 end
 return answer(status)

@@ -1,0 +1,50 @@
+-- Take back requests that a worker of RQ's own was killed with: they are held by nobody, and no queue has them.
+--
+-- ARGV reason  one line for people
+-- EACH request: id         request id
+-- EACH request: execution  RQ's execution in its started registry; '' for one that stands nowhere, or in RQ's
+--                          intermediate list
+--
+-- Returns  per request 'queued', 'held' (a worker of ours has it, or a set of ours: nothing was done), 'ended' (only RQ's
+--          traces were removed), 'already' (it waits in its queue), or 'gone' (no request of ours has this id)
+--
+-- RQ's worker takes an id out of the queue first and writes down what it does afterwards; killed in between, or in the
+-- second that it takes to hand a request back, it leaves it there. Should that worker live all the same, it pushes the id
+-- once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front already.
+local reason = arg()
+local answers = {}
+for _ = 1, tonumber(arg()) do
+  local id, execution = arg(), arg()
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'task', 'origin', 'execution', 'last', 'status')
+  local queue, answer = job[2] or '', 'queued'
+  if not job[1] then
+    answer = 'gone'
+  elseif (job[3] or '') ~= '' or redis.call('ZSCORE', KEY.leases .. queue, id) or redis.call('ZSCORE', KEY.retries .. queue, id)
+    or redis.call('ZSCORE', KEY.suspects .. queue, id) then
+    answer = 'held'
+  end
+  if answer == 'queued' then
+    redis.call('LREM', KEY.queue .. queue .. ':intermediate', 1, id) -- short: what RQ's workers are just taking
+    if execution ~= '' then
+      local composite = id .. ':' .. execution
+      redis.call('ZREM', KEY.wip .. queue, composite)
+      redis.call('DEL', KEY.execution .. composite)
+      redis.call('ZREM', KEY.executions .. id, execution)
+    end
+    local verdict = string.match(job[4] or '', ':(%a+)$')
+    if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
+      if redis.call('ZSCORE', KEY[verdict == 'stopped' and 'canceled' or verdict] .. queue, id) then answer = 'ended' end
+    elseif job[5] == 'canceled' or job[5] == 'stopped' then
+      answer = 'ended'
+    end
+    if answer == 'queued' and redis.call('LPOS', KEY.queue .. queue, id, 'MAXLEN', 1000) then answer = 'already' end
+    if answer == 'queued' then
+      history(id, 'readmitted', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason)
+      to_front(queue, id)
+      count('readmitted', queue)
+    end
+  end
+  answers[#answers + 1] = answer
+end
+return answers

@@ -1,0 +1,8 @@
+"""``perdure show`` as a file: ``python scripts/inspect_request.py --help``."""
+
+from __future__ import annotations
+
+from perdure.scripts.main import run_file
+
+if __name__ == "__main__":
+    run_file("show")

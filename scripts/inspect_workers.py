@@ -1,0 +1,8 @@
+"""``perdure workers`` as a file: ``python scripts/inspect_workers.py --help``."""
+
+from __future__ import annotations
+
+from perdure.scripts.main import run_file
+
+if __name__ == "__main__":
+    run_file("workers")
