@@ -8,6 +8,7 @@ waiting tasks cost one subscribed connection, and their looks at the records sha
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import random
 import time
@@ -115,7 +116,8 @@ class AsyncSession:
 
     async def run(self, function: Callable[[], Answer]) -> Answer:
         """Run what may take its time, such as a method of the blocking client, in a thread."""
-        return await self._enter().run_in_executor(self._calls, function)
+        # In the task's context, for its trace.
+        return await self._enter().run_in_executor(self._calls, contextvars.copy_context().run, function)
 
     async def call(self, operation: Callable[[Store], Answer], *, deadline: float | None = None) -> Answer:
         """:meth:`Session.call` for a task."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import redis
 
+from ..protocol import tracing
 from ..protocol.keys import check_id
 from ..protocol.mode import Mode
 from ..protocol.settings import Settings
@@ -172,7 +173,8 @@ class Client:
     ) -> Submission[Handle]:
         retry = flag(retry_when_degraded, "retry_when_degraded")
         request = build(task, payload, self.settings, **options)
-        yield from submit_one(self._session, request, options.get("idempotency_key"), retry=retry)
+        with tracing.sending([request]) as (traced,):
+            yield from submit_one(self._session, traced, options.get("idempotency_key"), retry=retry)
         return Handle(request.id, self._session)
 
     def _submissions(
@@ -180,7 +182,8 @@ class Client:
     ) -> Submission[Handles]:
         retry = flag(retry_when_degraded, "retry_when_degraded")
         requests = build_many(items, self.settings, common)
-        yield from submit_all(self._session, requests, retry=retry)
+        with tracing.sending(requests) as traced:
+            yield from submit_all(self._session, traced, retry=retry)
         return [Handle(request.id, self._session) for request in requests]
 
     def get(self, id: str) -> Handle:

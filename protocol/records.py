@@ -50,6 +50,7 @@ class NewRequest:
     ``durable`` waits until it is on disk; ``meta`` is RQ's field of that name, pickled.
     ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none. ``step_timeout`` is the longest
     step of this request, 0 leaves it to task and worker; ``degraded_payload``, packed, is what a degraded pool runs instead.
+    ``trace``: see :mod:`~perdure.protocol.tracing`.
     """
 
     id: str
@@ -70,6 +71,7 @@ class NewRequest:
     queue_timeout: float = 0.0
     step_timeout: float = 0.0
     degraded_payload: bytes = b""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,26 +79,27 @@ class Interruption:
     """How the execution before this one ended: ``kind`` is that of a failure, or ``RELEASED``.
 
     Dates are seconds since 1970 on the server's clock: when it ``began``, when something of it was last stored
-    (``moved``), and when it was known to be over (``ended``).
+    (``moved``), and when it was known to be over (``ended``). ``taken``: a reaper or guardian ended it, not its worker.
     """
 
     kind: str
     moved: float
     ended: float
     began: float
+    taken: bool
     execution: str
     worker: str
 
     @classmethod
     def parse(cls, text: str) -> Interruption | None:
         """Read the job hash's field; ``None`` for an empty one, and for what no script of ours has written."""
-        parts = text.split(" ", 5)
-        if len(parts) < 6:
+        parts = text.split(" ", 6)
+        if len(parts) < 7:
             return None
-        kind, moved, ended, began, execution, worker = parts
+        kind, moved, ended, began, taken, execution, worker = parts
         return cls(
             kind=kind, moved=whole(moved) / 1000, ended=whole(ended) / 1000, began=whole(began) / 1000,
-            execution=execution, worker=worker,
+            taken=taken == "1", execution=execution, worker=worker,
         )  # fmt: skip
 
 

@@ -397,7 +397,7 @@ class Store(Reads):
 
 _KIND = attrgetter(
     "queue", "task", "description", "max_retries", "result_ttl", "failure_ttl", "meta", "durable", "deadline", "deadline_at",
-    "queue_timeout", "delay", "step_timeout",
+    "queue_timeout", "delay", "step_timeout", "trace",
 )  # fmt: skip
 """What most requests of one call have in common."""
 
@@ -427,12 +427,14 @@ def _enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]
         wait,
         delay,
         step,
+        trace,
     ) in numbers:
         kinds.append({
             "queue": queue, "task": task, "data": envelope(STOCK_FUNCTION, task), "description": description,
             "max_retries": retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl, "meta": meta,
             "durable": int(durable), "deadline_ms": math.ceil(soon * 1000), "deadline_at": math.ceil(at * 1000),
             "queue_ms": math.ceil(wait * 1000), "delay_ms": math.ceil(delay * 1000), "step_ms": math.ceil(step * 1000),
+            "trace": trace,
         })  # fmt: skip
     return {"kind": kinds, "request": rows}
 

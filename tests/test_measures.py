@@ -102,6 +102,7 @@ def test_whoever_goes_on_is_told_of_the_execution_before(pool: Pool):
     last = first.take("a") if first.beat() == "ok" else Hand(pool).take("a")
     assert last.interruption is not None
     assert (last.interruption.kind, last.interruption.worker) == ("RELEASED", "w 2")
+    assert (again.interruption.taken, last.interruption.taken) == (True, False)
     found = counters(pool.connection)
     expected = {"resumed:gpu:WORKER_LOST": 1, "resumed:gpu:RELEASED": 1, "kept:gpu": 4, "again:gpu:WORKER_LOST": 1,
                 "lost:gpu:WORKER_LOST": 1, "left:WORKER_LOST": 1}  # fmt: skip
@@ -133,8 +134,8 @@ def test_a_dead_letter_is_counted_by_its_kind_and_forgets_how_it_was_interrupted
 
 def test_a_field_that_nobody_of_ours_has_written_is_none():
     assert Interruption.parse("anything") is None
-    assert Interruption.parse("HANG 2000 3000 1000 e a worker's name") == Interruption(
-        kind="HANG", moved=2.0, ended=3.0, began=1.0, execution="e", worker="a worker's name"
+    assert Interruption.parse("HANG 2000 3000 1000 1 e a worker's name") == Interruption(
+        kind="HANG", moved=2.0, ended=3.0, began=1.0, taken=True, execution="e", worker="a worker's name"
     )
 
 

@@ -81,7 +81,7 @@ class Courier:
         self._uploads = Uploads(self.store, self._hear_of_progress)
         self.claimer.between = self._between
         self.store.calling = self._tick
-        self.claimer.ledger = self.ledger = Ledger(self.holdings.settings.heartbeat)
+        self.claimer.ledger = self.ledger = Ledger(self.holdings.settings.heartbeat, self.worker)
 
     def start(self) -> None:
         """Start the thread."""
@@ -308,6 +308,7 @@ class Courier:
             self.holdings.let_go(name)
         elif answer == "deadline":
             self.log.warning("request %s: its deadline has passed; it was ended", name, extra=about(*holding.key))
+            self.ledger.left(holding, "failed", "DEADLINE")
             self.holdings.let_go(name)
         elif answer.startswith("gap"):
             # Redis has lost its last second: what it has is the truth, and a new claim goes on from there.
@@ -347,6 +348,8 @@ class Courier:
                 holdings.wanting = True
                 who = about(row.id, row.execution)
                 if isinstance(row, Failure):
+                    if answer != "lost":
+                        self.ledger.left(holding, "failed", row.kind)
                     self.log.warning(
                         "%s: %s (%s): %s; %s", row.kind, holding.claim.task, row.id, row.reason, answer, extra=who
                     )
@@ -381,6 +384,8 @@ class Courier:
             with self.holdings.lock:
                 for name, execution in part:
                     self.log.info("canceled (%s)", name, extra=about(name, execution))
+                    if holding := self.holdings.current(name, execution):
+                        self.ledger.left(holding, "canceled")
                     self.holdings.let_go(name)
 
     def _release(self) -> None:
@@ -400,6 +405,8 @@ class Courier:
                     delay=entry.delay,
                     fingerprints=[entry.fingerprint],
                 )
+                if answers[0] != "lost":
+                    self.ledger.left(entry.holding, "released")
                 self.log.warning(
                     "handed back (%s): %s; %s", name, entry.reason, answers[0], extra=about(*entry.holding.key)
                 )
@@ -478,7 +485,8 @@ class Courier:
             self.store.release(self.incarnation, self.worker, part, reason=reason)
             with holdings.lock:
                 for name, _ in part:
-                    holdings.held.pop(name, None)
+                    if holding := holdings.held.pop(name, None):
+                        self.ledger.left(holding, "released")
         if rest:
             self.log.info("Worker %s: %d request(s) handed back", self.worker, len(rest))
 

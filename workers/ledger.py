@@ -1,4 +1,4 @@
-"""The ledger: what a worker tells of its executions, in figures for the whole pool.
+"""The ledger: what a worker tells of its executions, in figures for the whole pool and in spans of a trace.
 
 The courier enters what has happened; once per heartbeat the figures go to Redis. Nothing here decides anything, and
 nothing of it is missed if the worker is killed but the figures of its last heartbeat.
@@ -14,14 +14,16 @@ from ..protocol.measures import Meter
 from ..protocol.packed_state import PackedState
 from ..protocol.records import Claim, Finish, Progress
 from ..protocol.store import Store
+from ..protocol.tracing import lost, processed
 from .holding import Holding
 
 
 @dataclass(slots=True)
 class Ledger:
-    """For the courier's thread. ``interval``: seconds between two calls."""
+    """For the courier's thread. ``interval``: seconds between two calls; ``worker``: its name."""
 
     interval: float
+    worker: str = ""
     meter: Meter = field(default_factory=Meter)
     _sent: float = field(default_factory=time.monotonic)
 
@@ -56,6 +58,21 @@ class Ledger:
         if outputs > 1 and holding.last_output > holding.first_output:
             each = (holding.last_output - holding.first_output) / (outputs - 1)
             self.meter.observe("time_per_output_token", each, claim.queue)
+        self._trace(holding, "finished", outputs=outputs)
+
+    def left(self, holding: Holding, outcome: str, kind: str = "") -> None:
+        """An execution has ended without a result: ``outcome`` is failed, canceled or released.
+
+        Of one that was lost nothing is told here: whoever has it now tells it (:meth:`_put_out`).
+        """
+        self._trace(holding, outcome, kind, outputs=holding.offset - holding.claim.offset)
+
+    def _trace(self, holding: Holding, outcome: str, kind: str = "", *, outputs: int) -> None:
+        claim = holding.claim
+        processed(
+            claim, seconds=time.monotonic() - holding.began, outcome=outcome, kind=kind, outputs=outputs,
+            checkpoints=holding.seq - claim.seq, worker=self.worker,
+        )  # fmt: skip
 
     def _put_out(self, holding: Holding, row: Progress | Finish) -> None:
         """Something of this execution is in Redis, where its client can see it."""
@@ -67,6 +84,7 @@ class Ledger:
         if claim.interruption is not None and not holding.moving:
             pause = claim.paused + time.monotonic() - holding.began
             self.meter.observe("recovery", pause, claim.queue, claim.interruption.kind)
+            lost(claim)
         holding.moving = True
 
     def flush(self, store: Store, incarnation: str, *, last: bool = False) -> None:

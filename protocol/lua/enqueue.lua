@@ -17,6 +17,7 @@
 -- EACH kind: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
 -- EACH kind: delay_ms     ms until it may enter its queue; 0 for at once
 -- EACH kind: step_ms      ms that one of its steps may take; 0 leaves it to task and worker
+-- EACH kind: trace        the producer's context of OpenTelemetry; '' for none
 -- EACH request: id           request id, [A-Za-z0-9_-]
 -- EACH request: nonce        one per submit; the same again when a call is sent again
 -- EACH request: kind         which of the kinds it is, from 1: most requests of one call have all of that in common
@@ -50,6 +51,7 @@ local kinds, date, factor = {}, utc(), short and 2 or 1
 for number = 1, tonumber(arg()) do
   local queue, task, data, description, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg(), arg(), arg(), arg()
   local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms, step_ms = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+  local trace = arg()
   local kind = { queue = queue, durable = durable, delay = tonumber(delay_ms), queue_ms = factor * tonumber(queue_ms),
     deadline_ms = tonumber(deadline_ms), deadline = tonumber(deadline_at) }
   if kind.deadline_ms > 0 then kind.deadline = now_ms + factor * kind.deadline_ms end
@@ -64,6 +66,7 @@ for number = 1, tonumber(arg()) do
   end
   if meta ~= '' then field('meta', meta) end
   if step_ms ~= '0' then field('step_ms', step_ms) end
+  if trace ~= '' then field('trace', trace) end
   if short then field('stretched', '1') end
   if kind.deadline > 0 then field('deadline', int(kind.deadline)) end
   kinds[number] = kind

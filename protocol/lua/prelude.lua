@@ -109,11 +109,11 @@ local function count(event, queue, by)
 end
 
 -- What became of an execution that ended without an end of its request, for whoever goes on: see records.Interruption.
--- It was last seen to move at its last checkpoint, or at its claim.
-local function interrupt(id, execution, worker, kind, claimed_ms)
+-- It was last seen to move at its last checkpoint, or at its claim. taken: '1' if its worker has not ended it itself.
+local function interrupt(id, execution, worker, kind, claimed_ms, taken)
   local moved = math.max(claimed_ms, number_of(redis.call('HGET', KEY.checkpoint .. id, 'at')))
   redis.call('HSET', KEY.job .. id, 'interrupted',
-    table.concat({ kind, int(moved), int(now_ms), int(claimed_ms), execution, worker }, ' '))
+    table.concat({ kind, int(moved), int(now_ms), int(claimed_ms), taken or '0', execution, worker }, ' '))
 end
 
 -- What ends an execution is told with what is known of it: `claimed:seq:at`, the ms of its claim, and number and ms of
@@ -623,7 +623,7 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
   redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
-  interrupt(id, execution, worker, policy.kind, claimed_ms)
+  interrupt(id, execution, worker, policy.kind, claimed_ms, policy.taken)
   count('again:' .. queue, policy.kind)
   if BLAMED[policy.kind] then blame(id, worker, incarnation) end
   if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end

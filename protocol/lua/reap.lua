@@ -79,7 +79,7 @@ local function reap_one(id, execution, holder, worker, why, text, blob, policy)
   local outcome
   count('lost:' .. job[2], why)
   if job[3] then
-    policy.kind, policy.reason, policy.exception, policy.retry = why, text, blob, '1'
+    policy.kind, policy.reason, policy.exception, policy.retry, policy.taken = why, text, blob, '1', '1'
     policy.base, policy.cap, policy.max_crashes = tonumber(base), tonumber(cap), tonumber(max_crashes)
     policy.max_crashes_total, policy.max_executions = tonumber(max_crashes_total), tonumber(max_executions)
     outcome = decide(job[2], id, execution, holder, policy)
