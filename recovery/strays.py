@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from typing import Any, Final
 
 from ..protocol.keys import key
@@ -40,9 +41,14 @@ def find(store: Store, queues: Sequence[str], *, stuck: float = STUCK, most: int
     ``stuck``: seconds since RQ's worker began with it.
     """
     for queue in queues:
-        yield from _started(store, queue, stuck, most)
-        yield from _intermediate(store, queue, most)
-        yield from _failed(store, queue, most)
+        seen: set[str] = set()
+        for stray in chain(
+            _started(store, queue, stuck, most), _intermediate(store, queue, most), _failed(store, queue, most)
+        ):
+            # For a moment RQ has a job in its started registry and in the intermediate list.
+            if stray.id not in seen:
+                seen.add(stray.id)
+                yield stray
 
 
 def _pages(store: Store, name: str, most: int, *, newest: bool = False, a_list: bool = False) -> Iterator[list[str]]:
@@ -88,6 +94,21 @@ def _failed(store: Store, queue: str, most: int) -> Iterator[Stray]:
         for identifier, (task, ours, status, last, worker) in zip(page, rows, strict=True):
             if task and not ours and status == "failed" and not last.endswith(":failed"):
                 yield Stray(id=identifier, queue=queue, where="failed", worker=worker)
+
+
+def take_back(store: Store, strays: Sequence[Stray]) -> list[str]:
+    """Have them wait in their queues again; returns the ids of those that do. Those that RQ failed are its to requeue."""
+    taken = []
+    for begin in range(0, len(strays), 100):
+        some = strays[begin : begin + 100]
+        answers = store.readmit([(stray.id, stray.execution) for stray in some], reason=REASON)
+        for stray, answer in zip(some, answers, strict=True):
+            # Afterwards: were it the other way round, a death in between would lose it. RQ would fail it a minute later.
+            if answer != "gone":
+                store.connection.lrem(f"{key('queue', stray.queue)}:intermediate", 1, stray.id)
+            if answer in ("queued", "already"):
+                taken.append(stray.id)
+    return taken
 
 
 def find_everywhere(store: Store, queues: Sequence[str]) -> Iterator[Stray]:

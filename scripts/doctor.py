@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from ..protocol.store import Store
-from ..recovery.strays import REASON, STUCK, Stray, find, find_everywhere
+from ..recovery.strays import STUCK, Stray, find, find_everywhere, take_back
 from .console import json_option, one_line, print_json, read_settings, url_option
 from .findings import Finding, Level, examine_host, examine_pool, examine_server, strays_found
 from .main import OK, UNHEALTHY
@@ -66,12 +66,7 @@ def _fix(store: Store, strays: list[Stray]) -> list[str]:
     fixed = [
         stray.id for stray in strays if stray.where == "failed" and requeue_one(store.connection, stray.queue, stray.id)
     ]
-    others = [stray for stray in strays if stray.where != "failed"]
-    for begin in range(0, len(others), 100):
-        some = others[begin : begin + 100]
-        answers = store.readmit([(stray.id, stray.execution) for stray in some], reason=REASON)
-        fixed += [stray.id for stray, answer in zip(some, answers, strict=True) if answer in ("queued", "already")]
-    return fixed
+    return fixed + take_back(store, [stray for stray in strays if stray.where != "failed"])
 
 
 def _print(item: Finding) -> None:

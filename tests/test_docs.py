@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -239,6 +242,35 @@ def differing(each: AnyTask, payload: Any, *, steps: bool = False) -> list[int]:
             if not same or (steps and stored is first and rest.steps + first.steps > whole.steps):
                 found.append(cut)
     return found
+
+
+# --- the page for operators ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_command_for_operators_runs(lab: Lab, tmp_path: Path) -> None:
+    """On a pool with running, waiting and failed requests, each with the columns that the page shows."""
+    lab.worker()
+    lab.reaper()
+    failed = lab.submit("boom", {}, max_retries=0)
+    lab.ended(failed)
+    runs = lab.submit("count", {"n": 100_000, "sleep": 0.02})
+    lab.moved(runs)
+    lab.submit("count", {"n": 1})
+    listed = [block for block in blocks(ROOT / "docs" / "operations.md") if block.language != "text"]
+    assert {(block.language, block.kind) for block in listed} == {("console", "run")}
+    for block in listed:
+        for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$).+\n)*)", block.text, re.MULTILINE):
+            done = subprocess.run(
+                shlex.split(command.replace("REQUEST", runs)), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                env={**os.environ, "PERDURE_REDIS_URL": lab.url}, check=False,
+            )  # fmt: skip
+            # This machine may have something to change; that nothing is broken is seen by what is printed.
+            assert done.returncode in ((0, 4) if block.name == "doctor" else (0,)), f"{command}: {done.stderr}"
+            assert done.stdout or "--svg" in command, command
+            lines = [line.split() for line in done.stdout.splitlines()]
+            assert all(line.split() in lines for line in shown.splitlines()), f"{command}: {done.stdout}"
+    assert (tmp_path / "request.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
 # --- the reference -----------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from perdure.protocol.inspection import QueueFacts, pressure
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.recovery.strays import find, find_everywhere
+from perdure.recovery.strays import Stray, find, find_everywhere, take_back
 from perdure.scripts.findings import Level, judge_host, judge_pool, judge_server
 from perdure.scripts.top import Looks, headline
 
 from .test_commands import Run, call, quick
 from .test_protocol_kit import Hand, Pool
-from .worker_kit import Lab, eventually
+from .worker_kit import Lab, eventually, send
 
 __all__ = ["quick"]
 
@@ -46,17 +46,16 @@ def test_a_request_lost_with_a_stock_worker_is_found_and_requeued(lab: Lab) -> N
     one = lab.submit("count", {"n": 3})
     stock = lab.worker(ours=False)
     eventually(lambda: lab.connection.zcard(key("wip", "gpu")) and stock.children())
+    # The worker before its horse: it must not see the horse die. A horse that has ended meanwhile left the next one.
+    send(stock.pid, signal.SIGSTOP)
     for pid in [*stock.children(), stock.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        send(pid, signal.SIGKILL)
     stock.process.wait()
     assert lab.waiting() == []
     code, told = doctor(lab, "--stuck", "0")
     assert code == 4
     (stray,) = told["strays"]
-    assert (stray["id"], stray["where"], stray["worker"]) == (one, "started", stock.name)
+    assert (stray["id"], stray["where"]) in ((one, "started"), (one, "intermediate"))
     assert any("RQ's own worker was killed" in what for what in bad(told))
     assert any(f"worker {stock.name} on gpu is RQ's own" in what for what in bad(told))
     assert doctor(lab)[1]["strays"] == [], "a worker may still give it back"
@@ -66,6 +65,7 @@ def test_a_request_lost_with_a_stock_worker_is_found_and_requeued(lab: Lab) -> N
     lab.worker()
     lab.check(one, 3)
     assert ("readmitted", "") in lab.events(one)
+    assert lab.connection.llen(f"{key('queue', 'gpu')}:intermediate") == 0
     assert doctor(lab, "--stuck", "0")[1]["strays"] == []
 
 
@@ -104,10 +104,11 @@ def test_what_stands_nowhere_is_found_among_all_jobs(connection: redis.Redis) ->
     connection.rpush(f"{key('queue', 'gpu')}:intermediate", "between")
     assert [(stray.id, stray.where) for stray in find(store, ["gpu"], stuck=0)] == [("between", "intermediate")]
     assert [(stray.id, stray.where) for stray in find_everywhere(store, ["gpu"])] == [("lost", "nowhere")]
-    assert store.readmit([("lost", ""), ("between", ""), ("runs", ""), ("failed", "")], reason="x") == [
-        "queued", "queued", "held", "ended",
+    strays = [*find(store, ["gpu"], stuck=0), *find_everywhere(store, ["gpu"])]
+    assert take_back(store, [*strays, *(Stray(id=name, queue="gpu", where="nowhere") for name in ("runs", "failed"))]) == [
+        "between", "lost",
     ]  # fmt: skip
-    assert pool.waiting() == ["between", "lost", "waits"]
+    assert pool.waiting() == ["lost", "between", "waits"]
     assert connection.llen(f"{key('queue', 'gpu')}:intermediate") == 0
 
 

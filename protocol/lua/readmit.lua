@@ -11,6 +11,7 @@
 -- RQ's worker takes an id out of the queue first and writes down what it does afterwards; killed in between, or in the
 -- second that it takes to hand a request back, it leaves it there. Should that worker live all the same, it pushes the id
 -- once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front already.
+-- The caller takes it out of the intermediate list afterwards: no script removes from a list.
 local reason = arg()
 local answers = {}
 for _ = 1, tonumber(arg()) do
@@ -25,7 +26,6 @@ for _ = 1, tonumber(arg()) do
     answer = 'held'
   end
   if answer == 'queued' then
-    redis.call('LREM', KEY.queue .. queue .. ':intermediate', 1, id) -- short: what RQ's workers are just taking
     if execution ~= '' then
       local composite = id .. ':' .. execution
       redis.call('ZREM', KEY.wip .. queue, composite)
