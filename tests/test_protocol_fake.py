@@ -178,8 +178,6 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
         test_a_plain_job_is_settled,
         test_a_plain_job_becomes_a_request,
         test_what_a_worker_measures_is_added_once,
-
-
         test_a_request_is_taken_from_a_stock_worker,
     ):
         pool.connection.flushall()
