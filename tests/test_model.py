@@ -28,6 +28,7 @@ NOT_MODELLED = {
     "weigh": "counts workers; moves no request",
     "measure": "adds to the counters; moves no request",
     "declare": "says that the pool is degraded; moves no request",
+    "readmit": "takes back what a stock worker of RQ's was killed with; the model has only ours",
 }
 """Scripts that the model leaves out, with the reason."""
 
@@ -41,6 +42,7 @@ SHARED = {
 request; the one answer of ``heartbeat`` that matters to a request, which ``claim`` gives too."""
 
 NOT_MOVED = {
+    ("started", "queued", "readmit"),
     # "stopped" is told apart from "canceled" by its word alone.
     ("started", "stopped", name)
     for name in ("cancel", "fail", "reap", "release")
