@@ -42,13 +42,13 @@ SHARED = {
 request; the one answer of ``heartbeat`` that matters to a request, which ``claim`` gives too."""
 
 NOT_MOVED = {
-    ("started", "queued", "readmit"),
     # "stopped" is told apart from "canceled" by its word alone.
     ("started", "stopped", name)
     for name in ("cancel", "fail", "reap", "release")
 } | {
     # A claim promotes first; then it moves what is queued.
     ("scheduled", "failed", "claim"),
+    ("started", "queued", "readmit"),
 }
 
 UNREACHED = {
