@@ -24,7 +24,7 @@ COPY producer producer
 COPY workers workers
 COPY recovery recovery
 COPY scripts scripts
-RUN pip install -c constraints.txt ".[torch,nvml,zstd]"
+RUN pip install -c constraints.txt ".[torch,nvml,zstd,metrics]"
 
 
 FROM python:3.11-slim

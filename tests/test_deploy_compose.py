@@ -58,7 +58,9 @@ def test_what_is_named_is_there():
     """Volumes, services that others wait for, files that are mounted, and what the image is made from."""
     whole = compose()
     for name, service in whole["services"].items():
-        for other, how in service.get("depends_on", {}).items():
+        waits = service.get("depends_on", {})
+        assert set(waits) <= set(whole["services"]), name
+        for other, how in waits.items() if isinstance(waits, dict) else ():
             assert how["condition"] != "service_healthy" or "healthcheck" in whole["services"][other], name
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
