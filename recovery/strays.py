@@ -43,7 +43,7 @@ def find(store: Store, queues: Sequence[str], *, stuck: float = STUCK, most: int
     for queue in queues:
         seen: set[str] = set()
         for stray in chain(
-            _started(store, queue, stuck, most), _intermediate(store, queue, most), _failed(store, queue, most)
+            _started(store, queue, stuck, most), _intermediate(store, queue, stuck, most), _failed(store, queue, most)
         ):
             # For a moment RQ has a job in its started registry and in the intermediate list.
             if stray.id not in seen:
@@ -80,10 +80,12 @@ def _started(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stra
                 yield Stray(id=identifier, queue=queue, where="started", execution=execution, worker=worker)
 
 
-def _intermediate(store: Store, queue: str, most: int) -> Iterator[Stray]:
+def _intermediate(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stray]:
     for page in _pages(store, f"{key('queue', queue)}:intermediate", most, a_list=True):
-        for identifier, (task, ours, status, _) in zip(page, _jobs(store, page), strict=True):
-            if task and not ours and status in ("queued", "started"):
+        now, rows = _now(store), _jobs(store, page, "started_at")
+        for identifier, (task, ours, status, _, started) in zip(page, rows, strict=True):
+            waits = status == "queued" or (status == "started" and now - (_seconds(started) or 0.0) > stuck)
+            if task and not ours and waits:
                 yield Stray(id=identifier, queue=queue, where="intermediate")
 
 
