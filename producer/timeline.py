@@ -28,7 +28,8 @@ def complete(record: RequestRecord, history: Sequence[Event]) -> list[Event]:
         events.append(_event(record.started_at, "started", record.worker, record.execution))
     if record.status is State.FINISHED and record.ended_at:
         events.append(_event(record.ended_at, "finished", record.worker))
-    return sorted((event for event in events if event is not None), key=lambda event: event.at)
+    # By the millisecond, in which the history counts: what came in that of the submit came after it.
+    return sorted((event for event in events if event is not None), key=lambda event: int(event.at * 1000 + 0.01))
 
 
 def _event(date: str, name: str, worker: str = "", execution: str = "") -> Event | None:
