@@ -69,14 +69,27 @@ def _jobs(store: Store, identifiers: Sequence[str], *fields: str) -> list[list[s
     return [[(value or b"").decode(errors="replace") for value in row] for row in rows]
 
 
+def _time(raw: bytes | None) -> float:
+    """A time as RQ's executions hold it, in seconds since 1970; 0, long ago, for what is none."""
+    try:
+        return float(raw or 0)
+    except ValueError:
+        return 0.0
+
+
 def _started(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stray]:
     """What stands in RQ's started registry under an execution that is none of ours."""
     for page in _pages(store, key("wip", queue), most):
         pairs = [(identifier, execution) for identifier, _, execution in (item.partition(":") for item in page)]
-        rows = _jobs(store, [identifier for identifier, _ in pairs], "started_at", "worker_name")
+        rows = _jobs(store, [identifier for identifier, _ in pairs], "worker_name")
+        # Not the job's started_at: RQ writes that later, and its worker may have been killed in between.
+        with store.connection.pipeline(transaction=False) as pipe:
+            for identifier, execution in pairs:
+                pipe.hget(key("execution", f"{identifier}:{execution}"), "created_at")
+            begun = [_time(raw) for raw in pipe.execute()]
         now = _now(store)
-        for (identifier, execution), (task, ours, _, _, started, worker) in zip(pairs, rows, strict=True):
-            if task and not ours and now - (_seconds(started) or 0.0) > stuck:
+        for (identifier, execution), (task, ours, _, _, worker), began in zip(pairs, rows, begun, strict=True):
+            if task and not ours and now - began > stuck:
                 yield Stray(id=identifier, queue=queue, where="started", execution=execution, worker=worker)
 
 
