@@ -74,7 +74,7 @@ def stall_among_others(request: Request) -> Generator[Step, None, Any]:
 @task(slots=4)
 def laden(request: Request) -> Generator[Step, None, Any]:
     """Count to ``n`` with a state of ``bytes``, and say which installation ended it."""
-    import perdure.workers
+    from perdure.workers import __file__ as place
 
     state = request.state or {"next": 0}
     for index in range(state["next"], request.payload["n"]):
@@ -82,7 +82,7 @@ def laden(request: Request) -> Generator[Step, None, Any]:
         yield Step(
             output=index, state={"next": index + 1, "load": bytes([index % 256]) * request.payload.get("bytes", 0)}
         )
-    return perdure.workers.__file__
+    return place
 
 
 @task
