@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_top_draws_on_a_terminal(lab: Lab) -> None:
     pytest.importorskip("rich")
     master, terminal = pty.openpty()
     process = subprocess.Popen(
-        ["perdure", "top", "--every", "0.2"], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        [sys.executable, "-P", "-m", "perdure.scripts.main", "top", "--every", "0.2"], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         env={**os.environ, "PERDURE_REDIS_URL": lab.url, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
     )  # fmt: skip
     os.close(terminal)

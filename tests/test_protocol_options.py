@@ -211,7 +211,7 @@ def test_what_is_refused_may_come_back_when_the_dwell_ends(pool: Pool) -> None:
         recovering = round((pool.now() - begun) * 1000) if begun else 0
         pool.connection.hset(key("mode"), mapping={"dwell": 7000, "recovering": recovering})
         (answer,) = pool.store.enqueue([low])
-        assert expected - 1000 <= int(answer.split()[1]) <= expected, begun
+        assert expected - 1000 <= int(answer.split()[1]) <= expected + 1, begun  # its own clock is rounded to the ms
         assert int(answer.split()[1]) >= 1000
 
 
