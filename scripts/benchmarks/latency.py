@@ -3,77 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import time
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from ..relay import Relay
 
 
-class SlowRoad:
-    """Listens on a port of loopback and forwards to another; ``delay`` seconds on the way there, none back.
-
-    In a thread of its own; a ``with`` block ends it.
-    """
+class SlowRoad(Relay):
+    """Forwards with ``delay`` seconds on the way there, none back. A ``with`` block ends it."""
 
     def __init__(self, host: str, port: int, delay: float) -> None:
+        super().__init__(host, port)
         self.delay = delay
-        self.port = 0
-        self._far = (host, port)
-        self._loop = asyncio.new_event_loop()
-        self._listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="slow-road", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._listening.wait()
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5.0)
+        self.stop()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
-        self._listening.set()
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            far_reader, far_writer = await asyncio.open_connection(*self._far)
-        except OSError:
-            writer.close()
-            return
+    def pumps(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> list[Coroutine[Any, Any, None]]:
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        pumps = [
-            asyncio.ensure_future(self._take(reader, pieces)),
-            asyncio.ensure_future(self._deliver(pieces, far_writer)),
-            asyncio.ensure_future(self._back(far_reader, writer)),
-        ]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            pass  # the road ends; asyncio would report a connection that was canceled as an error
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for end in (writer, far_writer):
-                end.close()
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
+        return [self._take(reader, pieces), self._deliver(pieces, far_writer), self._back(far_reader, writer)]
 
     async def _take(self, source: asyncio.StreamReader, pieces: asyncio.Queue[tuple[float, bytes]]) -> None:
         while data := await source.read(65536):

@@ -6,13 +6,12 @@ It runs in a thread of its own. Others set what is to go wrong, and read in :att
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-import threading
 from collections import Counter
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
-from ...protocol.scripts import load
+from ...protocol.scripts import digest, load
+from ..relay import Relay
 
 SLOW_PIECE: Final = 512
 """Bytes of a slow connection that come at once."""
@@ -23,7 +22,7 @@ SCRIPTS: Final = ("claim", "progress", "finish", "enqueue", "release", "heartbea
 _POLL: Final = 0.01
 
 
-class Proxy:
+class Proxy(Relay):
     """Forwards bytes; :meth:`start`, set what is to go wrong, :meth:`stop`.
 
     ``cuts`` and ``hides``: so many replies of the next are cut in the middle, or hidden after the command was
@@ -32,70 +31,29 @@ class Proxy:
     """
 
     def __init__(self, host: str, port: int) -> None:
+        super().__init__(host, port)
         self.cuts = 0
         self.hides = 0
         self.silent = False
         self.delay = 0.0
         self.happened: Counter[str] = Counter()
-        self.port = 0
-        self._far = (host, port)
-        self._shas = [hashlib.sha1(load(name).source.encode()).hexdigest().encode() for name in SCRIPTS]
-        self._loop = asyncio.new_event_loop()
-        self._listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-        self._listening.wait()
-
-    def stop(self) -> None:
-        """End all connections. Harmless when repeated."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(2.0)
+        self._shas = [digest(load(name).source).encode() for name in SCRIPTS]
 
     def heal(self) -> None:
         """Nothing goes wrong any more."""
         self.cuts = self.hides = 0
         self.silent, self.delay = False, 0.0
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
-        self._listening.set()
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            far_reader, far_writer = await asyncio.open_connection(*self._far)
-        except OSError:
-            writer.close()
-            return
+    def pumps(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> list[Coroutine[Any, Any, None]]:
         # Whether the last command was a script whose reply may be hidden.
         told = asyncio.Event()
-        pumps = [
-            asyncio.ensure_future(self._commands(reader, far_writer, told)),
-            asyncio.ensure_future(self._replies(far_reader, writer, told)),
-        ]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for end in (writer, far_writer):
-                end.close()
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
+        return [self._commands(reader, far_writer, told), self._replies(far_reader, writer, told)]
 
     async def _commands(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, told: asyncio.Event) -> None:
         rest = b""
