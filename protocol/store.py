@@ -143,7 +143,7 @@ class Store(Reads):
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
-        rows = [reply[start : start + 18] for start in range(4, len(reply), 18)]
+        rows = [reply[start : start + 15] for start in range(4, len(reply), 15)]
         now = whole(reply[3]) / 1000
         return Claims(reply[0].decode(), [_claim(row, now) for row in rows], reply[2] == b"1")
 
@@ -531,15 +531,17 @@ def _text(reply: Any) -> Any:
 
 def _claim(row: Sequence[bytes], now: float) -> Claim:
     identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
-    age = _since(row[14], now)
-    interruption = Interruption.parse(row[16].decode(errors="replace")) if row[16] else None
+    created, *besides = row[14].split(b"\t", 3)
+    enqueued, trace, interrupted = besides if len(besides) == 3 else (b"", b"", b"")
+    age = _since(created, now)
+    interruption = Interruption.parse(interrupted.decode(errors="replace")) if interrupted else None
     return Claim(
         id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
         attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
         fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
-        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(row[15], now) if row[15] else age,
+        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(enqueued, now) if enqueued else age,
         interruption=interruption, paused=max(0.0, now - interruption.moved) if interruption else 0.0,
-        trace=row[17].decode(errors="replace"),
+        trace=trace.decode(errors="replace") if trace else "",
     )  # fmt: skip
 
 

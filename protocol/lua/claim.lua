@@ -18,8 +18,8 @@
 --
 -- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
---          own (ms; ''), dates of its submit and of its last coming into the queue ('' if that was the submit), what
---          became of the execution before ('' if nothing did), the producer's trace ('' for none)
+--          own (ms; ''), date of its submit, with tabs before what there is besides: date of its last coming into the
+--          queue, the producer's trace, what became of the execution before
 --          status 'ok'; 'blocked' (what waits needs an empty worker, one that isolates, or another one, or this one holds enough
 --          for a degraded pool); 'more' (work was left);
 --          'suspended'; 'reaped' (this incarnation was declared dead: it holds nothing any more)
@@ -77,13 +77,19 @@ local function read(name, fields)
   return record
 end
 
+-- What is measured and traced of it; mostly the date of its submit alone.
+local function told(job)
+  local again = job.enqueued_at ~= job.created_at
+  if not (again or job.interrupted or job.trace) then return job.created_at or '' end
+  return table.concat({ job.created_at or '', again and job.enqueued_at or '', job.trace or '', job.interrupted or '' }, '\t')
+end
+
 local function give(id, execution, queue, job, point)
   job = job or read(KEY.job .. id, JOB)
   point = point or read(KEY.checkpoint .. id, POINT)
   local row = { id, execution, queue, job.task and 'request' or 'plain', job.task or '', job.payload or '', job.attempt or '0',
     point.seq or '0', point.offset or '0', job.epoch or '0', point.fingerprint or '', job.client or '', job.timeout or '-1',
-    job.step_ms or '', job.created_at or '', job.enqueued_at ~= job.created_at and job.enqueued_at or '', job.interrupted or '',
-    job.trace or '' }
+    job.step_ms or '', told(job) }
   for _, value in ipairs(row) do rows[#rows + 1] = value end
   number = number + 1
   bytes = bytes + #(job.payload or '')
