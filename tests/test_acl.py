@@ -163,3 +163,16 @@ def test_rqs_tools_need_the_producers_rules(urls: dict[str, str], role: str, fit
         client.submit("app.tasks.count", {"n": 1}, queue="gpu")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode == 0) is fits
+
+
+def test_a_viewer_may_serve_metrics(
+    urls: dict[str, str], connection: redis.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but what Redis says of itself (INFO), which is left out."""
+    with Client(urls["producer"], settings=Settings()) as client:
+        client.submit("lab_tasks.count", {"n": 3}, queue="gpu")
+    assert main(["metrics", "--once", "--url", urls["viewer"]]) == 0
+    page = capsys.readouterr().out
+    assert 'perdure_requests_waiting{priority="normal",queue="gpu"} 1.0' in page
+    assert "perdure_redis_up 1.0" in page
+    assert [entry for entry in refused(connection) if ": info (" not in entry] == []

@@ -238,6 +238,7 @@ def exporter(url: str, folder: Path) -> Iterator[tuple[str, Process]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_it_serves_until_it_is_told_to_stop_whatever_becomes_of_redis(server_binary: Path, tmp_path: Path):
     """Redis away is a sample, not an error; the page of its own life knows no Redis."""
     with Server(binary=server_binary, die_with_parent=True) as server:
