@@ -126,14 +126,19 @@ class Store(Reads):
         known: Iterable[str],
         resume: bool = True,
         max_bytes: int = 8 * 1024 * 1024,
+        first_beat: float = 0.0,
     ) -> Claims:
-        """Take up to ``free`` requests of ``task``, or of whatever comes first when ``task`` is empty."""
+        """Take up to ``free`` requests of ``task``, or of whatever comes first when ``task`` is empty.
+
+        ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer than
+        the heartbeat timeout.
+        """
         wanted = min(MAX_REQUESTS, max([free, *slots.values()]))
         values: dict[str, str | int] = {
             "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
-            "timeout_ms": _ms(self.settings.heartbeat_timeout), "lease_ms": _ms(self.settings.lease), "task": task,
-            "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl), "resume": int(resume),
-            "max_bytes": max_bytes,
+            "timeout_ms": _ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": _ms(self.settings.lease),
+            "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl),
+            "resume": int(resume), "max_bytes": max_bytes,
         }  # fmt: skip
         groups: dict[str, list[dict[str, str | int]]] = {
             "queue": [{"queue": queue} for queue in queues],

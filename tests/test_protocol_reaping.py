@@ -72,6 +72,23 @@ def test_a_dead_worker_that_held_nothing_is_cleared_away(pool: Pool, hand: Hand)
     assert beats(pool) == set()
 
 
+def test_the_first_heartbeat_may_come_later(pool: Pool, hand: Hand):
+    """A worker that claims before its guardian has started is not declared dead after a short heartbeat timeout."""
+    pool.submit("a")
+    allowed = 1000 * pool.store.settings.heartbeat_timeout + 60_000
+    hand.store.claim(
+        incarnation=hand.incarnation, worker="w1", queues=["gpu"], task="", free=1, slots={}, known=[],
+        first_beat=allowed / 1000,
+    )  # fmt: skip
+    now: Any = pool.connection.time()
+    first: Any = pool.connection.zscore(key("beats"), hand.incarnation)
+    assert 0 <= now[0] * 1000 + now[1] / 1000 + allowed - first < 50_000
+    assert not pool.sweep().reaped
+    hand.beat()
+    second: Any = pool.connection.zscore(key("beats"), hand.incarnation)
+    assert second < first
+
+
 def test_an_expired_lease_is_a_hang(pool: Pool, hand: Hand):
     """No progress while the heart beats: this request is taken, its neighbours stay, the worker lives."""
     pool.submit("hangs", "moves")

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from ..protocol.keys import key
 from ..protocol.logs import about
@@ -26,6 +26,10 @@ from .tasks import Request
 NO_CHECKPOINT = "damaged"
 """Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
 restarts from zero."""
+
+FIRST_BEAT: Final = 5.0
+"""Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it may
+come later than a short heartbeat timeout; the worker, declared dead, would start another guardian, and so on for ever."""
 
 
 @dataclass(slots=True)
@@ -77,6 +81,7 @@ class Claimer:
             slots=slots,
             known=known,
             resume=self.resume,
+            first_beat=FIRST_BEAT,
         )
         if answer.status == "reaped":
             return False

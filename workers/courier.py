@@ -76,6 +76,7 @@ class Courier:
     _last_question: float = 0.0
     _outage: float | None = None
     _thread: threading.Thread | None = None
+    _idle: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._uploads = Uploads(self.store, self._hear_of_progress)
@@ -114,12 +115,20 @@ class Courier:
 
     def tend_idle(self) -> bool:
         """Look after the guardian while this worker claims nothing yet; False if it must not claim at all."""
-        guarded = self.tended()
-        if guarded is Guarded.REAPED:
-            self._rejoin()
-        elif guarded is Guarded.OUTDATED:
-            self._outdated()
-        return guarded is not Guarded.OUTDATED
+        with self._idle:
+            if self.holdings.stopping:
+                return True  # it signs off in this moment: what the guardian says is of that
+            guarded = self.tended()
+            if guarded is Guarded.REAPED:
+                self._rejoin()
+            elif guarded is Guarded.OUTDATED:
+                self._outdated()
+            return guarded is not Guarded.OUTDATED
+
+    def settle_idle(self) -> None:
+        """After the stop, before signing off: :attr:`incarnation` is the last one that was begun."""
+        with self._idle:
+            pass
 
     def _outdated(self) -> None:
         self.log.error("Worker %s: Redis holds a newer protocol; upgrade this worker", self.worker)

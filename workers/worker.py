@@ -277,7 +277,8 @@ class Worker(SimpleWorker):
             if self._companion is not None:
                 self._companion.tell(ready=False)
             if not courier.started:
-                # It still loads what stands in PERDURE_TASKS, which may take minutes, and holds nothing.
+                # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
+                courier.settle_idle()
                 self._depart(courier)
                 logging.shutdown()
                 os._exit(self._loop.exit_code)

@@ -3,7 +3,7 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV queues_text  its queues, comma-separated
--- ARGV timeout_ms   heartbeat timeout: ms until the incarnation counts as dead without a heartbeat
+-- ARGV timeout_ms   ms until an incarnation of which no heartbeat has come yet counts as dead
 -- ARGV lease_ms     length of a lease, but for requests that have a step timeout of their own
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
 -- ARGV free         slots free for that task; when task is '', slots for a task not listed below
