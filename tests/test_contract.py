@@ -157,7 +157,7 @@ def test_a_failed_request_looks_like_a_failed_job(pool: Pool):
 
 
 def test_a_running_request_looks_like_a_running_job(pool: Pool):
-    """Between claim and end: the same keys and fields, so that viewers show who runs what."""
+    """From the first renewal to the end: the same keys and fields, so that viewers show who runs what."""
     snapshots.clear()
     on_stock_rq(pool.connection, succeed)
     (stock,) = snapshots
@@ -165,6 +165,8 @@ def test_a_running_request_looks_like_a_running_job(pool: Pool):
     hand = Hand(pool)
     pool.submit("same")
     claim = hand.take("same")
+    assert StartedJobRegistry("gpu", connection=pool.connection).get_job_ids() == ["same"]
+    assert hand.renew(claim) == "ok"
     assert_same(shape(pool.connection, claim.execution), stock)
 
 
@@ -245,6 +247,8 @@ def test_workers_show_what_they_execute(pool: Pool, hand: Hand):
     pool.submit("a", "b")
     claims = hand.claim(2).claims
     hand.beat()
+    assert hand.renew(claims[0]) == "ok"
+    assert hand.step(claims[1], [1]) == "ok"
     (worker,) = Worker.all(connection=pool.connection)
     assert worker.get_state() == "busy"
     executions = worker.get_current_executions()
@@ -285,6 +289,7 @@ def test_rqs_clean_up_leaves_running_requests_alone(pool: Pool, hand: Hand):
     pool.submit("a")
     claim = hand.take("a")
     hand.beat()
+    hand.renew(claim)
     registry = StartedJobRegistry("gpu", connection=pool.connection)
     registry.cleanup()
     assert registry.get_job_ids() == ["a"]

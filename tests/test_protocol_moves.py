@@ -117,6 +117,14 @@ def test_a_suspended_pool_claims_nothing(pool: Pool, hand: Hand):
     assert pool.waiting() == ["a"]
 
 
+def test_an_id_that_stands_twice_among_those_of_one_claim_is_given_once(pool: Pool, hand: Hand):
+    """The lease that tells is written when all are known: the script remembers what it takes."""
+    pool.submit("a", "b")
+    pool.connection.rpush(key("queue", "gpu"), "a")
+    assert [claim.id for claim in hand.claim(4).claims] == ["a", "b"]
+    assert pool.waiting() == []
+
+
 def test_an_id_that_stands_twice_in_the_queue_runs_once(pool: Pool, hand: Hand):
     """The second entry is dropped, whether the first one is running, waits for a retry, or has ended."""
     pool.submit("a")

@@ -9,6 +9,7 @@ import pytest
 from rq import Queue
 from rq.command import send_shutdown_command, send_stop_execution_command, send_stop_job_command
 from rq.job import Job, JobStatus
+from rq.worker import Worker as StockWorker
 
 from perdure.protocol.keys import key
 
@@ -37,6 +38,17 @@ def test_a_stopped_request_ends_as_rq_says_it(lab: Lab, how: str) -> None:
     assert lab.connection.zscore(key("canceled", "gpu"), one) is not None
     assert lab.nothing_held()
     assert worker.running
+
+
+def test_rq_knows_the_execution_of_a_request_that_has_put_out_nothing(lab: Lab) -> None:
+    """Long before a renewal is due: its record is there within a few checkpoint intervals, and goes with the end."""
+    worker = lab.worker(step_timeout=600)
+    one = lab.submit("count", {"n": 1, "sleep": 600})
+    (execution,) = eventually(Job.fetch(one, connection=lab.connection).get_executions)
+    assert (execution.job_id, execution.worker_name) == (one, worker.name)
+    (shown,) = StockWorker.all(lab.connection)
+    assert [item.id for item in shown.get_current_executions()] == [execution.id]
+    worker.kill_tree()
 
 
 def test_one_of_a_batch_is_stopped(lab: Lab) -> None:

@@ -249,6 +249,7 @@ class Courier:
             holding = self.holdings.current(row.id, row.execution)
             if holding is None:
                 return
+            holding.shown = True
             if answer == "ok" and holding.flight is row:
                 self.ledger.stored(holding, row)
                 holding.confirm()
@@ -282,12 +283,19 @@ class Courier:
             loading = now < holdings.loading_until
             interval = LEASE * min(holdings.step_timeouts()) / 10
             keys = [item.key for item in rows if loading or item.moved > self._last_renewal]
+            # What has put out nothing yet: RQ's tools are to see it all the same.
+            late = now - holdings.settings.checkpoint_interval
+            unseen = [item for item in rows if not item.shown and item.began <= late and not item.leaving]
             slow = [item.key for item in rows if item.claim.id in (holdings.apart or ())]
         if keys and now - self._last_renewal >= interval:
             self._call_in_parts(keys, lambda part: self.store.renew(self.incarnation, part))
             self.ledger.renewed(len(keys))
             # Not before: what was not renewed in an outage is renewed after it, moved or not.
             self._last_renewal = now
+        elif unseen:
+            self._call_in_parts([item.key for item in unseen], lambda part: self.store.renew(self.incarnation, part))
+        for item in unseen:
+            item.shown = True
         if slow and now - self._last_question >= min(QUESTION_INTERVAL, interval):
             # A step that takes long, or hangs, sends nothing; its cancellation or loss is heard all the same.
             self._call_in_parts(slow, self.store.standing)

@@ -77,6 +77,8 @@ class Holding:
     first_output: float = 0.0
     last_output: float = 0.0
     """When the engine put out the first and the last output of this execution (monotonic seconds)."""
+    shown: bool = False
+    """RQ's record of this execution is in Redis: its first checkpoint or renewal has put it there."""
     moving: bool = False
     """Something of this execution is in Redis."""
 

@@ -57,7 +57,7 @@ for _ = 1, tonumber(arg()) do
   fresh[#fresh + 1] = execution
 end
 
-if reaped(incarnation) then return { 'reaped', '0', '0', int(now_ms) } end
+if reaped(incarnation) then return { 'reaped', '0', '0', now_text } end
 local short = degraded()
 
 -- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
@@ -65,16 +65,25 @@ redis.call('HDEL', KEY.held .. incarnation, '')
 
 local rows, number, bytes = {}, 0, 0
 
--- What is wanted of a job and of its checkpoint, read once: a call of Redis costs more than what it reads.
-local JOB = { 'status', 'last', 'origin', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client', 'timeout',
-  'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at',
-  'enqueued_at', 'interrupted', 'trace' }
-local POINT = { 'seq', 'offset', 'fingerprint', 'at', 'chunks', 'writing' }
+-- What is wanted of a job and of its checkpoint, read once: a call of Redis costs more than what it reads. Each is a
+-- table made in one piece: one that grows field by field costs as much as the call.
+local function read_job(name)
+  local v = redis.call('HMGET', name, 'status', 'last', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client',
+    'timeout', 'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at',
+    'enqueued_at', 'interrupted', 'trace', 'claimed')
+  return {
+    status = v[1] or nil, last = v[2] or nil, created_at = v[3] or nil, task = v[4] or nil, payload = v[5] or nil,
+    attempt = v[6] or nil, epoch = v[7] or nil, client = v[8] or nil, timeout = v[9] or nil, step_ms = v[10] or nil,
+    deadline = v[11] or nil, queue_deadline = v[12] or nil, company = v[13] or nil, degraded = v[14] or nil,
+    executions = v[15] or nil, failed_on = v[16] or nil, passed_at = v[17] or nil, enqueued_at = v[18] or nil,
+    interrupted = v[19] or nil, trace = v[20] or nil, claimed = v[21] or nil,
+  }
+end
 
-local function read(name, fields)
-  local record = {}
-  for i, value in ipairs(redis.call('HMGET', name, unpack(fields))) do record[fields[i]] = value or nil end
-  return record
+local function read_point(id)
+  local v = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'offset', 'fingerprint', 'at', 'chunks', 'writing')
+  return { seq = v[1] or nil, offset = v[2] or nil, fingerprint = v[3] or nil, at = v[4] or nil, chunks = v[5] or nil,
+    writing = v[6] or nil }
 end
 
 -- What is measured and traced of it; mostly the date of its submit alone.
@@ -85,14 +94,15 @@ local function told(job)
 end
 
 local function give(id, execution, queue, job, point)
-  job = job or read(KEY.job .. id, JOB)
-  point = point or read(KEY.checkpoint .. id, POINT)
-  local row = { id, execution, queue, job.task and 'request' or 'plain', job.task or '', job.payload or '', job.attempt or '0',
-    point.seq or '0', point.offset or '0', job.epoch or '0', point.fingerprint or '', job.client or '', job.timeout or '-1',
-    job.step_ms or '', told(job) }
-  for _, value in ipairs(row) do rows[#rows + 1] = value end
+  job = job or read_job(KEY.job .. id)
+  point = point or read_point(id)
+  local n, payload = #rows, job.payload or ''
+  rows[n + 1], rows[n + 2], rows[n + 3], rows[n + 4] = id, execution, queue, job.task and 'request' or 'plain'
+  rows[n + 5], rows[n + 6], rows[n + 7], rows[n + 8] = job.task or '', payload, job.attempt or '0', point.seq or '0'
+  rows[n + 9], rows[n + 10], rows[n + 11] = point.offset or '0', job.epoch or '0', point.fingerprint or ''
+  rows[n + 12], rows[n + 13], rows[n + 14], rows[n + 15] = job.client or '', job.timeout or '-1', job.step_ms or '', told(job)
   number = number + 1
-  bytes = bytes + #(job.payload or '')
+  bytes = bytes + #payload
 end
 
 -- 1. What was given before and did not arrive.
@@ -114,24 +124,27 @@ for i = 1, #held, 2 do
 end
 
 local function answer(status)
-  local reply = { status, int(number), short and '1' or '0', int(now_ms) }
+  local reply = { status, int(number), short and '1' or '0', now_text }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
   return reply
 end
 if number > 0 then return answer('ok') end
 if redis.call('EXISTS', KEY.suspended) == 1 then return answer('suspended') end
 
-local waited = batch('ZREM')
+-- Everything that this claim takes is written in one call for each key, at the end; only then does it leave its queue.
+-- A script that stops before leaves every id where it was popped from, and a request that waits is what no lease names.
+local took, leases, holds = {}, batch('ZADD'), batch('HSET')
+local shown, waited = batch('ZADD'), batch('ZREM')
 
 -- 2. Is the popped id to be run? Its job if it is; whatever is not, leaves the queue here.
 local function runnable(id, queue)
   local name = KEY.job .. id
-  local job = read(name, JOB)
+  local job = read_job(name)
   if not job.created_at then
     forget(id)
     return nil
   end
-  if redis.call('ZSCORE', KEY.leases .. queue, id) then return nil end -- pushed twice; it runs already
+  if took[id] or redis.call('ZSCORE', KEY.leases .. queue, id) then return nil end -- pushed twice; it runs already
   local verdict = string.match(job.last or '', ':(%a+)$')
   if not job.task then
     -- A plain job that we once ended may be enqueued again under the same id; RQ's status is its truth.
@@ -156,7 +169,7 @@ local function runnable(id, queue)
     redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
     history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
     count('requeued', queue)
-    job = read(name, JOB)
+    job = read_job(name)
   elseif job.status == 'canceled' or job.status == 'stopped' then
     settle_canceled(id)
     return nil
@@ -183,13 +196,13 @@ end
 local here, living
 local function passed_over(id, queue, suspects, job)
   local name = KEY.job .. id
-  job = job or read(name, { 'failed_on', 'passed_at' })
+  job = job or read_job(name)
   if not job.failed_on then return false end
   here = here or where(incarnation, worker)
   if not failed_there(job.failed_on, here) then return false end
   local waited = job.passed_at and now_ms - number_of(job.passed_at) or 0
   if waited < 0 or waited >= 2000 then return false end
-  living = living or redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. int(now_ms), '+inf', 'LIMIT', 0, 128)
+  living = living or redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf', 'LIMIT', 0, 128)
   -- A heartbeat names queues without their priorities.
   local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
   for _, other in ipairs(living) do
@@ -200,7 +213,7 @@ local function passed_over(id, queue, suspects, job)
       and not (suspects and redis.call('EXISTS', KEY.held .. other) == 1)
     if can and not failed_there(job.failed_on, where(other, record[3] or '')) then
       -- Once: the other is woken now, and this one is not to be woken by its own bell until then.
-      if redis.call('HSETNX', name, 'passed_at', int(now_ms)) == 1 then ring(queue) end
+      if redis.call('HSETNX', name, 'passed_at', now_text) == 1 then ring(queue) end
       return true
     end
   end
@@ -223,34 +236,30 @@ local function choose_payload(id, job)
   job.payload = payloads[2]
 end
 
--- 4. Execution, lease, and what RQ's own worker would have written. The registries that only show it get all that this
--- claim takes in one call each; what makes it held is written at once, so that nothing that was popped can be lost.
-local shown, traces = batch('ZADD'), batch('SADD')
+-- 4. Execution, lease, and what RQ's own worker would have written. RQ's record of the execution itself follows with the
+-- first checkpoint or renewal (show_execution in prelude.lua): most short requests end before, and a fifth of all that a
+-- request costs Redis was a record that nobody had the time to read.
 local taken = {}
 
 local function take(id, queue, execution, job, plain_timeout)
-  local name, composite = KEY.job .. id, id .. ':' .. execution
+  local name = KEY.job .. id
   local length = lease_length(job.step_ms, lease_ms)
   -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
   if plain_timeout then
     length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000
     redis.call('PERSIST', name) -- what of ours comes again was persisted above
   end
-  redis.call('ZADD', KEY.leases .. queue, int(now_ms + length), id)
-  redis.call('HSET', KEY.held .. incarnation, id, execution)
+  took[id] = true
+  leases.add(KEY.leases .. queue, int(now_ms + length), id)
+  holds.add(KEY.held .. incarnation, id, execution)
+  shown.add(KEY.wip .. queue, int(now_s + HOUR), id .. ':' .. execution)
   redis.call('HSET', name, 'status', 'started', 'started_at', utc(), 'last_heartbeat', utc(), 'worker_name', worker,
-    'execution', execution, 'claimed', int(now_ms), 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
+    'execution', execution, 'claimed', now_text, 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
   if job.passed_at then redis.call('HDEL', name, 'passed_at') end
   if job.deadline or job.queue_deadline then
     if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
   end
-  redis.call('HSET', KEY.execution .. composite, 'id', execution, 'job_id', id, 'created_at', timestamp(),
-    'last_heartbeat', timestamp(), 'worker_name', worker)
-  redis.call('EXPIRE', KEY.execution .. composite, HOUR + 60)
-  redis.call('ZADD', KEY.executions .. id, int(now_s + HOUR + 60), execution)
-  redis.call('EXPIRE', KEY.executions .. id, HOUR + 60)
-  shown.add(KEY.wip .. queue, int(now_s + HOUR), composite)
-  traces.add(KEY.worker .. worker .. ':executions', composite)
+  if plain_timeout then show_execution(id, execution, worker, now_text) end
   taken[queue] = (taken[queue] or 0) + 1
 end
 
@@ -259,10 +268,12 @@ local empty = next(held) == nil
 
 -- A checkpoint that is stale or foreign to this run is no place to go on from.
 local function start(id, queue, execution, job)
-  local point = read(KEY.checkpoint .. id, POINT)
+  -- Nothing at all is the usual case: it was never claimed.
+  local point = job.claimed and read_point(id) or {}
   local reason
-  if not point.at then
-    -- Nothing at all is the usual case: it has never run.
+  if not job.claimed then
+    -- And so it has neither outputs nor a checkpoint.
+  elseif not point.at then
     if next(point) or redis.call('EXISTS', KEY.output .. id) == 1 then reason = 'no checkpoint' end
   elseif now_ms - number_of(point.at) > ttl_ms then
     reason = 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s'
@@ -297,12 +308,12 @@ local function may_isolate()
     -- Whoever holds nothing has drained, ended or died.
     if redis.call('EXISTS', KEY.held .. other) == 0 then redis.call('ZREM', KEY.isolating, other) end
   end
-  local living = redis.call('ZCOUNT', KEY.beats, '(' .. int(now_ms), '+inf')
+  local living = redis.call('ZCOUNT', KEY.beats, '(' .. now_text, '+inf')
   return redis.call('ZCARD', KEY.isolating) < math.max(1, math.floor(living / 2))
 end
 
 local function isolate()
-  redis.call('ZADD', KEY.isolating, int(now_ms), incarnation)
+  redis.call('ZADD', KEY.isolating, now_text, incarnation)
   redis.call('EXPIRE', KEY.isolating, DAY) -- a suspect may run for hours before it is cleared
 end
 
@@ -318,7 +329,7 @@ local function give_suspects(queue)
       if passed_over(id, queue, true) then
         aside = aside + 1
       else
-        redis.call('ZREM', name, id)
+        waited.add(name, id)
         found = runnable(id, queue)
       end
       if found then
@@ -367,30 +378,33 @@ elseif short then
   if limit < 1 and used == 0 then return answer('blocked') end
 end
 if used > 0 then limit = 0 end -- suspects have no other company
+local passed = {}
 for _, queue in ipairs(queues) do
   local name = KEY.queue .. queue
-  local drained, back = false, {}
+  local drained, back, popped, page, place = false, {}, 0, {}, 0
   while used < limit and bytes < max_bytes do
     if scanned >= 128 then
       status = 'more'
       break
     end
-    local id = redis.call('LPOP', name)
-    if not id then
-      drained = true
-      break
+    place = place + 1
+    if place > #page then
+      page, place = redis.call('LRANGE', name, popped, popped + math.min(limit - used, 128 - scanned) - 1), 1
+      if #page == 0 then
+        drained = true
+        break
+      end
     end
-    scanned = scanned + 1
+    local id = page[place]
     local job = runnable(id, queue)
+    local path = job and job.task
     if not job or waits_apart(id, queue, job) then
-      -- It has left the queue.
+      -- It leaves the queue.
     elseif passed_over(id, queue, false, job) then
       back[#back + 1] = id
     else
-      local path = job.task
       if (not path and not (empty and task == '')) or (path and task ~= '' and path ~= task) then
-        redis.call('LPUSH', name, id) -- it needs an empty worker; it keeps its place
-        status = 'blocked'
+        status = 'blocked' -- it needs an empty worker; it keeps its place
         break
       end
       used = used + 1
@@ -407,13 +421,14 @@ for _, queue in ipairs(queues) do
         limit = used
       end
     end
+    popped, scanned = popped + 1, scanned + 1
   end
-  for i = #back, 1, -1 do redis.call('LPUSH', name, back[i]) end
+  if popped > 0 then passed[#passed + 1] = { name = name, popped = popped, back = back } end
   aside = aside + #back
   if status ~= 'ok' then break end
   if drained then
     if #back == 0 then redis.call('DEL', KEY.bell .. queue) end
-  elseif redis.call('LLEN', name) > 0 then
+  elseif redis.call('LLEN', name) > popped then
     ring(queue) -- another idle worker may take the rest
     status = 'more'
   end
@@ -422,11 +437,15 @@ end
 
 if status == 'ok' and number == 0 and (apart or aside > 0) then status = 'blocked' end -- what waits is left to others
 
+leases.send()
+holds.send()
+shown.send()
+for _, part in ipairs(passed) do
+  redis.call('LTRIM', part.name, part.popped, -1)
+  for i = #part.back, 1, -1 do redis.call('LPUSH', part.name, part.back[i]) end
+end
 waited.send()
 if number > 0 then
-  shown.send()
-  traces.send()
-  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
   for queue, many in pairs(taken) do count('claimed', queue, many) end
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)

@@ -15,13 +15,17 @@
 --
 -- A finish wins over a cancel that the worker has not acted upon: the answer is there.
 --
--- What registries and indexes forget of them is one call for each key, not for each request (`batch`): half of what
+-- What registries and indexes forget of them is one call for each key, not for each request: half of what
 -- a finish costs. If the script stopped before, a request would have ended all the same: its hash says so, and
 -- whoever meets a trace of the execution removes it.
 local incarnation, worker = arg(), arg()
-local answers, ended, worked, counts = {}, 0, 0, {}
-local drops, traces = batch('ZREM'), batch('SREM')
-local holds, gone, done = batch('HDEL'), batch('DEL'), batch('ZADD')
+local answers, ended, worked = {}, 0, 0
+local queues, ids_of, done, marks = {}, {}, {}, {}
+local held, gone, traces = {}, {}, {}
+
+-- Registries in which an id may stand when its request ends.
+local REGISTRIES = { KEY.leases, KEY.failed, KEY.canceled, KEY.scheduled, KEY.deferred, KEY.retries, KEY.deadlines, KEY.suspects }
+
 for _ = 1, tonumber(arg()) do
   local id, execution, offset, outputs, blob, result, seconds = arg(), arg(), arg(), arg(), arg(), arg(), arg()
   offset, outputs = tonumber(offset), tonumber(outputs)
@@ -35,7 +39,9 @@ for _ = 1, tonumber(arg()) do
       answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[3])
     end
   else
-    local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'chunks', 'writing')
+    -- Most requests leave nothing but their job and their result: one question for all that there may be besides.
+    local bare = redis.call('EXISTS', KEY.checkpoint .. id, KEY.output .. id, KEY.history .. id, name .. ':dependents') == 0
+    local point = bare and {} or redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'chunks', 'writing')
     local fresh = not (point[1] or point[2] or point[3])
     local stored, have = 0, 0
     if not fresh or offset > 0 or outputs > 0 then
@@ -48,38 +54,46 @@ for _ = 1, tonumber(arg()) do
       redis.call('HSET', name, 'status', 'finished', 'ended_at', utc(), 'execution', '', 'last', execution .. ':finished')
       if job[7] then redis.call('HDEL', name, 'cancel') end
       add_result(id, '1', worker, execution, seconds_of(job[6]), 'return_value', result)
-      redis.call('ZREM', KEY.executions .. id, execution)
       if not fresh then drop_checkpoint(id) end
-      -- Most requests have nobody to be told, and no output.
-      if job[8] or (job[9] or '') ~= '' or (job[10] or '') ~= '' or redis.call('EXISTS', name .. ':dependents') == 1 then
+      -- Most have nobody to be told either.
+      if job[8] or (job[9] or '') ~= '' or (job[10] or '') ~= '' or not bare and redis.call('EXISTS', name .. ':dependents') == 1 then
         share_ttl(id, ttl)
       else
         expire(name, ttl)
         expire(KEY.results .. id, ttl)
-        expire(KEY.history .. id, ttl)
+        if not bare then expire(KEY.history .. id, ttl) end
         if stored > 0 then expire(KEY.output .. id, ttl) end
       end
       hint(job[4], id, 'end')
-      for _, registry in ipairs({ KEY.leases, KEY.failed, KEY.canceled, KEY.scheduled, KEY.deferred, KEY.retries,
-        KEY.deadlines, KEY.suspects }) do
-        drops.add(registry .. queue, id)
+      if not ids_of[queue] then
+        queues[#queues + 1] = queue
+        ids_of[queue], done[queue], marks[queue] = {}, {}, {}
       end
-      drops.add(KEY.wip .. queue, composite)
-      done.add(KEY.finished .. queue, leaves_at(ttl), id)
-      holds.add(KEY.held .. incarnation, id)
-      traces.add(KEY.worker .. worker .. ':executions', composite)
-      gone.add(KEY.execution .. composite)
-      counts[queue] = (counts[queue] or 0) + 1
+      local ids, scores = ids_of[queue], done[queue]
+      ids[#ids + 1] = id
+      scores[#scores + 1], scores[#scores + 2] = leaves_at(ttl), id
+      marks[queue][#ids] = composite
       ended, worked = ended + 1, worked + (tonumber(seconds) or 0)
+      held[ended], traces[ended] = id, composite
+      gone[2 * ended - 1], gone[2 * ended] = KEY.execution .. composite, KEY.executions .. id
       answers[#answers + 1] = 'ok'
     end
   end
 end
-for _, calls in ipairs({ drops, done, holds, traces, gone }) do calls.send() end
-for queue, number in pairs(counts) do count('finished', queue, number) end
-if ended > 0 and redis.call('EXISTS', KEY.worker .. worker) == 1 then
-  add(KEY.worker .. worker, 'successful_job_count', ended)
-  redis.pcall('HINCRBYFLOAT', KEY.worker .. worker, 'total_working_time', string.format('%.6f', worked))
+for _, queue in ipairs(queues) do
+  for _, registry in ipairs(REGISTRIES) do redis.call('ZREM', registry .. queue, unpack(ids_of[queue])) end
+  redis.call('ZREM', KEY.wip .. queue, unpack(marks[queue]))
+  redis.call('ZADD', KEY.finished .. queue, unpack(done[queue]))
+  count('finished', queue, #ids_of[queue])
+end
+if ended > 0 then
+  redis.call('HDEL', KEY.held .. incarnation, unpack(held))
+  redis.call('SREM', KEY.worker .. worker .. ':executions', unpack(traces))
+  redis.call('DEL', unpack(gone))
+  if redis.call('EXISTS', KEY.worker .. worker) == 1 then
+    add(KEY.worker .. worker, 'successful_job_count', ended)
+    redis.pcall('HINCRBYFLOAT', KEY.worker .. worker, 'total_working_time', string.format('%.6f', worked))
+  end
 end
 show_state(worker, incarnation)
 return answers

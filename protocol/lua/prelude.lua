@@ -51,9 +51,12 @@ local function int(number)
   return string.format('%.0f', number)
 end
 
+local now_text = int(now_ms)
+
 -- Seconds since 1970, with microseconds, as RQ stores them in executions and results.
+local stamp = string.format('%.0f.%06d', now_s, tonumber(clock[2]))
 local function timestamp()
-  return string.format('%.0f.%06d', now_s, tonumber(clock[2]))
+  return stamp
 end
 
 -- The same for a moment that stands somewhere as ms; nil for what is none.
@@ -203,6 +206,21 @@ local function detach(queue, id, execution, incarnation, worker)
   redis.call('DEL', KEY.execution .. composite)
   redis.call('ZREM', KEY.executions .. id, execution)
   redis.call('SREM', KEY.worker .. worker .. ':executions', composite)
+end
+
+-- RQ's record of an execution and what leads to it, for its viewers and its stop commands, once and if it is missing.
+-- since: ms of the claim. It lives for an hour, renewed by heartbeats, so that RQ's own clean-up is a dead man's switch.
+local function show_execution(id, execution, worker, since)
+  local composite = id .. ':' .. execution
+  local name = KEY.execution .. composite
+  if redis.call('EXISTS', name) == 1 then return end
+  redis.call('HSET', name, 'id', execution, 'job_id', id, 'created_at', seconds_of(since) or timestamp(),
+    'last_heartbeat', timestamp(), 'worker_name', worker)
+  redis.call('EXPIRE', name, HOUR + 60)
+  redis.call('ZADD', KEY.executions .. id, int(now_s + HOUR + 60), execution)
+  redis.call('EXPIRE', KEY.executions .. id, HOUR + 60)
+  redis.call('SADD', KEY.worker .. worker .. ':executions', composite)
+  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
 end
 
 -- A state above 1 MiB stands in chunks of its own. Two marks in the checkpoint, each `<execution>:<seq>:<chunks>`,
@@ -510,7 +528,7 @@ end
 local function end_running(queue, id, execution, incarnation, deadline)
   if not deadline or number_of(deadline, now_ms + 1) > now_ms then return false end
   local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
-  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  local started = seconds_of(redis.call('HGET', KEY.job .. id, 'claimed'))
   detach(queue, id, execution, incarnation, worker)
   bury(queue, id, execution, worker, started, 'DEADLINE', 'its deadline passed while it ran', LATE)
   show_state(worker, incarnation)
@@ -565,7 +583,7 @@ local function decide(queue, id, execution, incarnation, policy)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel', 'status')
   local worker, claimed_ms = job[1] or '', number_of(job[2], now_ms)
-  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  local started = seconds_of(job[2])
   detach(queue, id, execution, incarnation, worker)
   if job[3] == '1' or job[4] == 'canceled' or job[4] == 'stopped' then
     -- Canceled while it ran, by us or by RQ; its end is the cancel that the worker could not confirm.

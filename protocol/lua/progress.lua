@@ -31,7 +31,7 @@ for _ = 1, tonumber(arg()) do
   local fingerprint, stepped = arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
-    'worker_name')
+    'worker_name', 'claimed')
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
@@ -39,6 +39,7 @@ for _ = 1, tonumber(arg()) do
     answers[#answers + 1] = 'cancel'
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
+    show_execution(id, execution, job[9] or '', job[10])
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
     local new = tonumber(seq) > number_of(redis.call('HGET', KEY.checkpoint .. id, 'seq'))
     local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)

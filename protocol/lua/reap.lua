@@ -42,8 +42,8 @@ end
 -- A plain RQ job: what RQ would do with an abandoned one, without waiting for its clean-up.
 local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'status', 'retries_left', 'retry_intervals')
-  local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
+  local job = redis.call('HMGET', name, 'status', 'retries_left', 'retry_intervals', 'claimed')
+  local started = seconds_of(job[4])
   detach(queue, id, execution, holder, worker)
   redis.call('HSET', name, 'execution', '')
   if job[1] ~= 'started' then

@@ -48,9 +48,9 @@ for i = #rows, 1, -1 do
     hint(job[7], id, 'end')
     answers[i] = 'canceled'
   else
-    local started = redis.call('HGET', KEY.execution .. id .. ':' .. execution, 'created_at')
     local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
-    local claimed = number_of(redis.call('HGET', name, 'claimed'), now_ms)
+    local since = redis.call('HGET', name, 'claimed')
+    local claimed, started = number_of(since, now_ms), seconds_of(since)
     credit_progress(id, claimed)
     detach(queue, id, execution, incarnation, worker)
     local gone, executions = false, number_of(redis.call('HGET', name, 'executions'))

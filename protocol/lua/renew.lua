@@ -10,11 +10,12 @@ local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms')
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms', 'worker_name', 'claimed')
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   else
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[6], lease_ms)), id)
+    show_execution(id, execution, job[7] or '', job[8])
     -- A checkpoint does not grow stale while its request runs.
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
       redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))
