@@ -6,10 +6,10 @@ again, so a call that got no answer is repeated, with jittered and growing pause
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -53,7 +53,7 @@ class Session:
     ) -> None:
         self.settings = Settings.from_environment() if settings is None else settings
         self.patience = patience
-        self.client_id = uuid.uuid4().hex
+        self.client_id = os.urandom(8).hex()
         self._owned = connection is None
         if connection is None:
             self._url = url or resolve_url(self.settings)

@@ -6,7 +6,6 @@ A mistake is told here, in the caller's own stack, and nothing has been written 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
@@ -18,7 +17,7 @@ from ..protocol.keys import check_id, check_queue, check_task, id_of_key, with_p
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
-from ..protocol.store import new_id
+from ..protocol.store import new_id, new_nonce
 from .arguments import Seconds, delayed, due, flag, kept, lasting, stepping, whole
 
 OPTIONS: Final = (
@@ -73,7 +72,7 @@ def build(
     identifier, digest = _identity(path, payload, id, idempotency_key, settings)
     return NewRequest(
         id=identifier,
-        nonce=os.urandom(16).hex(),
+        nonce=new_nonce(),
         queue=with_priority(check_queue(queue), priority),
         task=path,
         payload=pack(_prepared(found, payload), limit=settings.max_payload, what="payload"),
@@ -137,7 +136,7 @@ class _Like:
     def __call__(self, payload: Any) -> NewRequest:
         values = self._fields
         values["payload"] = pack(_prepared(self._found, payload), limit=self._limit, what="payload")
-        values["id"], values["nonce"] = new_id(), os.urandom(16).hex()
+        values["id"], values["nonce"] = new_id(), new_nonce()
         return NewRequest(**values)
 
 

@@ -522,6 +522,11 @@ def new_id() -> str:
     return f"{time.time_ns() // 1_000_000:011x}{os.urandom(11).hex()[1:]}"
 
 
+def new_nonce() -> str:
+    """What tells one submit from another of the same id (64 random bits)."""
+    return os.urandom(8).hex()
+
+
 def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 

@@ -504,7 +504,8 @@ class World:
             assert self.now - item.ended_at >= kept - 1000, f"{item} has vanished too early"
             item.gone = True
             return
-        job = look.hash(name)
+        # What a request does not have is not written.
+        job = {"execution": "", "last": "", "epoch": "0"} | look.hash(name)
         if item.requeued and not job["last"]:
             item.begin_anew()  # it was met, and left in its place: it is of another task than what the worker runs
         waits = not item.ended and not item.execution

@@ -53,7 +53,9 @@ def shape(connection: redis.Redis, execution: str = "") -> Shape:
         kind = plain(connection.type(name))
         content: Any
         if kind == "hash":
-            content = set(plain(connection.hkeys(name)))
+            # What stock writes as '' may be missing: RQ reads both alike.
+            fields: Any = connection.hgetall(name)
+            content = {plain(field) for field, value in fields.items() if value}
         elif kind == "stream":
             entries: Any = connection.xrange(name)
             content = [set(plain(fields)) for _, fields in entries]

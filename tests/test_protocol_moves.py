@@ -502,7 +502,7 @@ def test_a_request_whose_model_is_gone_restarts_in_a_new_epoch(pool: Pool, hand:
     claim = other.take("a")
     Hand(pool, "w3").beat(["model-1"])
     assert other.release(claim, delay=5.0, fingerprints=["model-1"]) == ["scheduled"]
-    assert pool.field("a", "epoch") == "0"
+    assert pool.field("a", "epoch") in ("", "0")
     pool.make_due("a")
     claim = other.take("a")
     pool.connection.zadd(key("fingerprints"), {"model-1": 1})

@@ -32,6 +32,10 @@ FIRST_BEAT: Final = 5.0
 come later than a short heartbeat timeout; the worker, declared dead, would start another guardian, and so on for ever."""
 
 
+HALVED: Final = 16
+"""So many free slots are filled in two claims: the task steps the first half while Redis finds the second."""
+
+
 @dataclass(slots=True)
 class Limits:
     """What ends a worker by itself: RQ's ``--burst``, ``--max-jobs``, ``--max-idle-time`` (seconds)."""
@@ -53,6 +57,8 @@ class Claimer:
     resume: bool
     log: logging.Logger
     claimed: int = 0
+    again: bool = False
+    """The last claim asked for a part of what is free and got all of that: ask for the rest without waiting."""
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
@@ -87,6 +93,7 @@ class Claimer:
             return False
         self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
+        self.again = self.holdings.wanting and bool(known) and len(answer.claims) == free
         if self.ledger is not None:
             self.ledger.claimed(answer.claims)
         self._receive(answer.claims)
@@ -115,6 +122,8 @@ class Claimer:
             if free <= 0 or holdings.plain or self._stands_still() or self._slots_unknown():
                 return None
             slots = {path: holdings.limited(number) for path, number in holdings.slots.items()}
+            if busy and free >= HALVED:
+                free = (free + 1) // 2
             if left is not None:
                 free = min(free, left)
                 slots = {path: min(number, left) for path, number in slots.items()}

@@ -183,7 +183,8 @@ class Courier:
         """Until there is something to do: an end, a stop, or the next checkpoint."""
         holdings = self.holdings
         with holdings.lock:
-            if not holdings.urgent and holdings.held and not self._uploads.busy:
+            again, self.claimer.again = self.claimer.again, False
+            if not (holdings.urgent or again or self._uploads.busy) and holdings.held:
                 due = self._last_flush + holdings.settings.checkpoint_interval - time.monotonic()
                 if due > 0:
                     holdings.lock.wait(min(due, 0.5))
@@ -282,7 +283,7 @@ class Courier:
             rows = [item for item in holdings.held.values() if not item.claim.plain]
             loading = now < holdings.loading_until
             interval = LEASE * min(holdings.step_timeouts()) / 10
-            keys = [item.key for item in rows if loading or item.moved > self._last_renewal]
+            keys = [item.key for item in rows if loading or holdings.last_moved(item) > self._last_renewal]
             # What has put out nothing yet: RQ's tools are to see it all the same.
             late = now - holdings.settings.checkpoint_interval
             unseen = [item for item in rows if not item.shown and item.began <= late and not item.leaving]

@@ -45,7 +45,7 @@ class Holding:
     seq: int
     fingerprint: str = ""
     moved: float = field(default_factory=time.monotonic)
-    """When it last showed life (monotonic seconds); its lease is renewed only after that."""
+    """When it last showed life by itself (monotonic seconds); see :meth:`Holdings.last_moved`."""
     pending: list[Any] = field(default_factory=list)
     size: int = 0
     state: PackedState | None = None

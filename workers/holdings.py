@@ -106,7 +106,7 @@ class Holdings:
     def loading(self, seconds: float) -> None:
         """Leases are renewed for so many seconds without a step: a model is being loaded. 0 ends it."""
         with self.lock:
-            self.apart = None
+            self._part(None)
             self._sign_of_life()
             self.loading_until = self.moved + seconds if seconds else 0.0
 
@@ -156,7 +156,7 @@ class Holdings:
     def set_apart(self, identifiers: frozenset[str] | None) -> None:
         """Which requests move by themselves from now on; see :attr:`apart`."""
         with self.lock:
-            self.apart = identifiers
+            self._part(identifiers)
 
     def task_settings(self) -> Settings:
         """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
@@ -307,9 +307,21 @@ class Holdings:
 
     def _sign_of_life(self) -> None:
         self.moved = time.monotonic()
-        for name, holding in self.held.items():
-            if self.apart is None or name not in self.apart:
-                holding.moved = self.moved
+        if self.apart is not None:
+            for name, holding in self.held.items():
+                if name not in self.apart:
+                    holding.moved = self.moved
+
+    def _part(self, apart: frozenset[str] | None) -> None:
+        if self.apart is None and apart is not None:
+            # What moved with the loop until now is from here on as old as that.
+            for holding in self.held.values():
+                holding.moved = max(holding.moved, self.moved)
+        self.apart = apart
+
+    def last_moved(self, holding: Holding) -> float:
+        """When a holding last showed life (monotonic seconds, lock held): with the loop, unless it moves by itself."""
+        return max(holding.moved, self.moved) if self.apart is None else holding.moved
 
     # --- for RQ's commands -------------------------------------------------------------------------
 

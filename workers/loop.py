@@ -135,10 +135,11 @@ class EngineLoop:
         engine = self._engine
         idle = engine is None or not (engine.admitted or engine.waiting)
         dropped = []
+        allowed = self.holdings.longest_step() + WAIT
         for letter in self.holdings.mailbox.take(wait=idle or self._resumed):
             if isinstance(letter, Drop):
                 dropped.append(letter.id)
-            self._tick()
+            self.watchdog.tick(allowed)
             self._read(letter)
         if self._engine is not None and not self._ends():
             self._admissions.admit(self._engine)
