@@ -19,6 +19,7 @@ from typing import Any
 
 import griffe
 from failure_page import failure_page
+from script_page import script_page
 
 from perdure.protocol.settings import Settings, variable
 
@@ -123,6 +124,7 @@ class Reference:
             made[f"{page}.md"] = re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
             assert modules
         made["failures.md"] = NOTE + "\n" + failure_page().rstrip() + "\n"
+        made["scripts.md"] = NOTE + "\n" + script_page().rstrip() + "\n"
         return made
 
     def undocumented(self) -> list[str]:

@@ -17,7 +17,7 @@ from perdure.scripts.batch import bodies as batch_bodies
 from perdure.scripts.server import Server
 
 from .batch_kit import PERDURE, Job
-from .test_docs import blocks
+from .page_kit import blocks
 from .worker_kit import LONG, Lab, laboratory
 
 PAGE = Path(__file__).parent.parent / "docs" / "batch.md"

@@ -11,7 +11,7 @@ import yaml
 from perdure.protocol.settings import Settings
 
 from .deploy_kit import ROOT, compose, understood
-from .test_docs import Block, blocks
+from .page_kit import Block, blocks
 
 PAGE = ROOT / "docs" / "deployment.md"
 LISTED = blocks(PAGE)

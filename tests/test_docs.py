@@ -24,37 +24,15 @@ from perdure.workers.generators import as_batch
 from perdure.workers.tasks import NOTHING, AnyTask, is_task, resolve
 from perdure.workers.testing import resume_at_every_step
 
+from .page_kit import ROOT, Block, blocks
 from .worker_kit import Lab
 
-ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "writing-tasks.md"
 KINDS = {"tasks", "produce", "test", "wrong", "right"}
 
 
-@dataclass(frozen=True)
-class Block:
-    """One fenced block: its language, what the page says it is, and where it stands."""
-
-    language: str
-    kind: str
-    name: str
-    text: str
-    line: int
-
-
-def blocks(page: Path = GUIDE) -> list[Block]:
-    """All fenced blocks of a page, the guide, in order."""
-    found = []
-    text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"^```(\w*) ?(\w*)=?(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        language, kind, name, body = match.groups()
-        found.append(Block(language, kind, name, body, text.count("\n", 0, match.start()) + 1))
-    assert 2 * len(found) == len(re.findall(r"^```", text, re.MULTILINE)), "a fence is not read as one"
-    return found
-
-
 def of(kind: str) -> list[Block]:
-    return [block for block in blocks() if (block.language, block.kind) == ("python", kind)]
+    return [block for block in blocks(GUIDE) if (block.language, block.kind) == ("python", kind)]
 
 
 def execute(block: Block, namespace: dict[str, Any]) -> str:
@@ -80,7 +58,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_every_block_is_of_a_kind_that_is_run() -> None:
     """Python is run in one of five ways, what it prints stands below it, and commands are only shown."""
-    listed = blocks()
+    listed = blocks(GUIDE)
     for block, following in zip(listed, [*listed[1:], None], strict=True):
         match block.language:
             case "python":
@@ -100,7 +78,7 @@ def test_the_guide_runs_on_a_real_worker(lab: Lab, app: Path, monkeypatch: pytes
     pytest.importorskip("torch")
     monkeypatch.setenv("PERDURE_REDIS_URL", lab.url)
     lab.worker(environment={"PYTHONPATH": str(app), "OMP_NUM_THREADS": "1"}, wait=False)
-    listed = blocks()
+    listed = blocks(GUIDE)
     namespace: dict[str, Any] = {}
     try:
         for block, following in zip(listed, [*listed[1:], None], strict=True):
