@@ -290,7 +290,7 @@ def test_every_public_name_is_described(pages: Any, reference: Any) -> None:
 
 def test_links_of_the_docs_lead_somewhere(reference: Any) -> None:
     """Files exist, and headings do."""
-    for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]:
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]:
         text = path.read_text(encoding="utf-8")
         for target in re.findall(
             r"\]\(([^)#\s]*(?:#[^)\s]+)?)\)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)

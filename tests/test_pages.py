@@ -1,0 +1,269 @@
+"""Every fenced block of the README and of docs/ has a test that runs it; what the pages name is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from rq.cli.cli import main as rq
+
+from perdure.protocol.settings import Settings, variable
+from perdure.scripts.main import COMMANDS, perdure
+
+from .page_kit import ROOT, Block, blocks, commands, matches, names, rows, run, section
+from .worker_kit import Lab, eventually
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "model" / "README.md"]
+"""Those that are written by hand; docs/reference is made from the code."""
+
+RUN_BY = {
+    ("README.md", "console", "demo"): "test_demo.test_the_demonstration_shows_what_is_promised",
+    ("README.md", "text", ""): "test_readme.test_the_last_lines_of_the_demonstration_are_its_own",
+    ("README.md", "python", "tasks"): "test_readme.test_the_programs_run",
+    ("README.md", "console", "pool"): "test_readme.test_the_programs_run",
+    ("README.md", "python", "produce"): "test_readme.test_the_programs_run",
+    ("README.md", "python", "await"): "test_readme.test_the_programs_run",
+    ("batch.md", "jsonl", ""): "test_batch_text.test_the_page_shows_what_happens",
+    ("batch.md", "console", ""): "test_batch_text.test_the_page_shows_what_happens",
+    ("batch.md", "json", ""): "test_pages.test_data_is_of_the_kind_that_it_says",
+    ("collectives.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
+    ("collectives.md", "python", "tasks"): "test_docs.test_the_group_of_the_docs_runs_and_resumes",
+    ("deployment.md", "console", ""): "test_deploy_page.test_every_command_names_what_there_is",
+    ("deployment.md", "ini", ""): "test_deploy_page.test_settings_are_settings",
+    ("failures.md", "console", ""): "test_pages.test_the_times_of_failures_can_be_measured_again",
+    ("health.md", "console", ""): "test_pages.test_the_commands_of_health_run",
+    ("health.md", "json", ""): "test_health_server.test_the_page_shows_what_is_served",
+    ("health.md", "yaml", ""): "test_pages.test_data_is_of_the_kind_that_it_says",
+    ("metrics.md", "console", ""): "test_pages.test_metrics_are_served_as_the_page_shows",
+    ("migrating-from-rq.md", "python", "jobs"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "python", "produce"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "python", "tasks"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "text", ""): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "console", "before"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "console", "after"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("migrating-from-rq.md", "console", "both"): "test_migrating_page.test_both_kinds_of_worker_serve_one_queue",
+    ("migrating-from-rq.md", "console", "back"): "test_migrating_page.test_from_rq_to_ours_and_back",
+    ("operations.md", "console", "run"): "test_docs.test_every_command_for_operators_runs",
+    ("protocol.md", "python", "tasks"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("protocol.md", "console", "waiting"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("protocol.md", "console", "running"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("protocol.md", "console", "resumed"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("protocol.md", "console", "ended"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("reliability.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
+    ("rq.md", "console", ""): "test_pages.test_the_commands_of_rq_run",
+    ("security.md", "text", ""): "test_acl.test_each_user_does_its_work",
+    ("text-generation.md", "python", "produce"): "test_readme.test_the_programs_run",
+    ("text-generation.md", "python", "adapter"): "test_readme.test_the_adapter_is_a_task",
+    ("text-generation.md", "json", ""): "test_readme.test_the_programs_run",
+    ("writing-tasks.md", "python", "tasks"): "test_docs.test_every_task_of_the_guide_resumes_at_every_step",
+    ("writing-tasks.md", "python", "produce"): "test_docs.test_the_guide_runs_on_a_real_worker",
+    ("writing-tasks.md", "text", ""): "test_docs.test_the_guide_runs_on_a_real_worker",
+    ("writing-tasks.md", "python", "test"): "test_docs.test_the_test_of_the_guide_passes",
+    ("writing-tasks.md", "python", "wrong"): "test_docs.test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right",
+    ("writing-tasks.md", "python", "right"): "test_docs.test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right",
+    ("writing-tasks.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
+}  # fmt: skip
+"""(page, language, kind) -> the test that runs such blocks. A new block needs a test, and a line here."""
+
+
+def every() -> Iterator[tuple[Path, Block]]:
+    for page in PAGES:
+        for block in blocks(page):
+            yield page, block
+
+
+def test_every_block_has_a_test_that_runs_it() -> None:
+    """And every test that is named is there, and reads the page."""
+    found = {(page.name, block.language, block.kind): f"{page.name}, line {block.line}" for page, block in every()}
+    missing = {place for name, place in found.items() if name not in RUN_BY}
+    assert not missing, f"no test runs these blocks: {missing}; write one, and name it in RUN_BY"
+    assert not set(RUN_BY) - set(found), "RUN_BY names blocks that are gone"
+    for (page, _, _), name in RUN_BY.items():
+        module, _, function = name.partition(".")
+        text = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        assert f"def {function}(" in text, name
+        assert page in text or page == "README.md", f"{name} does not read {page}"
+
+
+def parse(words: list[str]) -> None:
+    """Let click's own parser have the words, without doing anything. Raises what it raises."""
+    group: click.Command = {"perdure": perdure, "rq": rq}[words[0]]
+    context, rest = click.Context(group), words[1:]
+    while isinstance(group, click.Group):
+        name, rest = rest[0], rest[1:]
+        command = group.get_command(context, name)
+        assert command is not None, f"there is no {' '.join(words)}"
+        group, parent = command, context
+        if not isinstance(group, click.Group):
+            group.make_context(name, rest, parent=parent)
+
+
+def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of ``perdure`` and ``rq``, on every page: reliability.md, collectives.md, writing-tasks.md and the others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").touch()
+    settings = {variable(item.name) for item in dataclasses.fields(Settings)}
+    seen = 0
+    for page, block in every():
+        if block.language != "console":
+            continue
+        for command, _ in commands(block):
+            words = shlex.split(command, comments=True)
+            while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                name = words.pop(0).partition("=")[0]
+                assert not name.startswith("PERDURE_") or name in settings, f"{page.name}: {name}"
+            if words[0] in ("perdure", "rq"):
+                try:
+                    parse(words)
+                except click.ClickException as error:
+                    raise AssertionError(f"{page.name}, line {block.line}: {command}: {error.message}") from None
+                seen += 1
+    assert seen > 25
+    with pytest.raises(click.ClickException):
+        parse(["perdure", "chaos", "--sed", "7"])
+
+
+def test_data_is_of_the_kind_that_it_says() -> None:
+    """JSON, lines of JSON and YAML can be read: batch.md, health.md, text-generation.md."""
+    for page, block in every():
+        where = f"{page.name}, line {block.line}"
+        if block.language in ("json", "jsonl"):
+            lines = block.text.splitlines() if page.name == "batch.md" else [block.text]
+            assert all(isinstance(json.loads(line), dict) for line in lines), where
+        elif block.language == "yaml":
+            assert isinstance(yaml.safe_load(block.text), dict), where
+
+
+KNOWN = {"PERDURE_PYTHON", "PERDURE_MODEL_PATH", "PERDURE_TORCH_INDEX"}
+"""For set-up, before there is anything that has settings."""
+
+
+def test_every_setting_that_a_page_names_is_one() -> None:
+    """A variable, and a command between backquotes."""
+    settings = {variable(item.name) for item in dataclasses.fields(Settings)} | KNOWN
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"\bPERDURE_[A-Z_]*[A-Z]\b", text)) <= settings, page.name
+        for command in re.findall(r"`perdure ([a-z-]+)", text):
+            assert command in COMMANDS, f"{page.name}: perdure {command}"
+
+
+def test_the_times_of_failures_can_be_measured_again(tmp_path: Path) -> None:
+    """The command of failures.md starts; a measurement of each kind takes minutes, so none is asked for."""
+    ((command, _),) = [pair for block in blocks(ROOT / "docs" / "failures.md") for pair in commands(block)]
+    words = shlex.split(command)
+    assert words[0] == ".venv/bin/python"
+    done = subprocess.run(
+        [sys.executable, *words[1:], "none"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_metrics_are_served_as_the_page_shows(lab: Lab) -> None:
+    """metrics.md: the extra is one, the command serves and says where."""
+    (block,) = blocks(ROOT / "docs" / "metrics.md")
+    (install, _), (serve, shown) = commands(block)
+    (extra,) = re.findall(r'"perdure\[(\w+)\]"', install)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra in project["optional-dependencies"]
+    words = shlex.split(serve.replace("redis://localhost:6379", lab.url))
+    process = lab._start(
+        "metrics", [str(Path(sys.executable).with_name(words[0])), *words[1:], "--port", "0"], {}, None
+    )
+    eventually(lambda: "serving" in process.log or not process.running)
+    pattern = re.sub(r"\d\d:\d\d:\d\d|:9727", "…", shown).replace("redis://localhost:6379", "…")
+    assert matches(pattern, process.log), process.log
+    process.kill()
+
+
+def test_the_commands_of_rq_run(lab: Lab, tmp_path: Path) -> None:
+    """Those of rq.md that end by themselves; its workers are started by tests/test_rq_pool.py."""
+    (block,) = blocks(ROOT / "docs" / "rq.md")
+    lab.store.connection.sadd("rq:queues", "rq:queue:gpu")
+    ended = [command for command, _ in commands(block) if not command.startswith("rq worker")]
+    assert len(ended) == 5
+    for command in ended:
+        done = run(command, folder=tmp_path, environment={**os.environ, "RQ_REDIS_URL": lab.url})
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_commands_of_health_run(lab: Lab, tmp_path: Path) -> None:
+    """health.md: a worker that is asked, the table of workers, and the probe; on this machine's CPU and a free port."""
+    pytest.importorskip("torch")
+    start, ask, list_, probe = [pair for block in blocks(ROOT / "docs" / "health.md") for pair in commands(block)]
+    environment = {**os.environ, "PERDURE_REDIS_URL": lab.url}
+    setting, _, rest = start[0].partition(" ")
+    assert setting == "PERDURE_HEALTH_PORT=9100"
+    words = shlex.split(rest)
+    lab._start(
+        "health",
+        [str(Path(sys.executable).with_name(words[0])), *words[1:]],
+        {"health_port": 39_100},
+        {"PERDURE_REDIS_URL": lab.url},
+    )
+    (worker,) = eventually(lambda: [item for item in lab.store.workers() if item["ready"]])
+    if shutil.which("curl"):
+        url = str(worker["health"])
+        asked = run(re.sub(r"http://127.0.0.1:9100", url.rstrip("/"), ask[0]), folder=tmp_path)
+        assert "checks" in json.loads(asked.stdout)
+    shown = run(list_[0], folder=tmp_path, environment=environment).stdout
+    assert shown.splitlines()[0].split() == list_[1].splitlines()[0].split()
+    done = subprocess.run(
+        [sys.executable, *shlex.split(probe[0].replace("cuda:0", "cpu"))[1:]], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert matches(probe[1].replace("cuda:0", "cpu").replace("8 known", "… known"), done.stdout), done.stdout
+
+
+# --- the README --------------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_every_command() -> None:
+    """In its table, and no other."""
+    table = [row for row in rows(section(README, "Run it")) if "perdure" in row[0]]
+    shown = {name.split()[1] for row in table for name in names(row[0])}
+    assert shown == set(COMMANDS)
+
+
+def test_the_settings_of_the_readme_have_the_defaults_that_it_says() -> None:
+    """Numbers and words; what is said in words is not compared."""
+    for cells in rows(section(README, "Settings")):
+        found = names(cells[0])
+        for name, default in zip(found, cells[1].split(", "), strict=False):
+            item = next(item for item in dataclasses.fields(Settings) if variable(item.name) == name)
+            said = default.split(" (")[0]
+            if re.fullmatch(r"[\d.]+|none|text|auto|smollm2|float32", said):
+                real: Any = item.default
+                assert said == (f"{real:g}" if isinstance(real, float) else str(real)), name
+
+
+def test_the_options_of_the_readme_are_those_of_submit() -> None:
+    from inspect import signature
+
+    from perdure.producer import Client
+
+    options = set(signature(Client.submit).parameters) - {"self", "task", "payload", "queue"}
+    shown = {names(row[0])[0] for row in rows(section(README, "Options"))}
+    assert shown <= options
+    assert options - shown == {"max_retries", "result_ttl", "failure_ttl"}, "described under Settings, or not at all"
+
+
+def test_the_files_of_the_readme_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:producer|protocol|workers|recovery|scripts|docs|deploy|\.ci)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
