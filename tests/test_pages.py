@@ -118,10 +118,9 @@ def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypat
     (tmp_path / "in.jsonl").touch()
     settings = {variable(item.name) for item in dataclasses.fields(Settings)}
     seen = 0
-    for page, block in every():
-        if block.language != "console":
-            continue
-        for command, _ in commands(block):
+    for page in PAGES:
+        listed = [block for block in blocks(page) if block.language == "console"]
+        for shown, command in [(block, line) for block in listed for line, _ in commands(block)]:
             words = shlex.split(command, comments=True)
             while re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 name = words.pop(0).partition("=")[0]
@@ -130,9 +129,20 @@ def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypat
                 try:
                     parse(words)
                 except click.ClickException as error:
-                    raise AssertionError(f"{page.name}, line {block.line}: {command}: {error.message}") from None
+                    raise AssertionError(f"{page.name}, line {shown.line}: {command}: {error.message}") from None
                 seen += 1
-    assert seen > 25
+        for command in re.findall(r"`(perdure [^`…|\[]+)`", page.read_text(encoding="utf-8")):
+            words = shlex.split(re.sub(r"\bN\b|PID", "1", command))
+            try:
+                parse(words)
+            except click.MissingParameter:
+                pass  # only named
+            except click.ClickException as error:
+                if isinstance(error, click.BadParameter) and re.search(r"\b[A-Z]{2,}\b", command):
+                    continue  # a word that stands for something
+                raise AssertionError(f"{page.name}: {command}: {error.message}") from None
+            seen += 1
+    assert seen > 60
     with pytest.raises(click.ClickException):
         parse(["perdure", "chaos", "--sed", "7"])
 
