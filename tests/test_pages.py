@@ -20,8 +20,12 @@ import pytest
 import yaml
 from rq.cli.cli import main as rq
 
+from perdure.producer import session
 from perdure.protocol.settings import Settings, variable
+from perdure.recovery import degradation
+from perdure.scripts import metrics, pool
 from perdure.scripts.main import COMMANDS, perdure
+from perdure.workers import draining, group, membership, restarts, statuses, watchdog
 
 from .page_kit import ROOT, Block, blocks, commands, matches, names, rows, run, section
 from .worker_kit import Lab, eventually
@@ -238,6 +242,42 @@ def test_the_commands_of_health_run(lab: Lab, tmp_path: Path) -> None:
         timeout=120, check=False,
     )  # fmt: skip
     assert matches(probe[1].replace("cuda:0", "cpu").replace("8 known", "… known"), done.stdout), done.stdout
+
+
+def test_the_numbers_of_failures_are_those_of_the_code() -> None:
+    """What failures.md says in terms of settings and constants, at their defaults."""
+    text = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    settings = Settings()
+    step, beat = settings.step_timeout, settings.heartbeat_timeout
+    delay = watchdog.MARGIN + watchdog.LOOK
+    said = [
+        f"the step timeout + {delay + watchdog.STACKS:g} s at most",
+        f"the step timeout + {delay:g} s |",
+        f"for less than the step timeout + {watchdog.SPARE:g} s",
+        f"`min({group.COLLECTIVE_TIMEOUT:g}, 3/4 of the step timeout)`, {group.collective_timeout(settings, step):g} s by default",
+        f"after `DRAIN_TIMEOUT` + {draining.LEAVE:g} s",
+        f"(long step: at most `DRAIN_TIMEOUT`, {settings.drain_timeout:g} s)".replace("(long", "(a long"),
+        f"{restarts.RETRY:g} s, doubling to {restarts.LONGEST_RETRY / 3600:g} h",
+        f"{pool.START:g} s + `LOAD_TIMEOUT` for each task",
+        f"after {degradation.HOLD / 1000 + 2 * beat:g} s.",
+        f"more than {100 * degradation.LEAVE:g} % for a heartbeat timeout",
+        f"submits wait up to {session.PATIENCE:g} s (`patience`)",
+        f"up to {settings.retry_cap:g} s, less up to a quarter",
+        f"after `max_retries` ({settings.max_retries}) `RequestFailed`",
+        f"for about a lease ({settings.lease:g} s)",
+        f"no epoch lasting {membership.QUIET:g} s in between",
+        f"{metrics.TIMEOUT:g} s without an answer",
+    ]
+    assert [words for words in said if words not in text] == []
+    assert restarts.BUDGET == 3
+    assert "the fourth failure within a minute" in text
+    assert settings.max_crashes == 3
+    assert "three crashes *alone* on a worker" in text
+    assert settings.max_crashes_total == 10
+    assert "or ten in all" in text
+    shown = {cells[0] for cells in rows(section(ROOT / "docs" / "failures.md", "Exit statuses of a worker"))}
+    ours = {str(value) for name, value in vars(statuses).items() if name.isupper()}
+    assert shown == ours | {"0", "1", "a signal"}
 
 
 # --- the README --------------------------------------------------------------------------------------------
