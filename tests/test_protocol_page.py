@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rq.job import Job
 
 from perdure.protocol import scripts
 from perdure.protocol.keys import NAMES, key
@@ -135,6 +136,16 @@ def test_limits_are_those_of_the_code() -> None:
     assert set(re.findall(r"`(\w+)`", refused[1])) == set(scripts.GIVE_WAY)
     assert Settings().checkpoint_ttl == 3600
     assert Settings().checkpoint_interval == 0.1
+
+
+def test_what_rq_cancels_stays_until_it_is_canceled_here_too(lab: Lab) -> None:
+    """RQ gives it no TTL; the page says what does."""
+    name = lab.submit("count", {"n": 1})
+    Job.fetch(name, connection=lab.connection).cancel()
+    assert (lab.waiting(), lab.record(name).status) == ([], "canceled")
+    assert lab.connection.ttl(key("job", name)) == -1
+    assert lab.store.cancel([(name, "")], reason="") == ["canceled"]
+    assert 0 < int(str(lab.connection.ttl(key("job", name)))) <= 600
 
 
 # --- a server on which things happen -------------------------------------------------------------------------
