@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 from rq import Queue
+from rq.defaults import DEFAULT_FAILURE_TTL, DEFAULT_RESULT_TTL
 from rq.job import Job
 
 from perdure.protocol.keys import key
+from perdure.protocol.settings import Settings
 
-from .page_kit import ROOT, Block, blocks, commands, run
+from .page_kit import ROOT, Block, blocks, commands, rows, run, section
 from .worker_kit import Lab, Process, eventually
 
 PAGE = ROOT / "docs" / "migrating-from-rq.md"
 LISTED = blocks(PAGE)
+DAY = 86_400
 
 
 def of(kind: str) -> Block:
@@ -73,6 +76,15 @@ def program(namespace: dict[str, Any], first: int, last: int) -> None:
         assert shown.getvalue() == text.text, f"line {block.line}"
 
 
+def test_its_numbers_are_those_of_rq_and_ours() -> None:
+    """What the table says of lifetimes and of a step."""
+    table = {row[0]: row[1:] for row in rows(section(PAGE, "What stays, what changes"))}
+    assert table["how long it may run"][0] == f"`job_timeout`, {Queue.DEFAULT_TIMEOUT} s"
+    assert f"one *step* {Settings().step_timeout:g} s" in table["how long it may run"][2]
+    assert table["its result is kept"][0] == f"`result_ttl`, {DEFAULT_RESULT_TTL} s"
+    assert (DEFAULT_FAILURE_TTL, Settings().result_ttl, Settings().failure_ttl) == (365 * DAY, DAY, 7 * DAY)
+
+
 @pytest.mark.slow
 def test_from_rq_to_ours_and_back(lab: Lab, app: dict[str, str], tmp_path: Path) -> None:
     """The old program on RQ's worker and on ours, the new ones on ours, and the old one on RQ's again."""
@@ -80,10 +92,13 @@ def test_from_rq_to_ours_and_back(lab: Lab, app: dict[str, str], tmp_path: Path)
     (before,) = [command for command, _ in commands(of("before"))]
     stock = start(lab, before, app, "stock")
     program(namespace, 0, 1)
+    assert lab.connection.ttl(namespace["job"].key) <= DEFAULT_RESULT_TTL
     stop(stock)
     ours = [start(lab, command, app, f"ours-{n}") for n, (command, _) in enumerate(commands(of("after")))]
     try:
         program(namespace, 0, 4)
+        kept: Any = lab.connection.ttl(namespace["job"].key)
+        assert DEFAULT_RESULT_TTL < kept <= Settings().result_ttl, "the job did not say, so ours holds"
         # None is left, says the page, when these print no item.
         for command, _ in commands(of("back")):
             done = run(command, folder=tmp_path, environment={**os.environ, **app})
