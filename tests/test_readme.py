@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from perdure.producer import AsyncClient
 from perdure.scripts.screen import Screen
 from perdure.scripts.verdict import Row, Verdict
 from perdure.workers.tasks import is_task
@@ -40,7 +41,7 @@ def execute(text: str, url: str, namespace: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_the_programs_run(lab: Lab, tmp_path: Path) -> None:
+def test_the_programs_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its task, its two commands, its two producers; then those of text-generation.md, with the shapes that it shows."""
     pytest.importorskip("torch")
     (task,) = [block for block in README if block.kind == "tasks"]
@@ -70,6 +71,11 @@ def test_the_programs_run(lab: Lab, tmp_path: Path) -> None:
     printed = execute(awaited.text, lab.url, {})
     assert printed.startswith("0\n1\n2\n{'counted': 3}\n")
     assert sorted(eval(line.split(" ", 1)[1])["counted"] for line in printed.splitlines()[4:]) == list(range(100))
+
+    # The one program among the signatures of the reference.
+    (example,) = [block for block in blocks(ROOT / "docs/reference/producer.md") if block.text.startswith("async with")]
+    monkeypatch.setenv("PERDURE_REDIS_URL", lab.url)
+    execute(example.text, lab.url, {"AsyncClient": AsyncClient})
 
     (block,) = [block for block in TEXT if block.kind == "produce"]
     with namespace["Client"](lab.url) as client:
