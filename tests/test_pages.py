@@ -18,6 +18,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from rq.cli.cli import main as rq
 
 from perdure.producer import session
@@ -204,15 +205,16 @@ def test_metrics_are_served_as_the_page_shows(lab: Lab) -> None:
     process.kill()
 
 
-def test_the_commands_of_rq_run(lab: Lab, tmp_path: Path) -> None:
-    """Those of rq.md that end by themselves; its workers are started by tests/test_rq_pool.py."""
+def test_the_commands_of_rq_run(lab: Lab) -> None:
+    """Those of rq.md that end by themselves, in this process; its workers are started by tests/test_rq_pool.py."""
     (block,) = blocks(ROOT / "docs" / "rq.md")
-    lab.store.connection.sadd("rq:queues", "rq:queue:gpu")
+    lab.connection.sadd("rq:queues", "rq:queue:gpu")
     ended = [command for command, _ in commands(block) if not command.startswith("rq worker")]
     assert len(ended) == 5
     for command in ended:
-        done = run(command, folder=tmp_path, environment={**os.environ, "RQ_REDIS_URL": lab.url})
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        done = CliRunner().invoke(rq, shlex.split(command)[1:], env={"RQ_REDIS_URL": lab.url})
+        assert done.exit_code == 0, f"{command}: {done.output}"
+        assert bool(lab.connection.exists("rq:suspended")) == (command == "rq suspend"), command
 
 
 @pytest.mark.slow
