@@ -244,7 +244,7 @@ def test_the_life_of_a_request_is_as_the_page_shows_it(lab: Lab, tmp_path: Path)
             assert done.returncode == 0, done.stderr
             several = "inspect-key" in command
             assert several or matches(shown.replace("REQUEST", name), done.stdout), f"{command}\n{done.stdout}"
-            assert not several or "checkpoint" in done.stdout
+            assert not several or f"rq:perdure:output:{name}" in done.stdout
 
     show("waiting")
     workers = [lab.worker(environment=environment) for _ in range(2)]
