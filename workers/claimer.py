@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,10 +30,6 @@ restarts from zero."""
 FIRST_BEAT: Final = 5.0
 """Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it may
 come later than a short heartbeat timeout; the worker, declared dead, would start another guardian, and so on for ever."""
-
-
-HALVED: Final = 16
-"""So many free slots are filled in two claims: the task steps the first half while Redis finds the second."""
 
 
 @dataclass(slots=True)
@@ -57,8 +53,6 @@ class Claimer:
     resume: bool
     log: logging.Logger
     claimed: int = 0
-    again: bool = False
-    """The last claim asked for a part of what is free and got all of that: ask for the rest without waiting."""
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
@@ -93,7 +87,6 @@ class Claimer:
             return False
         self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
-        self.again = self.holdings.wanting and bool(known) and len(answer.claims) == free
         if self.ledger is not None:
             self.ledger.claimed(answer.claims)
         self._receive(answer.claims)
@@ -122,8 +115,6 @@ class Claimer:
             if free <= 0 or holdings.plain or self._stands_still() or self._slots_unknown():
                 return None
             slots = {path: holdings.limited(number) for path, number in holdings.slots.items()}
-            if busy and free >= HALVED:
-                free = (free + 1) // 2
             if left is not None:
                 free = min(free, left)
                 slots = {path: min(number, left) for path, number in slots.items()}
@@ -160,8 +151,10 @@ class Claimer:
         waiting = list(claims)
         try:
             while waiting:
-                self._deliver(waiting[0])
-                waiting.pop(0)
+                # Those that begin are handed over together; what goes on from a checkpoint has to be read before.
+                number = next((i for i, claim in enumerate(waiting) if claim.seq or claim.offset), len(waiting)) or 1
+                self._deliver(waiting[:number])
+                del waiting[:number]
         finally:
             # No contact to Redis: what could not be read is forgotten, and the next claim gives it again.
             with holdings.lock:
@@ -170,19 +163,22 @@ class Claimer:
                         del holdings.held[claim.id]
                         self.claimed -= 1
 
-    def _deliver(self, claim: Claim) -> None:
-        """Read what the request goes on from, and hand it to the loop."""
-        admission = self._admission(claim)
+    def _deliver(self, claims: Sequence[Claim]) -> None:
+        """Read what the requests go on from, and hand them to the loop."""
+        admissions = [self._admission(claim) for claim in claims]
         holdings = self.holdings
+        letters = []
         with holdings.lock:
-            holding = holdings.current(claim.id, claim.execution)
-            if holding is None or holding.canceling:
-                return  # lost or canceled meanwhile
-            if isinstance(admission, str):
-                holdings.handbacks.append(Handback(holding, admission, fingerprint=NO_CHECKPOINT))
-                holdings.urgent = True
-            else:
-                holdings.mailbox.put(admission)
+            for claim, admission in zip(claims, admissions, strict=True):
+                holding = holdings.current(claim.id, claim.execution)
+                if holding is None or holding.canceling:
+                    continue  # lost or canceled meanwhile
+                if isinstance(admission, str):
+                    holdings.handbacks.append(Handback(holding, admission, fingerprint=NO_CHECKPOINT))
+                    holdings.urgent = True
+                else:
+                    letters.append(admission)
+            holdings.mailbox.put_all(letters)
 
     def _admission(self, claim: Claim) -> Admission | str:
         """The request as the task will see it, with what its checkpoint holds; a text if that is damaged."""
@@ -199,11 +195,12 @@ class Claimer:
                     return "the checkpoint's state does not match its CRC"
         except (ValueError, TypeError) as error:
             return f"the checkpoint cannot be read: {error}"
-        self.log.info(
-            "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
-            f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
-            extra=about(claim.id, claim.execution),
-        )  # fmt: skip
+        if self.log.isEnabledFor(logging.INFO):
+            self.log.info(
+                "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
+                f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
+                extra=about(claim.id, claim.execution),
+            )  # fmt: skip
         request = Request(
             id=claim.id, payload=claim.payload, attempt=claim.attempt, execution=claim.execution, outputs=outputs,
             state=state, queue=claim.queue,

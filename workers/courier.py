@@ -183,8 +183,7 @@ class Courier:
         """Until there is something to do: an end, a stop, or the next checkpoint."""
         holdings = self.holdings
         with holdings.lock:
-            again, self.claimer.again = self.claimer.again, False
-            if not (holdings.urgent or again or self._uploads.busy) and holdings.held:
+            if not holdings.urgent and holdings.held and not self._uploads.busy:
                 due = self._last_flush + holdings.settings.checkpoint_interval - time.monotonic()
                 if due > 0:
                     holdings.lock.wait(min(due, 0.5))

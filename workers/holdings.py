@@ -82,6 +82,8 @@ class Holdings:
     raised: list[BaseException] = field(default_factory=list)
     """What copying a state has raised; the loop judges it."""
     _step_timeouts: dict[str, float | None] = field(default_factory=dict)
+    _settings: dict[float | None, Settings] = field(default_factory=dict)
+    """Those of :meth:`task_settings`, by step timeout: they are checked when they are made."""
 
     # --- stopping ----------------------------------------------------------------------------------
 
@@ -160,7 +162,10 @@ class Holdings:
 
     def task_settings(self) -> Settings:
         """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
-        return self.settings.replace(step_timeout=self._step_timeouts.get(self.task))
+        timeout = self._step_timeouts.get(self.task)
+        if timeout not in self._settings:
+            self._settings[timeout] = self.settings.replace(step_timeout=timeout)
+        return self._settings[timeout]
 
     def step_timeouts(self) -> list[float]:
         """Seconds that one step may take, of each held request: its own, else the task's, else the setting (lock held).

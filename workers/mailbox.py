@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..protocol.records import Claim
@@ -50,17 +50,22 @@ class Mailbox:
     """Letters in order, from any thread to the main thread."""
 
     def __init__(self) -> None:
-        self._letters: queue.SimpleQueue[Letter] = queue.SimpleQueue()
+        self._bundles: queue.SimpleQueue[Sequence[Letter]] = queue.SimpleQueue()
 
     def put(self, letter: Letter) -> None:
         """Leave a letter. Never blocks."""
-        self._letters.put(letter)
+        self._bundles.put((letter,))
+
+    def put_all(self, letters: Sequence[Letter]) -> None:
+        """Leave several at once: whoever waits is woken once, and not while the rest is still being written."""
+        if letters:
+            self._bundles.put(letters)
 
     def take(self, *, wait: bool) -> Iterator[Letter]:
         """All letters that are there; with ``wait``, up to a second is waited for the first."""
         try:
-            yield self._letters.get(timeout=1.0) if wait else self._letters.get_nowait()
+            yield from self._bundles.get(timeout=1.0) if wait else self._bundles.get_nowait()
             while True:
-                yield self._letters.get_nowait()
+                yield from self._bundles.get_nowait()
         except queue.Empty:
             return
