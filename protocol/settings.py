@@ -23,6 +23,9 @@ from .errors import SettingsError
 
 PREFIX = "PERDURE_"
 
+SECRETS = frozenset({"PERDURE_WEB_TOKEN"})
+"""Variables with the prefix that are no settings: settings are printed, and handed on to every process of a pool."""
+
 LEASE = 1.5
 """A lease lasts so many step timeouts (``lease_length`` in prelude.lua says the same)."""
 
@@ -199,7 +202,7 @@ class Settings:
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, text in environment.items():
-            if not name.startswith(PREFIX) or _from_kubernetes(name, text, known):
+            if not name.startswith(PREFIX) or name in SECRETS or _from_kubernetes(name, text, known):
                 continue
             if name not in known:
                 message = _unknown(name, list(known))

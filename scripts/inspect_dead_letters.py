@@ -57,7 +57,7 @@ def dead_letters(
         _tell(letters, as_json, done=yes)
     elif as_json:
         groups = [] if ids else grouped(iter(letters))
-        print_json({"items": [_letter(item) for item in letters] if ids else [_group(group) for group in groups]})
+        print_json({"items": [as_letter(item) for item in letters] if ids else [as_group(group) for group in groups]})
     elif not letters:
         click.echo("Nothing has failed.", err=True)
     elif ids:
@@ -94,14 +94,16 @@ def _print_groups(groups: list[DeadLetters]) -> None:
         click.echo(one_line(f"{group.fingerprint}  {group.reason}"))
 
 
-def _letter(item: DeadLetter) -> dict[str, Any]:
+def as_letter(item: DeadLetter) -> dict[str, Any]:
+    """A failure as ``--ids --json`` prints it."""
     return {
         "id": item.id, "queue": item.queue, "task": item.task, "kind": item.kind or None, "reason": item.reason,
         "ended_at": item.ended_at or None, "error": item.fingerprint,
     }  # fmt: skip
 
 
-def _group(group: DeadLetters) -> dict[str, Any]:
+def as_group(group: DeadLetters) -> dict[str, Any]:
+    """A group as ``--json`` prints it."""
     return {
         "error": group.fingerprint, "number": group.number, "task": group.task, "kind": group.kind or None,
         "reason": group.reason, "queues": sorted(group.queues), "first": group.first or None, "last": group.last or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -52,7 +53,12 @@ HEADER = ("QUEUE", "WAITING", "OLDEST", "LATER", "RUNNING", "FAILED", "WORKERS",
 
 def read(store: Store, queue: str | None, rates: Rates) -> list[dict[str, Any]]:
     """Queues as ``--json`` prints them; ``per_second`` is ``null`` at the first look with these ``rates``."""
-    facts = queue_facts(store, chosen_queues(store, queue))
+    return read_these(store, chosen_queues(store, queue), rates)
+
+
+def read_these(store: Store, names: Sequence[str], rates: Rates) -> list[dict[str, Any]]:
+    """The same of queues that are known."""
+    facts = queue_facts(store, names)
     measured = rates.since_last({item.name: item.counters for item in facts})
     items = []
     for item in facts:

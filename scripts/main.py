@@ -40,6 +40,7 @@ COMMANDS = {
     "redis": ("inspect_redis", "redis_", "Show how hard Redis has it."),
     "inspect-key": ("inspect_key", "inspect_key", "Decode one key."),
     "top": ("top", "top", "Watch a pool."),
+    "web": ("web.command", "web", "Serve a page that shows a pool."),
     "doctor": ("doctor", "doctor", "Look for what is wrong, and say what to change."),
     "config": ("config", "config", "Show the settings and where they come from."),
     "completion": ("completion", "completion", "Print what completes commands in a shell."),
@@ -47,6 +48,9 @@ COMMANDS = {
     "cancel": ("moves", "cancel", "Cancel requests."),
     "requeue": ("moves", "requeue", "Send failed requests back to their queues."),
 }
+
+# package -> the extra that brings it; "demo" brings all others
+EXTRAS = {"prometheus_client": "metrics", "starlette": "web", "uvicorn": "web"}
 
 
 class Commands(click.Group):
@@ -62,7 +66,7 @@ class Commands(click.Group):
         try:
             command = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
         except ModuleNotFoundError as error:
-            extra = "metrics" if error.name == "prometheus_client" else "demo"
+            extra = EXTRAS.get(error.name or "", "demo")
             raise click.UsageError(
                 f'"perdure {cmd_name}" needs the package {error.name}, which is not installed. '
                 f'Run: pip install "perdure[{extra}]"'

@@ -228,7 +228,7 @@ def list_(
     with open_client(url) as client:
         say_if_degraded(client)
         page = client.list(status=status, queue=queue, worker=worker, kind=kind, limit=limit, cursor=cursor)
-    items = [_item(record) for record in page.items]
+    items = [as_item(record) for record in page.items]
     if as_json:
         print_json({"items": items, "cursor": page.cursor})
         return
@@ -242,7 +242,8 @@ def list_(
         click.echo(f"More with: --cursor {page.cursor}", err=True)
 
 
-def _item(record: RequestRecord) -> dict[str, Any]:
+def as_item(record: RequestRecord) -> dict[str, Any]:
+    """A request as ``list --json`` prints it."""
     from ..producer.timeline import attempts_of
 
     error = {"kind": record.error_kind, "reason": record.error_reason} if record.error_kind else None

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("protocol", "producer", "workers", "recovery", "scripts")
-SUFFIXES = (".py", ".lua", ".typed")
+SUFFIXES = (".py", ".lua", ".typed", ".html", ".css", ".js", ".svg")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -31,26 +32,39 @@ def in_tree() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel as built from a copy of what belongs to it: no left-over of an earlier build can help."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of a copy of what belongs to it, and a wheel of that: no left-over of an earlier build can help."""
     copy = tmp_path_factory.mktemp("source")
     for name in (*sorted(in_tree()), "pyproject.toml", "README.md", "LICENSE"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy / name)
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)],
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert built.returncode == 0, built.stdout + built.stderr
-    return zipfile.ZipFile(next((copy / "dist").glob("*.whl")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(next(built.glob("*.whl")))
 
 
 def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: zipfile.ZipFile) -> None:
     """A subpackage missing from pyproject.toml imports from the checkout, and from nowhere else."""
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == {f"perdure/{name}" for name in in_tree()}
+
+
+def test_the_source_distribution_holds_them_too(built: Path) -> None:
+    """The page's files among them, which are no Python."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert packed >= in_tree()
+    assert {"scripts/web/static/index.html", "scripts/web/static/main.js", "scripts/web/static/style.css"} <= packed
 
 
 def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
