@@ -79,6 +79,7 @@ def describe(handle: Handle) -> dict[str, Any]:
     record = handle.record()
     point = handle.checkpoint()
     given = handle.details()
+    turns = executions(handle, given.now)
     # Returns at once: it has ended. RQ may have failed it, and says why in its own way.
     error: Any = handle.exception() if record.ended and record.status is State.FAILED else None
     return {
@@ -89,7 +90,8 @@ def describe(handle: Handle) -> dict[str, Any]:
         "task": record.task,
         "attempt": attempts_of(record),
         "retries_left": given.retries_left,
-        "executions": record.executions,
+        # The hash counts those since the last progress.
+        "executions": max(record.executions, len(turns)),
         "worker": record.worker or None,
         "due": given.due,
         "deadline": given.deadline,
@@ -103,7 +105,7 @@ def describe(handle: Handle) -> dict[str, Any]:
         and {"seq": point.seq, "offset": point.offset, "age": round(point.age, 3), "bytes": point.bytes},
         "error": error and {"kind": error.kind, "reason": error.reason},
         "traceback": (handle.traceback() or None) if error else None,
-        "timeline": [item.as_dict() for item in executions(handle, given.now)],
+        "timeline": [item.as_dict() for item in turns],
         "history": [event.as_dict() for event in handle.history()],
     }
 
