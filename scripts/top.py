@@ -131,14 +131,14 @@ def _live(looks: Looks, screen: dict[str, Any], every: float) -> None:
         from rich.live import Live
     except ImportError:
         raise SettingsError("the live screen needs rich: pip install rich, or use --once") from None
-    with Live(_drawn(screen), auto_refresh=False, screen=True) as live:
+    with Live(drawn(screen), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(every)
             screen = looks.retake(screen)
-            live.update(_drawn(screen), refresh=True)
+            live.update(drawn(screen), refresh=True)
 
 
-def _drawn(screen: dict[str, Any]) -> Any:
+def drawn(screen: dict[str, Any]) -> Any:
     """The screen for rich."""
     from rich.console import Group
     from rich.table import Table

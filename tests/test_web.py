@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ from perdure.scripts.web.access import HEADERS, Access, name_of
 
 from .test_protocol_kit import Hand, Pool
 from .web_kit import TOKEN, Site, serving
+from .worker_kit import Process, eventually
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +233,50 @@ def test_a_viewer_of_redis_may_serve_it_read_only(pool: Pool, redis_url: str, tm
         assert pool.status("a") == "failed"
     finally:
         pool.connection.acl_deluser("perdure-viewer")
+
+
+# --- the docs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_docs_say_works(pool: Pool, redis_url: str, tmp_path: Path):
+    """Each command that starts it starts it, each question of a program is answered; nothing else is shown as a command."""
+    page = (Path(__file__).parent.parent / "docs" / "web.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^\$ (.+)$", "".join(blocks), re.MULTILINE)
+    starts = [command for command in commands if "perdure web" in command]
+    questions = [command for command in commands if command.startswith("curl -s ")]
+    others = [command for command in commands if command not in [*starts, *questions]]
+    assert others == ['pip install "perdure[web]"', "openssl rand -hex 16 > token"]
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    fail(pool, "REQUEST")
+    for command in starts:
+        shown = "read-only" if "token" not in command.lower() else "with a token"
+        real = command.replace("perdure web", f"exec {sys.executable} -m perdure.scripts.main web")
+        real = f"{real.replace('redis://localhost:6379', redis_url)} --port 0"
+        output = tmp_path / "web.log"
+        with output.open("wb") as file:
+            environment = {**os.environ, "PERDURE_REDIS_URL": redis_url}
+            started = subprocess.Popen(["bash", "-c", real], cwd=tmp_path, stdout=file, stderr=file, env=environment)
+        process = Process(started, output)
+        try:
+            eventually(lambda process=process: "serving" in process.log or not process.running)  # type: ignore[misc]
+            assert f"of {redis_url}, {shown}" in process.log, process.log
+            port = re.findall(r"127\.0\.0\.1:(\d+) of", process.log)[0]
+            for question in questions if "file" in command else ():
+                path, method, body, headers = asked(question.replace("TOKEN", TOKEN))
+                answer = Site(f"http://127.0.0.1:{port}", process).ask(path, method, body, **headers)
+                assert answer.status == 200, (question, answer)
+        finally:
+            process.kill()
+    assert pool.status("REQUEST") == "queued"
+
+
+def asked(command: str) -> tuple[str, str, bytes | None, dict[str, str]]:
+    """What curl would ask: path, method, body and headers."""
+    words = shlex.split(command)
+    url = next(word for word in words if word.startswith("localhost:9728/"))
+    body = words[words.index("-d") + 1].encode() if "-d" in words else None
+    headers = [words[at + 1].partition(": ") for at, word in enumerate(words) if word == "-H"]
+    method = words[words.index("-X") + 1] if "-X" in words else "GET"
+    return url.removeprefix("localhost:9728"), method, body, {name: text for name, _, text in headers}

@@ -55,12 +55,16 @@ export class Chart {
       const bend = Math.max(12, (x2 - x1) / 2);
       parts.push(s("path", { class: "link", d: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}` }));
     }
-    for (const bar of bars) parts.push(...this.bar(bar, x, y(bar.lane)));
+    // What a loss is called stands right of its cross, or, where the drawing ends, over the bar, whose own label gives way.
+    const late = (cross) => x(cross.at) + 16 + 8 * cross.text.length > width;
+    for (const bar of bars) {
+      const hidden = crosses.some((cross) => cross.lane === bar.lane && cross.at === bar.end && late(cross) && x(bar.end) - x(bar.begin) < 16 + 8 * (cross.text.length + bar.label.length));
+      parts.push(...this.bar(hidden ? { ...bar, label: "" } : bar, x, y(bar.lane)));
+    }
     for (const cross of crosses) {
       const [at, place] = [x(cross.at), y(cross.lane) + ROW / 2];
       parts.push(s("path", { class: "cross", d: `M${at - 6} ${place - 6}l12 12m0 -12l-12 12` }, s("title", {}, cross.title)));
-      const late = at > width * 0.7;
-      parts.push(s("text", { class: "kind", x: late ? at - 12 : at + 12, y: place + 4, "text-anchor": late ? "end" : "start" }, cross.text));
+      parts.push(s("text", { class: "kind", x: late(cross) ? at - 12 : at + 12, y: place + 4, "text-anchor": late(cross) ? "end" : "start" }, cross.text));
     }
     const drawing = s("svg", { width, height: bottom + 22, role: "img", "aria-label": `${bars.filter((bar) => bar.shape !== "waiting").length} executions over ${span.toFixed(1)} s` }, parts);
     this.place.replaceChildren(drawing);

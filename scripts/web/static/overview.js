@@ -29,8 +29,8 @@ const WORKERS = [
   { title: "State", value: standing, draw: (item) => badge(...READY[standing(item)]) },
   { title: "Held", value: (item) => `${item.held}/${item.slots}`, draw: held },
   { title: "Device", value: (item) => item.device || "–" },
-  { title: "Queues", value: (item) => item.queues.join(", ") },
   { title: "Beat", class: "n", value: (item) => duration(item.beat_age) },
+  { title: "Queues", class: "short", value: (item) => item.queues.join(", "), draw: (item) => h("span", { title: item.queues.join(", ") }, item.queues.join(", ")) },
   { title: "Host", class: "wide", value: (item) => `${item.host}:${item.pid}` },
 ];
 
@@ -84,7 +84,7 @@ export class Overview {
     this.workers = new Table("Workers", WORKERS, { key: (item) => item.incarnation, empty: "No worker lives." });
     this.running = new Table("Running, the next lease to end first", RUNNING, { empty: "Nothing is held." });
     this.redis = h("dl", { class: "facts" });
-    this.slow = new Table("Slow commands of Redis", SLOW, { key: (item) => `${item.at} ${item.command} ${item.seconds}`, empty: "No slow command, or this user may not ask." });
+    this.slow = new Table("Slow commands of Redis", SLOW, { key: (item) => `${item.at} ${item.command} ${item.seconds}` });
     this.more = h("p", { class: "empty" });
     this.element = h("div", { class: "overview" },
       h("h1", { class: "aside" }, "Overview"), this.notes,
@@ -110,6 +110,7 @@ export class Overview {
     this.notes.replaceChildren(...notes(frame));
     this.redis.replaceChildren(...redis(frame.server));
     this.slow.update(frame.server.slow || []);
+    this.slow.empty.textContent = frame.server.slow ? "No slow command." : "The user of this server may not ask for slow commands.";
   }
 }
 

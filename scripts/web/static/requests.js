@@ -12,7 +12,6 @@ const COLUMNS = [
   { title: "Queue", value: (item) => item.queue },
   { title: "Task", class: "wide", value: (item) => item.task },
   { title: "Attempt", class: "n", value: (item) => item.attempt },
-  { title: "Executions", class: "n wide", value: (item) => item.executions },
   { title: "Worker", class: "wide", value: (item) => item.worker || "–" },
   { title: "Created", value: (item) => item.created_at, draw: (item) => clock(item.created_at) },
   { title: "Error", class: "long", value: (item) => (item.error ? `${item.error.kind}: ${item.error.reason}` : "") },
