@@ -17,9 +17,12 @@ import redis
 
 from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
+from perdure.protocol.settings import Settings
 from perdure.scripts.main import main
+from perdure.scripts.reading import Rates
 from perdure.scripts.server import Server
 from perdure.scripts.web.access import HEADERS, Access, name_of
+from perdure.scripts.web.looks import Looks
 
 from .test_protocol_kit import Hand, Pool
 from .web_kit import TOKEN, Site, serving
@@ -110,6 +113,48 @@ def test_lists_hold_no_payload_and_go_on_page_by_page(site: Site, pool: Pool):
     first = site.get(f"/api/dead-letters/{error}?limit=3")
     second = site.get(f"/api/dead-letters/{error}?limit=3&cursor={first['cursor']}")
     assert (first["number"], len(first["items"]), len(second["items"]), second["cursor"]) == (5, 3, 2, None)
+
+
+def test_a_look_costs_as_many_commands_for_many_requests_as_for_few(pool: Pool, redis_url: str):
+    """And none of them is one that walks through what waits."""
+
+    def commands() -> dict[str, int]:
+        pool.connection.config_resetstat()
+        with Looks(Settings(), redis_url) as looks:
+            looks.frame(Rates())
+            looks.listing(20, None, status=None, queue=None, worker=None, kind=None)
+        stats: Any = pool.connection.info("commandstats")
+        return {name.removeprefix("cmdstat_"): row["calls"] for name, row in stats.items()}
+
+    pool.submit(*(f"r{number}" for number in range(40)))
+    few = commands()
+    for begin in range(0, 5000, 500):
+        pool.submit(*(f"x{number}" for number in range(begin, begin + 500)))
+    many = commands()
+    assert many == few
+    assert not {"keys", "scan", "zscan", "hscan"} & {name.partition("|")[0] for name in many}
+    assert sum(many.values()) < 100
+
+
+def test_what_is_quarantined_and_not_used_is_told(site: Site, pool: Pool):
+    """As a supervisor and a worker write it."""
+    places = [
+        {"place": "gpu0", "phase": "quarantined", "reason": "Xid 79", "device": "cuda:0"},
+        {"place": "gpu1", "phase": "ready"},
+    ]
+    record = {"host": "node-7", "pid": 1, "release": "kill -USR1 1", "places": places}
+    pool.connection.sadd(key("supervisors"), "up-1")
+    pool.connection.set(key("supervisor", "up-1"), json.dumps(record))
+    pool.connection.hset(key("unfit"), "node-7 cuda:0", "1000\tcuda:0\tnode-7\tw1\tXid 79")
+    frame = site.get("/api/overview")
+    (place,) = frame["quarantined"]
+    assert (place["place"], place["host"], place["reason"], place["release"]) == (
+        "gpu0",
+        "node-7",
+        "Xid 79",
+        "kill -USR1 1",
+    )
+    assert frame["unfit"] == [{"device": "cuda:0", "host": "node-7", "worker": "w1", "at": 1.0, "reason": "Xid 79"}]
 
 
 MISTAKES = [
@@ -229,6 +274,11 @@ def test_a_viewer_of_redis_may_serve_it_read_only(pool: Pool, redis_url: str, tm
             assert site.get("/api/requests/a")["status"] == "failed"
             answer = site.requeue({"id": "a", "queue": "gpu"})
             assert (answer.status, "may not do that" in answer.error) == (403, True)
+            pool.connection.acl_setuser(
+                "perdure-viewer", enabled=True, commands=["+info", "+config|get", "+slowlog|get"]
+            )
+            eventually(lambda: site.get("/api/overview")["server"]["memory"]["used"])
+            assert site.get("/api/overview")["server"]["persistence"]["fsync"]
             assert "s3cret" not in site.process.log + json.dumps(site.get("/api/about"))
         assert pool.status("a") == "failed"
     finally:

@@ -172,6 +172,10 @@ def test_it_can_be_read_and_used_on_a_phone_in_the_dark_and_by_keyboard(
     hand.fail(hand.take("dead"), FailureKind.GPU_OOM, "CUDA out of memory")
     pool.submit(*(f"r{number:03}" for number in range(70)))
     hand.step(hand.take("r000"), ["x"])
+    now = int(1000 * pool.now())
+    degraded = {"mode": "degraded", "until": now + 600_000, "live": 1, "expected": 4, "since": now - 60_000}
+    connection.hset(key("mode"), mapping=degraded)  # type: ignore[arg-type]
+    connection.hset(key("unfit"), "node-7 cuda:0", f"{now}\tcuda:0\tnode-7\tw1\tXid 79")
     pages = ["#/", "#/requests", "#/requests?status=failed", "#/request/r000", "#/request/dead", "#/dead-letters"]
     with serving(redis_url, tmp_path, token="") as site:
         for width, dark in ((360, True), (1280, False)):
@@ -184,6 +188,9 @@ def test_it_can_be_read_and_used_on_a_phone_in_the_dark_and_by_keyboard(
                 poor = [item for item in tab.run(CONTRAST) if item[0] < 4.5]
                 assert poor == [], (path, dark)
             assert tab.run("document.querySelector('.group .primary').disabled"), "read-only"
+            tab.open(f"{site.url}/?{width}")
+            assert "1 of 4 workers, since" in tab.says("cuda:0 on node-7 is not used: Xid 79", ".notes")
+            assert "degraded" in tab.text("#mode")
             assert tab.problems == []
         tab.open(f"{site.url}/#/requests?status=queued")
         tab.click("a", "Next page")

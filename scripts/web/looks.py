@@ -50,8 +50,6 @@ PAGE: Final = 50
 BATCH: Final = 100
 """Failures on a page, and the most that one call requeues."""
 
-_FACTS: Final = ("device", "host", "name", "phase", "reason", "role", "worker")
-
 
 class NotAllowed(PerdureError):
     """The user of Redis as whom this server runs may not do that."""
@@ -203,12 +201,14 @@ def as_chart(chart: Chart) -> dict[str, Any]:
 def _quarantined(store: Store) -> list[dict[str, Any]]:
     """Places that a supervisor keeps empty, and what a person types to have them tried again."""
     return [
-        {"supervisor": record["name"], "host": record.get("host"), "release": record.get("release")}
-        | {name: place.get(name) for name in _FACTS if name != "host"}
+        {
+            "supervisor": record["name"], "host": record.get("host"), "release": record.get("release"),
+            "place": place.get("place"), "device": place.get("device"), "reason": place.get("reason"),
+        }
         for record in store.supervisors()
         for place in record.get("places", ())
         if place.get("phase") == "quarantined"
-    ]
+    ]  # fmt: skip
 
 
 def _text(item: Any, name: str) -> str:

@@ -127,7 +127,7 @@ function notes(frame) {
   const { mode, server } = frame;
   if (mode.degraded) note("bad", `The pool is degraded: ${mode.live} of ${mode.expected} workers, since `, clock(mode.since), ". It refuses low priority and asks less of itself until they are back.");
   for (const item of frame.unfit) note("bad", `${item.device} on ${item.host} is not used: ${item.reason} (${item.worker}, `, clock(item.at), ")");
-  for (const item of frame.quarantined) note("bad", `${item.name} of ${item.host} is quarantined: ${item.reason || "it ended again and again"}. ${item.release ? `To try it again: ${item.release}` : ""}`);
+  for (const item of frame.quarantined) note("bad", `${item.place} of ${item.host} is quarantined: ${item.reason || "it ended again and again"}. ${item.release ? `To try it again: ${item.release}` : ""}`);
   const unserved = frame.queues.filter((item) => item.waiting && !item.workers).map((item) => item.name);
   if (unserved.length) note("warn", `Nobody serves ${unserved.join(", ")}.`);
   if (server.memory.policy && server.memory.policy !== "noeviction") note("warn", `maxmemory-policy is ${server.memory.policy}: requests may be thrown away. Set noeviction.`);

@@ -99,7 +99,7 @@ function pairs(facts) {
     ["Attempt", `${facts.attempt}, ${facts.retries_left} ${facts.retries_left === 1 ? "retry" : "retries"} left`],
     ["Executions", number(facts.executions)],
     ["Worker", facts.worker || "–"],
-    ["Outputs stored", number(facts.offset)],
+    ["Outputs", number(facts.offset)],
     ["Checkpoint", point ? `no. ${point.seq} at output ${number(point.offset)}, ${size(point.bytes)}, ${duration(point.age)} old` : "none"],
   ];
   for (const [name, label] of [["due", "Due"], ["deadline", "Deadline"], ["queue_deadline", "Claim until"]]) {
