@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from rq.cli.cli import main as rq
 
 from perdure.producer import session
-from perdure.protocol.settings import Settings, variable
+from perdure.protocol.settings import SECRETS, Settings, variable
 from perdure.recovery import degradation
 from perdure.scripts import metrics, pool
 from perdure.scripts.main import COMMANDS, perdure
@@ -81,6 +81,7 @@ RUN_BY = {
     ("writing-tasks.md", "python", "wrong"): "test_docs.test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right",
     ("writing-tasks.md", "python", "right"): "test_docs.test_what_is_called_wrong_is_wrong_and_what_is_called_right_is_right",
     ("writing-tasks.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
+    ("web.md", "console", ""): "test_web.test_what_the_docs_say_works",
 }  # fmt: skip
 """(page, language, kind) -> the test that runs such blocks. A new block needs a test, and a line here."""
 
@@ -123,7 +124,7 @@ def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypat
     (tmp_path / "in.jsonl").touch()
     settings = {variable(item.name) for item in dataclasses.fields(Settings)}
     seen = 0
-    for page in PAGES:
+    settings = {variable(item.name) for item in dataclasses.fields(Settings)} | SECRETS
         listed = [block for block in blocks(page) if block.language == "console"]
         for shown, command in [(block, line) for block in listed for line, _ in commands(block)]:
             words = shlex.split(command, comments=True)
@@ -163,8 +164,8 @@ def test_data_is_of_the_kind_that_it_says() -> None:
             assert isinstance(yaml.safe_load(block.text), dict), where
 
 
-KNOWN = {"PERDURE_PYTHON", "PERDURE_MODEL_PATH", "PERDURE_TORCH_INDEX"}
-"""For set-up, before there is anything that has settings."""
+KNOWN = {"PERDURE_PYTHON", "PERDURE_MODEL_PATH", "PERDURE_TORCH_INDEX", "PERDURE_WEB_TOKEN"}
+"""For set-up, before there is anything that has settings; and a secret, which is none that is shown or handed on."""
 
 
 def test_every_setting_that_a_page_names_is_one() -> None:
