@@ -122,9 +122,9 @@ def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypat
     """All of ``perdure`` and ``rq``, on every page: reliability.md, collectives.md, writing-tasks.md and the others."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").touch()
-    settings = {variable(item.name) for item in dataclasses.fields(Settings)}
-    seen = 0
     settings = {variable(item.name) for item in dataclasses.fields(Settings)} | SECRETS
+    seen = 0
+    for page in PAGES:
         listed = [block for block in blocks(page) if block.language == "console"]
         for shown, command in [(block, line) for block in listed for line, _ in commands(block)]:
             words = shlex.split(command, comments=True)
