@@ -51,6 +51,9 @@ SLOW: Final = 0.005
 SKEW: Final = 1.0
 FILES: Final = 1024
 SHARED: Final = 1024**3
+COMPACT: Final = 1024
+NODE: Final = 512
+"""Bytes: what ``hash-max-listpack-value`` and ``stream-node-max-bytes`` are where this project sets up a server."""
 
 
 # --- the server ----------------------------------------------------------------------------------
@@ -65,7 +68,28 @@ def examine_server(connection: redis.Redis) -> list[Finding]:
     before = time.time()
     seconds, micros = connection.time()
     middle = (before + time.time()) / 2
-    return found + judge_server(pressure(connection, slow=0), skew=seconds + micros / 1e6 - middle)
+    found += judge_server(pressure(connection, slow=0), skew=seconds + micros / 1e6 - middle)
+    try:
+        compact: Any = connection.config_get("hash-max-*-value")
+        nodes: Any = connection.config_get("stream-node-max-bytes")
+    except redis.ResponseError:
+        return found  # this user may not ask, or its host has renamed CONFIG
+    return found + judge_memory(int(next(iter(compact.values()), 0)), int(next(iter(nodes.values()), 0)))
+
+
+def judge_memory(value: int, node: int) -> list[Finding]:
+    """From ``hash-max-listpack-value`` and ``stream-node-max-bytes``, in bytes; 0 is unknown."""
+    found = []
+    if 0 < value < COMPACT:
+        why = "a waiting request takes twice the memory: its hash is kept compact only while no value is longer"
+        change = f"redis.conf: hash-max-listpack-value {COMPACT}"
+        found.append(Finding(Level.WARN, f"hash-max-listpack-value is {value}", why, change))
+    if node > NODE:
+        why = "a finished request takes 4 KB more: RQ keeps one stream of one entry for each result"
+        found.append(
+            Finding(Level.WARN, f"stream-node-max-bytes is {node}", why, f"redis.conf: stream-node-max-bytes {NODE}")
+        )
+    return found
 
 
 def judge_server(facts: Mapping[str, Any], *, skew: float) -> list[Finding]:

@@ -90,6 +90,7 @@ def test_redis_keeps_what_it_was_given(tmp_path: Path, server_binary: Path, monk
                 connection.config_set("requirepass", "x")  # an error as an answer, and 0 as the exit status
                 assert not passes(asked)
         assert (set_up["maxmemory-policy"], set_up["maxmemory"]) == ("noeviction", str(100 * 2**20))
+        assert (set_up["stream-node-max-bytes"], set_up["hash-max-listpack-value"]) == ("512", "1024")
         assert (set_up["appendonly"], set_up["appendfsync"], set_up["save"]) == ("yes", "everysec", "")
 
 

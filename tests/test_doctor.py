@@ -151,6 +151,25 @@ def test_an_eviction_policy_is_told_with_its_line(quick: Run, redis_url: str, co
     assert "change: redis.conf: maxmemory-policy noeviction" in done.stdout
 
 
+def test_a_server_that_keeps_requests_in_more_memory_is_told(
+    quick: Run, redis_url: str, connection: redis.Redis
+) -> None:
+    """The two lines of a stock server, each with its change."""
+    names = ("hash-max-ziplist-value", "stream-node-max-bytes")
+    before: Any = {name: connection.config_get(name)[name] for name in names}
+    for name, value in zip(names, (64, 4096), strict=True):
+        connection.config_set(name, value)
+    try:
+        done = quick("doctor", PERDURE_REDIS_URL=redis_url)
+    finally:
+        for name, value in before.items():
+            connection.config_set(name, value)
+    assert "warn  hash-max-listpack-value is 64\n" in done.stdout
+    assert "change: redis.conf: hash-max-listpack-value 1024\n" in done.stdout
+    assert "change: redis.conf: stream-node-max-bytes 512\n" in done.stdout
+    assert "max" not in quick("doctor", PERDURE_REDIS_URL=redis_url).stdout.replace("maxmemory", "")
+
+
 # --- the judgements --------------------------------------------------------------------------------
 
 WELL: dict[str, Any] = {

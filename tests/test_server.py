@@ -41,6 +41,8 @@ def test_it_has_the_settings_that_durability_needs(server: Server) -> None:
             ("protected-mode", "yes"),
             ("unixsocket", ""),
             ("bind", "127.0.0.1"),
+            ("stream-node-max-bytes", "512"),
+            ("hash-max-ziplist-value", "1024"),
         ]:
             assert (client.config_get(name) or {}).get(name) == value, name
 
