@@ -68,6 +68,7 @@ RUN_BY = {
     ("protocol.md", "console", "running"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
     ("protocol.md", "console", "resumed"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
     ("protocol.md", "console", "ended"): "test_protocol_page.test_the_life_of_a_request_is_as_the_page_shows_it",
+    ("performance.md", "console", ""): "test_bench_pages.test_the_commands_of_the_page_are_taken",
     ("reliability.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
     ("rq.md", "console", ""): "test_pages.test_the_commands_of_rq_run",
     ("security.md", "text", ""): "test_acl.test_each_user_does_its_work",

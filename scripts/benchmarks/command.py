@@ -16,13 +16,14 @@ from ...protocol.errors import PerdureError
 from ..server import Server
 from .environments import NODE
 from .machine import describe, describe_server, one_line
+from .pages import keep, refill_pages
 from .parts import RUNNERS, Options, say
 from .processes import Crew
 from .stage import Stage
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; print the tables; write JSON, Markdown and pictures where asked. 1 if a part failed."""
+def command_line() -> argparse.ArgumentParser:
+    """What ``scripts/bench`` takes."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description="Measure Perdure, beside others where there are any."
     )
@@ -36,18 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     parser.add_argument("--svg-dir", type=Path, metavar="FOLDER", help="write the pictures into FOLDER")
+    parser.add_argument(
+        "--docs", type=Path, metavar="FOLDER",
+        help="keep the figures and pictures in FOLDER (docs), and make the tables of the pages from them again",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=0, help="instead of 5 (quick: 3)")
     parser.add_argument("--requests", type=int, default=0, help="requests of a drain, instead of 20,000")
     parser.add_argument("--systems", default="", help="only these, comma-separated")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where the peers' environments lie")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; print the tables; write JSON, Markdown and pictures where asked. 1 if a part failed."""
+    given = command_line().parse_args(arguments)
     names = tuple(name.strip() for name in given.systems.split(",") if name.strip())
     options = Options(given.folder.absolute(), given.quick, given.smoke, given.rounds, given.requests, names)
     chosen = [part for part in RUNNERS if given.part in (part, "all")]
     os.environ["BENCH_MODULES"] = str(options.folder / NODE)  # where node finds its package
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(options, chosen, given.json, given.markdown, given.svg_dir)
+        return _run(options, chosen, given.json, given.markdown, given.svg_dir, given.docs)
     except KeyboardInterrupt:
         say("interrupted; all processes are ended")
         return 130
@@ -58,7 +68,12 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _run(
-    options: Options, chosen: Sequence[str], json_file: Path | None, markdown: Path | None, svg_folder: Path | None
+    options: Options,
+    chosen: Sequence[str],
+    json_file: Path | None,
+    markdown: Path | None,
+    svg_folder: Path | None,
+    docs: Path | None,
 ) -> int:
     machine = describe()
     results: dict[str, Any] = {"machine": machine, "parts": {}, "ratios": {}}
@@ -88,10 +103,14 @@ def _run(
         for table in found.tables:
             print(table.text(), flush=True)
         texts += [table.markdown() for table in found.tables]
-        if svg_folder is not None:
-            svg_folder.mkdir(parents=True, exist_ok=True)
+        if docs is not None:
+            keep(docs, part, machine, found.figures)
+        for pictures in [folder for folder in (svg_folder, docs and docs / "images") if folder is not None]:
+            pictures.mkdir(parents=True, exist_ok=True)
             for name, text in found.pictures.items():
-                (svg_folder / name).write_text(text, encoding="utf-8")
+                (pictures / name).write_text(text, encoding="utf-8")
+    if docs is not None:
+        refill_pages(docs.absolute().parent)
     machine["load_at_the_end"] = round(os.getloadavg()[0], 2)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")

@@ -13,7 +13,10 @@ import redis
 
 from ..server import Server
 
-_SETTINGS = ("appendonly", "appendfsync", "save", "maxmemory-policy", "stream-node-max-bytes", "io-threads")
+_SETTINGS = (
+    "appendonly", "appendfsync", "save", "maxmemory-policy", "stream-node-max-bytes", "hash-max-ziplist-value",
+    "io-threads",
+)  # fmt: skip
 
 _PACKAGES = ("redis", "hiredis", "rq", "msgpack", "torch", "transformers", "numpy")
 

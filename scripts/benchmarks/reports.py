@@ -13,7 +13,7 @@ Pictures = dict[str, str]
 _QUEUE = (
     ("submit/s", "submit"), ("bulk/s", "bulk"), ("drain/s, 1 worker", "drain_1"), ("2 workers", "drain_2"),
     ("p50 ms", "latency_p50"), ("p99", "latency_p99"), ("idle p50", "idle_p50"), ("half load p50", "load_p50"),
-    ("p99", "load_p99"), ("B queued", "bytes_queued"), ("B finished", "bytes_finished"), ("stock", "bytes_finished_stock"),
+    ("p99", "load_p99"), ("B queued", "bytes_queued"), ("B finished", "bytes_finished"), ("queued, stock", "bytes_queued_stock"), ("finished, stock", "bytes_finished_stock"),
     ("Redis µs", "cpu_us"), ("round trips", "round_trips"), ("wrong", "wrong"),
 )  # fmt: skip
 
