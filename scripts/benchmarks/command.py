@@ -43,6 +43,10 @@ def command_line() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=0, help="instead of 5 (quick: 3)")
     parser.add_argument("--requests", type=int, default=0, help="requests of a drain, instead of 20,000")
+    parser.add_argument(
+        "--budget", type=float, default=0.0, metavar="SECONDS",
+        help="queue: nothing more begins after so long, once each system was measured once",
+    )  # fmt: skip
     parser.add_argument("--systems", default="", help="only these, comma-separated")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where the peers' environments lie")
     return parser
@@ -52,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; print the tables; write JSON, Markdown and pictures where asked. 1 if a part failed."""
     given = command_line().parse_args(arguments)
     names = tuple(name.strip() for name in given.systems.split(",") if name.strip())
-    options = Options(given.folder.absolute(), given.quick, given.smoke, given.rounds, given.requests, names)
+    options = Options(
+        given.folder.absolute(), given.quick, given.smoke, given.rounds, given.requests, names, given.budget
+    )
     chosen = [part for part in RUNNERS if given.part in (part, "all")]
     os.environ["BENCH_MODULES"] = str(options.folder / NODE)  # where node finds its package
     signal.signal(signal.SIGTERM, _interrupt)

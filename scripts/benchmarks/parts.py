@@ -37,6 +37,7 @@ class Options:
     rounds: int = 0
     requests: int = 0
     systems: tuple[str, ...] = ()
+    budget: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     from .systems import OWN, PEERS_OF_THE_QUEUE
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
-    sizes = replace(sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests)
+    sizes = replace(
+        sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests,
+        budget=options.budget or sizes.budget,
+    )  # fmt: skip
     few = _QUICK_SYSTEMS if (options.quick or options.smoke) and not options.systems else ()
     chosen = [system for system in (*OWN, *PEERS_OF_THE_QUEUE) if not few or system.name in few]
     systems, missing = _with_interpreters(chosen, options)
