@@ -64,6 +64,6 @@ def test_another_figure_makes_another_table(tmp_path: Path) -> None:
     assert made.endswith("rest\n")
     assert json.loads((tmp_path / "measurements" / "recovery.json").read_text())["machine"]["cores"] == 2
     headline = refill(page.replace("recovery", "headline"), tmp_path)
-    assert "| a kill → next step elsewhere, p50 | 71 ms | |" in headline
+    assert "| a kill → next step elsewhere, p50 | 71 ms |  |" in headline
     with pytest.raises(KeyError):
         refill(page.replace("recovery", "nothing"), tmp_path)
