@@ -467,7 +467,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "nobody is preferred": {"claim": ("if not failed_there(job[1], here) then", "if true then")},
     "a retry is promoted and still waits": {
-        "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n    -- A canceled", "    -- A canceled")
+        "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n    local status", "    local status")
     },
 }
 

@@ -146,12 +146,14 @@ local function history(id, event, worker, execution, offset, kind, reason, evide
   redis.call('EXPIRE', name, DAY)
 end
 
--- Wake one idle worker. Harmless to lose: an idle worker claims every second in any case.
+-- Wake one idle worker. Harmless to lose: an idle worker claims every second in any case. A bell that has rung eight times
+-- unheard need not ring again: nobody is idle.
 local function ring(queue)
   local name = KEY.bell .. queue
+  local rung = redis.call('LLEN', name)
+  if rung >= 8 then return end
   redis.call('LPUSH', name, '1')
-  redis.call('LTRIM', name, 0, 7)
-  redis.call('EXPIRE', name, 60)
+  if rung == 0 then redis.call('EXPIRE', name, 60) end
 end
 
 -- Tell the producer that something is to be read. Only a hint: the truth stands in the keys.
