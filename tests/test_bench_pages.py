@@ -53,17 +53,17 @@ def test_another_figure_makes_another_table(tmp_path: Path) -> None:
     page = "# A page\n\n<!-- bench: recovery -->\nold\n<!-- bench end -->\nrest\n"
     assert "Not measured yet." in refill(page, tmp_path)
     found = {
-        "medians": {"perdure: a kill": {"kills": 3, "p50_ms": 71.0, "p99_ms": 99, "repeated": 2, "repeated_most": 4}},
+        "medians": {"perdure: worker": {"kills": 3, "p50_ms": 71.0, "p99_ms": 99, "repeated": 2, "repeated_most": 4}},
         "sizes": {"at": 100, "around": 10}, "systems": {}, "problems": {}, "seconds": 61.0,
     }  # fmt: skip
     machine = {"cpu": "one", "cores": 2, "python": "3", "packages": {}, "date": "today", "load": 0.1}
     keep(tmp_path, "recovery", machine, found)
     made = refill(page, tmp_path)
-    assert "| perdure: a kill | 3 | 71 | 99 | 2 | 4 |" in made
+    assert "| perdure: worker | 3 | 71 | 99 | 2 | 4 |" in made
     assert "old" not in made
     assert made.endswith("rest\n")
     assert json.loads((tmp_path / "measurements" / "recovery.json").read_text())["machine"]["cores"] == 2
     headline = refill(page.replace("recovery", "headline"), tmp_path)
-    assert "| a kill → next step elsewhere, p50 | 71 ms |  |" in headline
+    assert "| `kill -9` of a worker → next step elsewhere, p50 | 71 ms |  |" in headline
     with pytest.raises(KeyError):
         refill(page.replace("recovery", "nothing"), tmp_path)

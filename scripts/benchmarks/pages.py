@@ -90,10 +90,20 @@ def headline(docs: Path) -> str:
     if (queue := _read(docs, "queue")) is not None:
         rows += _of_the_queue(queue["figures"])
     if (recovery := _read(docs, "recovery")) is not None:
-        own = {name: row for name, row in recovery["figures"]["medians"].items() if name.startswith("perdure")}
+        medians = recovery["figures"]["medians"]
+        others = ", ".join(
+            f"{name} {shown(row['p50_ms'])} ms, {shown(row['repeated'])} steps again"
+            for name, row in medians.items()
+            if not name.startswith("perdure")
+        )
         rows += [
-            [f"{name.removeprefix('perdure: ')} → next step elsewhere, p50", f"{shown(row['p50_ms'])} ms", ""]
-            for name, row in own.items()
+            [f"{text} → next step elsewhere, p50", f"{shown(medians[name]['p50_ms'])} ms", beside]
+            for name, text, beside in (
+                ("perdure: worker", "`kill -9` of a worker", f"at their fastest: {others}" if others else ""),
+                ("perdure: tree", "`kill -9` of a worker with its guardian", ""),
+                ("perdure: tree (0.5 s)", "the same with a heartbeat timeout of 0.5 s", ""),
+            )
+            if name in medians
         ]
     for part, name, text, unit in (
         ("checkpoints", "checkpoints_100_ms", "tokens/s with checkpoints at the default interval, against none", "×"),
@@ -115,14 +125,18 @@ def _of_the_queue(figures: Mapping[str, Any]) -> list[list[str]]:
     own = medians["perdure"]
     peers = {name: row for name, row in medians.items() if not name.startswith(("perdure", "bare"))}
 
-    def beside(figure: str, unit: str = "") -> str:
+    def beside(figure: str, unit: str = "", *, least: bool = False) -> str:
         known = [(name, row[figure]) for name, row in peers.items() if row.get(figure) is not None]
-        chosen = sorted(known, key=lambda item: -item[1])[:2]
+        chosen = sorted(known, key=lambda item: item[1] if least else -item[1])[:2]
         rq = [item for item in known if item[0] == "rq SimpleWorker" and item not in chosen]
         return ", ".join(f"{name} {shown(value)}{unit}" for name, value in [*chosen, *rq])
 
     return [
         ["no-op requests drained by one worker process", f"{shown(own['drain_1'])}/s", beside("drain_1", "/s")],
         ["bulk submit", f"{shown(own['bulk'])}/s", beside("bulk", "/s")],
-        ["Redis' memory of a waiting request", f"{shown(own['bytes_queued'])} B", beside("bytes_queued", " B")],
+        [
+            "Redis' memory of a waiting request",
+            f"{shown(own['bytes_queued'])} B",
+            beside("bytes_queued", " B", least=True),
+        ],
     ]

@@ -91,7 +91,9 @@ class Agent(Child):
             self.process.stdin.write(json.dumps(command).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
-            raise BenchmarkFailed(f"{self.command[1]} has ended; the end of its log:\n{self.tail()}") from None
+            raise BenchmarkFailed(
+                f"{Path(self.command[1]).name} has ended; the end of its log:\n{self.tail()}"
+            ) from None
 
     def hear(self, timeout: float) -> dict[str, Any]:
         """The answer to the last command."""
@@ -100,10 +102,10 @@ class Agent(Child):
         line = self.process.stdout.readline() if ready else b""
         if not line:
             state = "ended" if ready else f"did not answer within {timeout:g} s"
-            raise BenchmarkFailed(f"{self.command[1]} {state}; the end of its log:\n{self.tail()}")
+            raise BenchmarkFailed(f"{Path(self.command[1]).name} {state}; the end of its log:\n{self.tail()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise BenchmarkFailed(f"{self.command[1]}: {answer['error']}\n{self.tail()}")
+            raise BenchmarkFailed(f"{Path(self.command[1]).name}: {answer['error']}\n{self.tail()}")
         return answer
 
 
