@@ -116,8 +116,8 @@ def digest(source: str) -> str:
 def linked(prelude: str, body: str) -> str:
     """The source of a script: of the prelude only what it uses, and the names of keys that stand in that.
 
-    Redis runs the whole source at each call: to make 60 functions and a table of 40 names, of which a script needs a few,
-    took four fifths of the time of a submit. A piece of the prelude begins with ``local`` in the first column, and uses
+    Redis runs the whole source at each call, and so makes all functions of the prelude again, of which a script needs a few:
+    24 us of a script that does nothing else. A piece of the prelude begins with ``local`` in the first column, and uses
     only what stands before it.
     """
     used = set(_WORD.findall(body))

@@ -237,8 +237,7 @@ local function choose_payload(id, job)
 end
 
 -- 4. Execution, lease, and what RQ's own worker would have written. RQ's record of the execution itself follows with the
--- first checkpoint or renewal (show_execution in prelude.lua): most short requests end before, and a fifth of all that a
--- request costs Redis was a record that nobody had the time to read.
+-- first checkpoint or renewal (show_execution in prelude.lua): a short request ends before anybody has the time to read it.
 local taken = {}
 
 local function take(id, queue, execution, job, plain_timeout)

@@ -56,7 +56,7 @@ for number = 1, tonumber(arg()) do
     deadline_ms = tonumber(deadline_ms), deadline = tonumber(deadline_at) }
   if kind.deadline_ms > 0 then kind.deadline = now_ms + factor * kind.deadline_ms end
   -- RQ writes '' for what a job does not have, and reads a missing field the same way. Here they stay away: a dozen of
-  -- them are a third of what a waiting request occupies.
+  -- names that say nothing.
   kind.fields = { 'created_at', date, 'enqueued_at', kind.delay > 0 and '' or date, 'data', data, 'description', description,
     'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
     'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'client', client }
