@@ -246,15 +246,31 @@ def test_outputs_of_another_task_are_refused(task):
     assert task.step() == []
 
 
-def test_a_long_prompt_does_not_stop_the_others(task):
-    """Between two outputs of a running request there are at most two prefill passes."""
+@pytest.mark.parametrize(("prompt", "passes"), [(900, ".a" * 7 + "."), (127, "..a.."), (3 * 128 + 33, ".a.a.a..")])
+def test_a_long_prompt_does_not_stop_the_others(task, prompt, passes):
+    """Between two outputs of a running request there is at most one pass of a block, or two of chunks."""
     task.admit(Request(id="a", payload={"prompt": "a", "max_tokens": 40}))
     task.step()
-    task.admit(Request(id="long", payload={"prompt": "b" * 900, "max_tokens": 1}))
+    task.step()
+    task.admit(Request(id="long", payload={"prompt": "b" * prompt, "max_tokens": 1}))
     moved = [{step.request_id for step in steps} for steps in steps_until(task, ended("long"))]
     waits = "".join("a" if "a" in names else "." for names in moved)
-    assert "..a" in waits
-    assert "..." not in waits
+    assert waits.startswith(passes)
+
+
+def test_a_prompt_is_cut_by_its_length_alone(task):
+    """Blocks as long as it fills them, then chunks, in one piece after the other; a resume finds the same cuts."""
+    llama = task._loaded()[0]._llama
+    for prompt in (1, 31, 32, 127, 128, 129, 160, 300, 512):
+        cuts, place = [], 0
+        while place < prompt:
+            start, end = llama.chunk_at(place, prompt)
+            assert start == place
+            assert all(llama.chunk_at(inside, prompt) == (start, end) for inside in range(start, end))
+            cuts.append(end - start)
+            place = end
+        blocks, rest = divmod(prompt, 128)
+        assert cuts == [128] * blocks + [32] * (rest // 32) + ([rest % 32] if rest % 32 else [])
 
 
 def test_one_failure_of_arithmetic_leaves_the_others(task, monkeypatch):

@@ -41,6 +41,9 @@ GIVE_UP = 5.0
 RECONNECT = 60.0
 """Seconds that a try to reach Redis may take during an outage: asking for its address has no timeout of ours."""
 
+LOOK = 0.1
+"""Seconds after which a courier that has nothing to store looks at what else there is to do."""
+
 QUESTION_INTERVAL = 0.5
 """Seconds between two questions about requests whose step takes long."""
 
@@ -184,9 +187,16 @@ class Courier:
         holdings = self.holdings
         with holdings.lock:
             if not holdings.urgent and holdings.held and not self._uploads.busy:
-                due = self._last_flush + holdings.settings.checkpoint_interval - time.monotonic()
+                interval = holdings.settings.checkpoint_interval
+                due = self._last_flush + interval - time.monotonic()
+                if due <= 0 and not any(item.unsent for item in holdings.held.values()):
+                    # Nothing to store yet: the next step is stored as soon as it is there. Asking again and again
+                    # would take the interpreter from the step that is waited for.
+                    due = max(interval, LOOK)
+                    holdings.hungry = True
                 if due > 0:
                     holdings.lock.wait(min(due, 0.5))
+                holdings.hungry = False
             if holdings.urgent:
                 self._last_flush = 0.0
             holdings.urgent = False
@@ -209,10 +219,10 @@ class Courier:
             due = now - self._last_flush >= holdings.settings.checkpoint_interval
             if not due and not self._uploads.busy:
                 return
-            if due:
-                self._last_flush = now
             # A finish takes its last outputs along; it needs no checkpoint of its own before.
             rows = [row for item in holdings.held.values() if (row := item.next_progress(due=due))]
+            if due and (rows or not self._last_flush):
+                self._last_flush = now
         try:
             for chunk in _chunks(self._uploads.advance(rows), _size):
                 self._send_progress(chunk)

@@ -18,7 +18,7 @@ from ..protocol.settings import LEASE, Settings
 from ..recovery.failures import POLICIES, classify
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
-from .tasks import RAISED, Step
+from .tasks import NOTHING, RAISED, Step
 
 MAX_BUFFER = 32 * 1024 * 1024
 """Bytes of unsent outputs after which the engine loop pauses."""
@@ -59,6 +59,8 @@ class Holdings:
 
     urgent: bool = False
     """Something is to be sent before the next checkpoint is due."""
+    hungry: bool = False
+    """The courier waits for anything that it could store."""
     wanting: bool = True
     """A slot came free, or there may be more work: claim without waiting for a bell."""
     moved: float = field(default_factory=time.monotonic)
@@ -215,7 +217,7 @@ class Holdings:
                     self.urgent = True
                     broken.append(step.request_id)
                 self.urgent = self.urgent or step.ends
-            if self.urgent:
+            if self.urgent or (self.hungry and any(map(_stores, steps))):
                 self.lock.notify_all()
         return broken
 
@@ -367,3 +369,8 @@ class Holdings:
         self.dropping.add(identifier)
         self.mailbox.put(Drop(identifier))
         self.lock.notify_all()
+
+
+def _stores(step: Step) -> bool:
+    """Whether a step brings something that a checkpoint stores."""
+    return step.output is not NOTHING or step.state is not NOTHING

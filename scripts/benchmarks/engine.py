@@ -1,8 +1,9 @@
 """The part ``engine``: prefill and decode of the built-in engine against ``generate`` of transformers.
 
 The same weights (ours, written down as a folder that transformers reads), dtype and threads, greedy, prompts of the
-same tokens, in rounds that alternate. Prefill: until every request of the batch has its first token. Decode: the
-tokens after that.
+same tokens, in rounds that alternate. Prefill: the passes that compute prompts, up to each one's first token. Decode:
+the tokens after that, from when all have their first one; ours puts decode passes between those of prefill, which count
+for neither.
 """
 
 from __future__ import annotations
@@ -94,26 +95,32 @@ class EngineBenchmark:
 def generate(
     task: Generate, prompts: list[list[int]], new: int, exact: bool
 ) -> tuple[float, float, int, list[list[int]]]:
-    """Seconds until all have a first token, seconds after it, the tokens of the latter, and all ids."""
-    began = time.perf_counter()
+    """Seconds of the passes that computed prompts, seconds of those with a row for every request, tokens of the
+    latter, and all ids.
+    """
     for place, prompt in enumerate(prompts):
         payload = {"token_ids": prompt, "max_tokens": new, "min_tokens": new, "exact": exact}
         task.admit(Request(id=str(place), payload=payload))
     ids: dict[str, list[int]] = {str(place): [] for place in range(len(prompts))}
-    first = before = 0.0
-    ended = 0
+    prefill = decode = 0.0
+    decoded = ended = 0
     while ended < len(prompts):
+        began = time.perf_counter()
         steps = task.step()
+        seconds = time.perf_counter() - began
+        # A pass computes a part of a prompt or a row for each request past its prompt, never both.
+        if any(step.output is NOTHING or not ids[step.request_id] for step in steps):
+            prefill += seconds
+        elif all(ids.values()):
+            decode += seconds
+            decoded += len(steps)
         for step in steps:
             if step.error is not None:
                 raise BenchmarkFailed(f"the engine failed: {step.error}")
             if step.output is not NOTHING:
                 ids[step.request_id].append(step.output["token"])
             ended += step.ends
-        if not first and all(ids.values()):
-            first, before = time.perf_counter(), sum(map(len, ids.values()))
-    until = time.perf_counter()
-    return first - began, until - first, int(sum(map(len, ids.values())) - before), list(ids.values())
+    return prefill, decode, decoded, list(ids.values())
 
 
 def prompt_of(place: int, length: int, vocabulary: int) -> list[int]:

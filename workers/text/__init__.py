@@ -119,6 +119,7 @@ class Generate(BatchTask):
             "dtype": settings.dtype,
             "rows": llama.rows,
             "chunk": llama.chunk,
+            "block": llama.block,
             "bucket": BUCKET,
             "operators": llama.operators.name,
             "sampler": sampler_bits(),

@@ -25,7 +25,7 @@ from .trace import Row, Trace
 LOG: Final = logging.getLogger("rq.worker")
 
 PREFILLS: Final = 2
-"""Prefill passes between two decode passes, at most: a long prompt slows the others, and stops nobody."""
+"""Chunks of prompts between two decode passes, or one block: a long prompt slows the others, and stops nobody."""
 
 
 class Engine:
@@ -47,7 +47,8 @@ class Engine:
         self._llama = llama
         self._trace = trace
         self._requests: dict[str, Generation] = {}
-        self._prefills = 0
+        self._computed = 0
+        """Rows of prompts, and of known tokens, since the last decode pass."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -84,19 +85,21 @@ class Engine:
             return [self._end(item) for item in ended]
         waiting = [item for item in self._requests.values() if item.in_prefill or self._behind(item)]
         running = [item for item in self._requests.values() if item not in waiting]
-        if waiting and (not running or self._prefills < PREFILLS):
-            self._prefills += 1
+        if waiting and (not running or self._computed < PREFILLS * self._llama.chunk):
             return self._prefill(waiting[0]) if waiting[0].in_prefill else self._catch_up(waiting[0])
-        self._prefills = 0
+        self._computed = 0
         return self._decode(running) if running else []
 
     def _prefill(self, item: Generation) -> list[Step]:
         start = item.prefilled
         exact = item.parameters.exact
-        chunk = item.prompt[start : start + (self._llama.chunk if exact else self._llama.ordinary_chunk)]
+        end = self._llama.chunk_at(start, len(item.prompt))[1] if exact else start + self._llama.block
+        chunk = item.prompt[start:end]
         assert item.keys is not None
         last = (self._llama.prefill if exact else self._llama.extend)(item.keys, start, chunk)
         item.prefilled += len(chunk)
+        # A short one takes nearly as long as a full one.
+        self._computed += max(len(chunk), self._llama.chunk)
         rows: list[Row] = [(item.id, item.execution, start + place, "prefill") for place in range(len(chunk))]
         steps: list[Step] = []
         if not item.in_prefill:
@@ -141,8 +144,8 @@ class Engine:
                 return
             # The row of the prompt's last token is not stored. Whoever needs it computes its chunk again.
             complete = item.kept == len(item.prompt) and all(sibling.generated for sibling in item.running())
-            chunk = self._llama.chunk
-            item.prefilled = item.kept if complete else min(item.kept, len(item.prompt) - 1) // chunk * chunk
+            missing = min(item.kept, len(item.prompt) - 1)
+            item.prefilled = item.kept if complete else self._llama.chunk_at(missing, len(item.prompt))[0]
             if complete:
                 item.share()
 
@@ -157,9 +160,10 @@ class Engine:
         assert sibling is not None
         assert sibling.keys is not None
         first = sibling.cached - len(item.prompt)
-        tokens = sibling.generated[first:-1][: self._llama.ordinary_chunk]
+        tokens = sibling.generated[first:-1][: self._llama.block]
         self._llama.extend(sibling.keys, sibling.cached, tokens)
         sibling.cached += len(tokens)
+        self._computed += max(len(tokens), self._llama.chunk)
         self._trace.write([self._row(item, sibling, first + place, "replay") for place in range(len(tokens))])
         return [Step(request_id=item.id)]
 

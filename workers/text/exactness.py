@@ -136,12 +136,25 @@ def _check_replay(llama: Llama) -> Any:
 
 
 def _check_prefill(llama: Llama) -> Any:
-    """A chunk of a prompt twice. Returns the row of its last token."""
-    tokens = [number % llama.shape.vocabulary for number in range(min(llama.chunk, llama.shape.context) - 1)]
-    first, second = (llama.prefill(llama.keys(len(tokens)), 0, tokens) for _ in range(2))
-    if not torch.equal(first, second):
-        raise _inexact(llama, "a prefill pass, repeated,")
-    return first.cpu().numpy()
+    """A chunk and a block of a prompt, each twice. Returns the rows of their last tokens."""
+    rows = []
+    for count in (min(llama.chunk, llama.shape.context) - 1, min(llama.block, llama.shape.context)):
+        tokens = [number % llama.shape.vocabulary for number in range(count)]
+        first, second = (_prefilled(llama, tokens) for _ in range(2))
+        if not torch.equal(first, second):
+            raise _inexact(llama, "a prefill pass, repeated,")
+        rows.append(first)
+    return torch.cat(rows).cpu().numpy()
+
+
+def _prefilled(llama: Llama, tokens: list[int]) -> Tensor:
+    keys = llama.keys(len(tokens))
+    place = 0
+    while place < len(tokens):
+        _, end = llama.chunk_at(place, len(tokens))
+        last = llama.prefill(keys, place, tokens[place:end])
+        place = end
+    return last
 
 
 def _run(llama: Llama, number: int, start: int, count: int) -> Run:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from typing import Any
 
 import kit
 from saq import Queue
+
+PATIENCE = 0.5  # seconds: it listens only after it has looked, and an end between the two is not heard of
 
 queue = Queue.from_url(os.environ["BENCH_URL"], name=kit.QUEUE)
 
@@ -31,7 +34,13 @@ class Saq(kit.Producer):
         return await queue.enqueue("bench_saq.noop", payload=payload)
 
     async def result(self, handle: Any) -> Any:
-        await handle.refresh(until_complete=kit.WAIT)
+        until = time.monotonic() + kit.WAIT
+        while not handle.completed:
+            try:
+                await handle.refresh(until_complete=PATIENCE)
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise
         return _value(handle)
 
     async def results(self, handles: list[Any]) -> Any:
