@@ -90,9 +90,9 @@ def recovery_pictures(found: Mapping[str, Any], note: str) -> Pictures:
 
 def checkpoint_tables(found: Mapping[str, Any]) -> list[Table]:
     """One row for each way of storing."""
-    heads = ("tokens/s", "bytes/s", "calls/s")
-    names = ("tokens_per_s", "bytes_per_s", "calls_per_s")
-    rows = [[way, *(row[name] for name in names)] for way, row in found["medians"].items()]
+    heads = ("tokens/s", "bytes/s", "calls/s", "Redis ms/s")
+    names = ("tokens_per_s", "bytes_per_s", "calls_per_s", "redis_ms_per_s")
+    rows = [[way, *(row.get(name) for name in names)] for way, row in found["medians"].items()]
     sizes = found["sizes"]
     notes = [
         f"Medians of {sizes['rounds']} rounds; {sizes['model']}, {sizes['slots']} requests at once, {sizes['tokens']} "
