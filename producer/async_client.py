@@ -24,7 +24,7 @@ from .async_session import AsyncSession, LoopWatch
 from .client import Client
 from .handle import Handle, Reference
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Join, Limit, Question, Sleep, Step
+from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
 from .session import PATIENCE
 from .timeline import attempts_of
 
@@ -154,10 +154,12 @@ class AsyncHandle(Reference[AsyncSession]):
 
     async def _do(self, step: Step) -> Any:
         match step:
-            case Fetch(id, deadline):
+            case Fetch(id, deadline, _):
                 return await self._session.fetch(id, deadline)
             case Call(operation, deadline):
                 return await self._session.call(operation, deadline=deadline)
+            case Hear(id):
+                return self._session.hear(id)
             case Join(id, channel):
                 return self._session.watch(id, channel)
             case Sleep(watch, seconds):

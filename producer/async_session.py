@@ -154,6 +154,11 @@ class AsyncSession:
             self._calls.submit(self._session.replies.tell)
         return watch
 
+    def hear(self, identifier: str) -> LoopWatch | None:
+        """:meth:`Replies.hear` for a task."""
+        replies = self._session.replies
+        return self.watch(identifier, replies.own) if replies.hears(replies.own) else None
+
     async def close(self) -> None:
         """Close the session; whatever waits raises :class:`UsageError`. Harmless when repeated."""
         if self._closed:

@@ -15,7 +15,7 @@ from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
 from .arguments import waited, whole
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Join, Limit, Question, Sleep, Step
+from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
 from .session import Session
 from .timeline import attempts_of
 
@@ -200,8 +200,14 @@ class Handle(Reference[Session]):
 
     def _do(self, step: Step) -> Any:
         match step:
-            case Fetch(id, deadline):
-                return self._session.call(lambda store: store.fetch(id), deadline=deadline)
+            case Fetch(id, deadline, ahead):
+                if ahead is None:
+                    return self._session.call(lambda store: store.fetch(id), deadline=deadline)
+                record, result = self._session.call(lambda store: store.fetch_with_result(id), deadline=deadline)
+                ahead[:] = [result]
+                return record
+            case Hear(id):
+                return self._session.replies.hear(id)
             case Call(operation, deadline):
                 return self._session.call(operation, deadline=deadline)
             case Join(id, channel):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -33,10 +34,14 @@ PAGE: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Read a request's record (or ``None``). ``deadline``: monotonic; ``None`` is the client's patience."""
+    """Read a request's record (or ``None``). ``deadline``: monotonic; ``None`` is the client's patience.
+
+    ``ahead`` is for what was read along, if anything: a function that gives the result as ``Store.result`` does.
+    """
 
     id: str
     deadline: float | None
+    ahead: list[Callable[[], Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,13 @@ class Join:
 
     id: str
     channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """As :class:`Join` for a request that this client has submitted itself; ``None`` if it does not listen yet."""
+
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +96,16 @@ class Limit:
         return 2 * self.seconds if self.default and record.stretched else self.seconds
 
 
-Step = Fetch | Call | Join | Sleep | Give
+Step = Fetch | Call | Hear | Join | Sleep | Give
 Answer = TypeVar("Answer")
 Question = Generator[Step, Any, Answer]
 
 
-def fetched(identifier: str, deadline: float | None = None) -> Question[RequestRecord]:
-    record: RequestRecord | None = yield Fetch(identifier, deadline)
+Ahead = list[Callable[[], Any]]
+
+
+def fetched(identifier: str, deadline: float | None = None, ahead: Ahead | None = None) -> Question[RequestRecord]:
+    record: RequestRecord | None = yield Fetch(identifier, deadline, ahead)
     if record is None:
         raise UnknownRequest(identifier)
     return record
@@ -151,25 +166,41 @@ def cancel(identifier: str, reason: str) -> Question[bool]:
     return answer in ("canceled", "requested")
 
 
-def ended(identifier: str, limit: Limit) -> Question[RequestRecord]:
-    """Wait until it has ended. Raises ``TimeoutError`` after ``limit``."""
+def ended(identifier: str, limit: Limit, ahead: Ahead | None = None) -> Question[RequestRecord]:
+    """Wait until it has ended. Raises ``TimeoutError`` after ``limit``. ``ahead`` as in :class:`Fetch`."""
     began = time.monotonic()
-    record = yield from fetched(identifier, began + limit.seconds)
-    if record.ended:
-        return record
-    seconds = limit.of(record)
-    deadline = began + seconds
+    # Who listens for its own requests already need not ask first whom to listen to.
+    own: Watch | None = yield Hear(identifier)
+    with own or nullcontext():
+        if own is not None:
+            own.look = False
+        record = yield from fetched(identifier, began + limit.seconds, ahead)
+        if record.ended:
+            return record
+        seconds = limit.of(record)
+        if own is not None and own.channel == record.client:
+            return (yield from _end_of(record, own, began + seconds, seconds, ahead))
     watch: Watch = yield Join(identifier, record.client)
     with watch:
-        while True:
-            record = yield from fetched(identifier, deadline)
-            if record.ended:
-                return record
+        watch.look = True
+        return (yield from _end_of(record, watch, began + seconds, seconds, ahead))
+
+
+def _end_of(
+    record: RequestRecord, watch: Watch, deadline: float, seconds: float, ahead: Ahead | None
+) -> Question[RequestRecord]:
+    """Wait for hints of an end and look; of new outputs nothing is asked."""
+    while True:
+        while not watch.look:
             if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
                 raise TimeoutError(
-                    f"request {identifier} has not ended within {seconds:g} s: it is {_state(record)}. It goes on; wait "
-                    f"again with result(), or look at it with: perdure show {identifier}"
+                    f"request {record.id} has not ended within {seconds:g} s: it is {_state(record)}. It goes on; wait "
+                    f"again with result(), or look at it with: perdure show {record.id}"
                 )
+        watch.look = False
+        record = yield from fetched(record.id, deadline, ahead)
+        if record.ended:
+            return record
 
 
 def error(record: RequestRecord) -> Question[PerdureError | None]:
@@ -197,16 +228,21 @@ def exception(identifier: str, limit: Limit) -> Question[PerdureError | None]:
 def result(identifier: str, limit: Limit, patience: float) -> Question[Any]:
     """``patience``: seconds that are left for reading the result even when it came in the last moment."""
     deadline = time.monotonic() + limit.seconds
-    if problem := (yield from exception(identifier, limit)):
+    ahead: Ahead = []
+    record = yield from ended(identifier, limit, ahead)
+    if problem := (yield from error(record)):
         raise problem
 
-    def read(store: Store) -> Any:
+    def read(result: Callable[[], Any]) -> Any:
         try:
-            return store.result(identifier)
+            return result()
         except ValueError as reason:
             raise PerdureError(f"request {identifier} has finished, but its result cannot be read: {reason}") from None
 
-    return (yield Call(read, max(deadline, time.monotonic() + patience)))
+    if ahead:
+        return read(ahead[-1])
+    later = max(deadline, time.monotonic() + patience)
+    return (yield Call(lambda store: read(partial(store.result, identifier)), later))
 
 
 def stream(reader: OutputReader, identifier: str, silence: Limit, patience: float) -> Question[None]:

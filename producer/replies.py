@@ -92,7 +92,8 @@ class Replies:
 
     def __init__(self, connection: redis.Redis, client_id: str) -> None:
         self._connection = connection
-        self._own = client_id
+        self.own = client_id
+        """The channel on which this client hears of what it has submitted itself."""
         self._closed = False
         self._reset()
 
@@ -122,6 +123,14 @@ class Replies:
         except BaseException:  # Ctrl-C
             self.forget(watch)
             raise
+        return watch
+
+    def hear(self, identifier: str) -> Watch | None:
+        """:meth:`watch` on the client's own channel; ``None`` if that is not listened to yet."""
+        if self._process != os.getpid() or not self.hears(self.own):
+            return None
+        watch = Watch(self, identifier, self.own)
+        self.register(watch)
         return watch
 
     def register(self, watch: Watch) -> bool:
@@ -208,7 +217,7 @@ class Replies:
                 if self._finished():
                     self._thread, self._heard = None, set()
                     return
-                wanted = {self._own, *self._wanted}
+                wanted = {self.own, *self._wanted}
             if fresh := wanted - subscribed:
                 pubsub.subscribe(*(key("replies", channel) for channel in fresh))
             if stale := subscribed - wanted:
@@ -260,7 +269,7 @@ class Replies:
     def tell(self) -> None:
         """Have the listener look around now."""
         try:
-            self._connection.publish(key("replies", self._own), _WAKE)
+            self._connection.publish(key("replies", self.own), _WAKE)
         except redis.RedisError:
             pass  # it looks around by itself within a slice
 

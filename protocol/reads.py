@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import redis
@@ -140,21 +141,19 @@ class Reads:
             for identifier in identifiers:
                 pipe.hmget(key("job", identifier), _FIELDS)
             replies = pipe.execute()
-        return [
-            RequestRecord.from_redis(
-                identifier,
-                {name.encode(): value for name, value in zip(_FIELDS, reply, strict=True) if value is not None},
-            )
-            for identifier, reply in zip(identifiers, replies, strict=True)
-        ]
+        return [_record(identifier, reply) for identifier, reply in zip(identifiers, replies, strict=True)]
+
+    def fetch_with_result(self, identifier: str) -> tuple[RequestRecord | None, Callable[[], Any]]:
+        """:meth:`fetch`, and what :meth:`result` would return or raise if it is called, in one round trip."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.hmget(key("job", identifier), _FIELDS)
+            pipe.xrevrange(key("results", identifier), count=1)
+            reply, entries = pipe.execute()
+        return _record(identifier, reply), partial(_result, entries)
 
     def result(self, identifier: str) -> Any:
         """The value of a finished request. Raises ``ValueError`` if it is damaged."""
-        entries: Any = self.connection.xrevrange(key("results", identifier), count=1)
-        for _, fields in entries:
-            if b"return_value" in fields:
-                return unpack_result(fields[b"return_value"])
-        return None
+        return _result(self.connection.xrevrange(key("results", identifier), count=1))
 
     def traceback(self, identifier: str) -> str:
         """The traceback of a dead letter; empty if there is none."""
@@ -262,6 +261,18 @@ class Reads:
             except ValueError:
                 pass  # nobody of ours wrote it
         return events
+
+
+def _record(identifier: str, reply: Sequence[bytes | None]) -> RequestRecord | None:
+    fields = {name.encode(): value for name, value in zip(_FIELDS, reply, strict=True) if value is not None}
+    return RequestRecord.from_redis(identifier, fields)
+
+
+def _result(entries: Any) -> Any:
+    for _, fields in entries:
+        if b"return_value" in fields:
+            return unpack_result(fields[b"return_value"])
+    return None
 
 
 def _meta(raw: bytes | None) -> dict[str, Any] | None:
