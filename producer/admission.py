@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
+
+import redis
 
 from ..protocol.errors import Degraded, DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.records import NewRequest
 from ..protocol.store import Store, conflict, key_conflict, queue_full, refusal
-from .session import Session
+from .session import TRANSIENT, Session
 from .submission import chunks
 
 Answer = TypeVar("Answer")
@@ -95,22 +98,49 @@ class _Waiting:
 
 def _send(session: Session, requests: Sequence[NewRequest], left: Sequence[int], answers: list[str]) -> None:
     """Send the requests at these positions, and enter their answers."""
+    parts = list(chunks([requests[index] for index in left]))
+    places = iter(left)
+
+    def enter(found: Sequence[str]) -> None:
+        for answer in found:
+            answers[next(places)] = answer
+
+    durable = any(request.durable for request in requests)
     sent = 0
-    for chunk in chunks([requests[index] for index in left]):
-        places = left[sent : sent + len(chunk)]
+    while sent < len(parts):
+        # One at first, which shows that the server answers and has the script; and after each failure.
         try:
-            found = session.call(partial(Store.enqueue, requests=chunk, client=session.client_id))
+            enter(session.call(partial(Store.enqueue, requests=parts[sent], client=session.client_id)))
         except DurabilityUnavailable as error:
             error.add_note(f"{_stored(answers) + len(error.request_ids)} of {len(requests)} requests were stored")
             raise
         except RedisUnavailable as error:
             error.add_note(
-                f"{_stored(answers)} of {len(requests)} requests were stored; the next {len(chunk)} may have been"
+                f"{_stored(answers)} of {len(requests)} requests were stored; the next {len(parts[sent])} may have been"
             )
             raise
-        for place, answer in zip(places, found, strict=True):
-            answers[place] = answer
-        sent += len(chunk)
+        sent += 1
+        if not durable:
+            sent += _send_ahead(session, parts[sent:], enter)
+
+
+def _send_ahead(session: Session, parts: Sequence[Sequence[NewRequest]], enter: Callable[[Sequence[str]], None]) -> int:
+    """Send as many as can be, each while Redis still stores the one before; returns how many were answered.
+
+    With what is left it is as if it had never been sent: sent again, it is stored once.
+    """
+    answered = 0
+
+    def operation(store: Store) -> None:
+        nonlocal answered
+        for found in store.enqueue_in_turn(parts, client=session.client_id):
+            enter(found)
+            answered += 1
+
+    if parts:
+        with suppress(*TRANSIENT, RedisUnavailable, redis.exceptions.NoScriptError):
+            session.attempt(operation)
+    return answered
 
 
 def _stored(answers: Sequence[str]) -> int:

@@ -135,7 +135,8 @@ class _Like:
 
     def __call__(self, payload: Any) -> NewRequest:
         values = self._fields
-        values["payload"] = pack(_prepared(self._found, payload), limit=self._limit, what="payload")
+        prepared = payload if self._found is None else _prepared(self._found, payload)
+        values["payload"] = pack(prepared, limit=self._limit, what="payload")
         values["id"], values["nonce"] = new_id(), new_nonce()
         return NewRequest(**values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -105,6 +105,32 @@ class Script:
             # It has not run: a server forgets its scripts when it starts again.
             connection.script_load(self.source)
             return connection.evalsha(name, 1, NAMES["schema"], *arguments)
+
+    def in_turn(
+        self, connection: redis.Redis, calls: Iterable[tuple[Row, Mapping[str, Sequence[Row]]]]
+    ) -> Iterator[Any]:
+        """Run the script for each, in order and over one connection; the next call is made and on its way while an
+        answer is waited for.
+
+        Raises what redis-py raises, ``NoScriptError`` too: then the call whose answer is missing, and the one after
+        it, may have run or not.
+        """
+        name, on_way = digest(self.source), 0
+        with connection.client() as client:  # type: ignore[no-untyped-call]
+            line = client.connection
+            try:
+                for values, groups in calls:
+                    line.send_command("EVALSHA", name, 1, NAMES["schema"], *self.arguments(values, groups))
+                    on_way += 1
+                    if on_way > 1:
+                        yield line.read_response()
+                        on_way -= 1
+                while on_way:
+                    yield line.read_response()
+                    on_way -= 1
+            except BaseException:
+                line.disconnect()  # an answer that nobody reads is not to be the next command's
+                raise
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
@@ -37,7 +37,7 @@ from .records import (
     Sweep,
     whole,
 )
-from .scripts import MAX_REQUESTS, load
+from .scripts import MAX_REQUESTS, Row, load
 from .settings import Settings
 
 SCHEMA = 1
@@ -100,6 +100,21 @@ class Store(Reads):
             if here and (reason := _not_on_disk(connection)):
                 raise DurabilityUnavailable(reason, here)
         return list(answers)
+
+    def enqueue_in_turn(self, parts: Iterable[Sequence[NewRequest]], *, client: str = "") -> Iterator[list[str]]:
+        """:meth:`enqueue` for each of these, none of them ``durable``, over one connection: while Redis stores one, the
+        next is made and sent. Yields the answers of each.
+
+        Raises as :meth:`enqueue` does, and ``redis.exceptions.NoScriptError`` if the server has forgotten the script.
+        What was not answered then may have been stored; it can be sent again.
+        """
+        values: Row = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
+        self.calling()
+        for reply in load("enqueue").in_turn(self.connection, ((values, _enqueued(part)) for part in parts)):
+            answers = _text(reply)
+            if answers == ["newer"]:
+                raise newer_protocol()
+            yield answers
 
     def cancel(
         self, requests: Iterable[tuple[str, str]], *, reason: str, incarnation: str = "", worker: str = ""

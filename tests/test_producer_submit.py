@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -676,3 +676,36 @@ def test_one_client_serves_many_threads(client: Client, redis_client: redis.Redi
         thread.join()
     assert not failures
     assert redis_client.llen(key("queue", "default")) == 160
+
+
+@pytest.mark.parametrize("disturbed", ["SCRIPT FLUSH", "CLIENT KILL TYPE normal SKIPME yes"])
+def test_what_is_sent_ahead_is_stored_once(
+    redis_url: str, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch, disturbed: str
+) -> None:
+    """The calls of a large submit overlap. One whose answer is lost with the next on its way is sent again, in order."""
+    made: list[int] = []
+
+    def disturbing(parts: Sequence[Sequence[NewRequest]]) -> Iterator[Sequence[NewRequest]]:
+        for number, part in enumerate(parts):
+            made.append(len(part))
+            if number == 2:
+                connection.execute_command(*disturbed.split())  # type: ignore[no-untyped-call]
+            yield part
+
+    plain = Store.enqueue_in_turn
+    monkeypatch.setattr(
+        Store, "enqueue_in_turn", lambda self, parts, client="": plain(self, disturbing(parts), client=client)
+    )
+    with Client(redis_url, settings=Settings()) as client:
+        handles = client.submit_many([(PATH, number) for number in range(1000)], queue="gpu")
+    assert made[:3] == [128] * 3  # it was on its way
+    assert sum(made) > 872  # and some of them a second time
+    assert connection.lrange(key("queue", "gpu"), 0, -1) == [handle.id.encode() for handle in handles]
+
+
+def test_what_is_sent_ahead_meets_the_limit_of_its_queue(redis_url: str, connection: redis.Redis) -> None:
+    """Each request is told from the others, whichever call it was in."""
+    with Client(redis_url, settings=Settings(queue_limit=300)) as client, pytest.raises(QueueFull) as caught:
+        client.submit_many([(PATH, number) for number in range(1000)], queue="gpu")
+    assert connection.llen(key("queue", "gpu")) == 300
+    assert "300 of 1000 requests were stored" in caught.value.__notes__
