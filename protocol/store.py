@@ -148,18 +148,16 @@ class Store(Reads):
         ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer than
         the heartbeat timeout.
         """
-        wanted = min(MAX_REQUESTS, max([free, *slots.values()]))
         values: dict[str, str | int] = {
             "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
             "timeout_ms": _ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": _ms(self.settings.lease),
             "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl),
-            "resume": int(resume), "max_bytes": max_bytes,
+            "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
         }  # fmt: skip
         groups: dict[str, list[dict[str, str | int]]] = {
             "queue": [{"queue": queue} for queue in queues],
             "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
             "known": [{"id": identifier} for identifier in known],
-            "fresh": [{"execution": execution} for execution in new_executions(wanted)],
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
@@ -526,10 +524,9 @@ def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
     )
 
 
-def new_executions(number: int) -> list[str]:
-    """So many execution ids, of 128 random bits each: in one call, a fraction of what so many uuid4() cost."""
-    digits = os.urandom(16 * number).hex()
-    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
+def new_stem() -> str:
+    """With what the execution ids of one claim begin (104 random bits); six digits follow, so that they have 32."""
+    return os.urandom(13).hex()
 
 
 def new_id() -> str:

@@ -10,11 +10,11 @@
 -- ARGV ttl_ms       age at which a checkpoint is stale
 -- ARGV resume       '1'; '0' starts every request from zero (a test of the demo turns resuming off)
 -- ARGV max_bytes    stop taking requests once so many bytes of payload are in the reply
+-- ARGV stem         with what the ids of the executions to be made begin; new with every call
 -- EACH queue: queue      queue names, first served first
 -- EACH task: path        a task that the worker has loaded ...
 -- EACH task: slots       ... and how many of it the worker runs at once
 -- EACH known: id         requests that the worker knows it holds
--- EACH fresh: execution  ids for the executions to be made, at least as many as slots
 --
 -- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
@@ -36,10 +36,10 @@
 -- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
 -- execution it has.
 local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg(), arg(), arg()
-local task, free, ttl_ms, resume, max_bytes = arg(), arg(), arg(), arg(), arg()
+local task, free, ttl_ms, resume, max_bytes, stem = arg(), arg(), arg(), arg(), arg(), arg()
 timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
 max_bytes = tonumber(max_bytes)
-local queues, slots_of, known, fresh = {}, {}, {}, {}
+local queues, slots_of, known = {}, {}, {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   queues[#queues + 1] = queue
@@ -52,13 +52,11 @@ for _ = 1, tonumber(arg()) do
   local id = arg()
   known[id] = true
 end
-for _ = 1, tonumber(arg()) do
-  local execution = arg()
-  fresh[#fresh + 1] = execution
-end
 
 if reaped(incarnation) then return { 'reaped', '0', '0', now_text } end
 local short = degraded()
+
+local function fresh(n) return stem .. string.format('%06x', n) end
 
 -- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
 redis.call('HDEL', KEY.held .. incarnation, '')
@@ -337,7 +335,7 @@ local function give_suspects(queue)
           task = job[1]
           limit = room(slots_of[task] or free, 0)
         end
-        start(id, queue, fresh[used], found)
+        start(id, queue, fresh(used), found)
         if used >= math.min(limit, company) or bytes >= max_bytes then break end
       end
     end
@@ -412,10 +410,10 @@ for _, queue in ipairs(queues) do
           task = path
           limit = room(slots_of[path] or free, 0)
         end
-        start(id, queue, fresh[used], job)
+        start(id, queue, fresh(used), job)
       else
-        take(id, queue, fresh[used], job, number_of(job.timeout, 180))
-        give(id, fresh[used], queue, job)
+        take(id, queue, fresh(used), job, number_of(job.timeout, 180))
+        give(id, fresh(used), queue, job)
         task = '\0plain' -- alone: nothing else matches this
         limit = used
       end
