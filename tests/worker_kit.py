@@ -224,6 +224,9 @@ class Lab:
             {"RQ_REDIS_URL": self.url, **(environment or {})},
         )
         eventually(lambda: self.connection.exists(key("pulse")) or not process.running)
+        # The pulse may be that of a guardian, which sweeps while nobody else does.
+        clients = self.connection.client_list
+        eventually(lambda: any(item["name"] == "perdure-reaper" for item in clients()) or not process.running)
         return process
 
     def _start(

@@ -37,7 +37,7 @@ class Sizes:
     at: int = 100
     around: int = 10
     rest: int = 30
-    seconds: float = 420.0
+    seconds: float = 540.0
     patience: float = 120.0
 
 

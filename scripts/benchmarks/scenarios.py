@@ -68,10 +68,10 @@ PEERS_OF_RECOVERY: Sequence[Scenario] = (
     ),
     Scenario(
         name="rq SimpleWorker", kind="tree", producer=(str(PEERS / "bench_rq.py"),),
-        worker=(*_RQ, "rq.worker.SimpleWorker", QUEUE), how="Retry, monitoring and maintenance every second",
+        worker=(*_RQ, "rq.worker.SimpleWorker", QUEUE), how="Retry, monitoring and maintenance every second", most=5,
     ),
     Scenario(
         name="rq Worker", kind="tree", producer=(str(PEERS / "bench_rq.py"),),
-        worker=(*_RQ, "rq.worker.Worker", QUEUE), how="Retry, monitoring and maintenance every second",
+        worker=(*_RQ, "rq.worker.Worker", QUEUE), how="Retry, monitoring and maintenance every second", most=5,
     ),
 )  # fmt: skip
