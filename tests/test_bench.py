@@ -25,6 +25,7 @@ from perdure.scripts.benchmarks.latency import SlowRoad
 from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
 from perdure.scripts.benchmarks.queueing import ratios
 from perdure.scripts.benchmarks.stage import Sample
+from perdure.scripts.benchmarks.switching import Pass, compare
 from perdure.scripts.benchmarks.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -150,10 +151,27 @@ def test_recovery_in_its_smoke_form(tmp_path: Path) -> None:
 def test_checkpoints_in_its_smoke_form(tmp_path: Path) -> None:
     """The tiny model without checkpoints, and with them far from Redis: a full batch, all tokens, and traffic."""
     pytest.importorskip("torch")
-    found = bench(tmp_path, "checkpoints", "--smoke")
-    medians = found["parts"]["checkpoints"]["medians"]
+    found = bench(tmp_path, "checkpoints", "--smoke")["parts"]["checkpoints"]
+    medians = found["medians"]
     assert set(medians) == {"off", "100 ms, far"}
     assert all(value > 0 for figures in medians.values() for value in figures.values())
+    assert set(found["windows"]) == {"100 ms, far"}
+
+
+def test_windows_are_compared_with_those_beside_them() -> None:
+    """Of a machine that grows slower all the time, and a tenth slower with checkpoints: the tenth is found."""
+    switches = [(2.0 * number, number % 2 == 1) for number in range(41)]
+    passes, at, speed = [], 0.0, 20.0
+    while at < 80:
+        passes.append(Pass(at, full=not 30 < at < 32))
+        speed *= 0.9995
+        at += 1 / (speed * (0.9 if int(at // 2) % 2 else 1.0))
+    found = compare(passes, switches)
+    # Of 20 windows with, the last has none after it, and one was not full.
+    assert found["windows"] == 18
+    assert found["ratio"] == pytest.approx(0.9, abs=0.01)
+    assert 0.88 < found["low"] <= found["ratio"] <= found["high"] < 0.92
+    assert compare(passes, switches[:2]) == {"windows": 0, "ratio": None, "low": None, "high": None, "each": []}
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def checkpoints(options: Options, stage: Stage, crew: Crew, note: str) -> Findin
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     benchmark = CheckpointBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say)
     found = benchmark.run()
-    found["ratios"] = ratios(benchmark.series)
+    found["ratios"] = ratios(benchmark.series, found["windows"])
     return Finding(found, checkpoint_tables(found), checkpoint_pictures(found, note))
 
 

@@ -92,18 +92,32 @@ def checkpoint_tables(found: Mapping[str, Any]) -> list[Table]:
     """One row for each way of storing."""
     heads = ("tokens/s", "bytes/s", "calls/s", "Redis ms/s")
     names = ("tokens_per_s", "bytes_per_s", "calls_per_s", "redis_ms_per_s")
-    rows = [[way, *(row.get(name) for name in names)] for way, row in found["medians"].items()]
+    rows = [[way, *(row.get(name) for name in names)] for way, row in _ways(found)]
     sizes = found["sizes"]
     notes = [
         f"Medians of {sizes['rounds']} rounds; {sizes['model']}, {sizes['slots']} requests at once, {sizes['tokens']} "
         f"tokens each, {found['step_ms']:.1f} ms a step; far: {found['far_ms']:g} ms put before Redis.",
     ]
-    return [Table("Checkpoints while generating", ["", *heads], rows, notes), ratio_table(found)]
+    tables = [Table("Checkpoints while generating", ["", *heads], rows, notes)]
+    if windows := found.get("windows"):
+        rows = [[way, *(item[name] for name in ("windows", "ratio", "low", "high"))] for way, item in windows.items()]
+        note = (
+            f"Windows of {sizes['window']:g} s with checkpoints, each against the two without beside it, within "
+            f"{sizes['generations']} generations of {sizes['long']} tokens; from and to: of the median, with 95 % confidence."
+        )
+        columns = ["", "windows", "tokens/s with against without", "from", "to"]
+        tables.append(Table("With checkpoints and without, in turn", columns, rows, [note]))
+    return [*tables, ratio_table(found)]
+
+
+def _ways(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """None before all others, whichever came first in the first round."""
+    return sorted(found["medians"].items(), key=lambda item: item[0] != "off")
 
 
 def checkpoint_pictures(found: Mapping[str, Any], note: str) -> Pictures:
     """Bars: tokens/s of each way."""
-    values = [(way, row["tokens_per_s"]) for way, row in found["medians"].items()]
+    values = [(way, row["tokens_per_s"]) for way, row in _ways(found)]
     return {"checkpoints.svg": bars("Tokens/s of a full batch while checkpoints are stored", "tokens/s", values, note)}
 
 

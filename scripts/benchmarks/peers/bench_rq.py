@@ -31,7 +31,8 @@ class Rq(kit.Producer):
         return self.queue.enqueue_many([Queue.prepare_data("bench_rq.noop", (payload,)) for payload in payloads])
 
     def walk(self, payload: dict[str, Any]) -> Any:
-        return self.queue.enqueue("bench_rq.walk", payload, retry=Retry(max=10))
+        # SimpleWorker's record of an execution lives for the job's timeout and a minute: a walk takes three seconds.
+        return self.queue.enqueue("bench_rq.walk", payload, retry=Retry(max=10), job_timeout=10)
 
     def result(self, handle: Any) -> Any:
         result = handle.latest_result(timeout=int(kit.WAIT))
