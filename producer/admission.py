@@ -18,7 +18,8 @@ import redis
 
 from ..protocol.errors import Degraded, DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.records import NewRequest
-from ..protocol.store import Store, conflict, key_conflict, queue_full, refusal
+from ..protocol.refusals import conflict, key_conflict, queue_full, refusal
+from ..protocol.store import Store
 from .session import TRANSIENT, Session
 from .submission import chunks
 

@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from ..protocol.codec import RestrictedPickle, digest_of, pack, unpack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
+from ..protocol.identities import new_id, new_nonce
 from ..protocol.keys import check_id, check_queue, check_task, id_of_key, with_priority
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
-from ..protocol.store import new_id, new_nonce
 from .arguments import Seconds, delayed, due, flag, kept, lasting, stepping, whole
 
 OPTIONS: Final = (

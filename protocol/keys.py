@@ -34,6 +34,9 @@ from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
 from .errors import InvalidRequest, UsageError
 
+SCHEMA: Final = 1
+"""Version of what stands in Redis. A release meets only its own or an older one."""
+
 PREFIX: Final = RQ_KEY_PREFIX
 OURS: Final = f"{PREFIX}:perdure:"
 

@@ -77,6 +77,13 @@ class Stored:
         return len(self.pieces) if len(self.pieces) > 1 else 0
 
 
+def stored(state: PackedState | bytes | None) -> Stored:
+    """A state as it is sent."""
+    if isinstance(state, PackedState):
+        return state.stored
+    return Stored.of([state]) if state else _NOTHING
+
+
 def pack_state(value: Any, *, limit: int, compression: str = "none") -> PackedState:
     """Capture a state: later changes of its tensors, lists and dicts do not reach what is stored.
 
@@ -204,3 +211,7 @@ def _decompressed(data: bytes) -> bytes:
     if len(result) != size:
         raise ValueError(f"a compressed state of {size} bytes has {len(result)}")
     return result
+
+
+_NOTHING = Stored.of([b""])
+"""Made once: most checkpoints bring outputs and no state."""

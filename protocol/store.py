@@ -8,48 +8,23 @@ they do about an outage.
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from operator import attrgetter
 from typing import Any
 
 import redis
 
 from .codec import envelope, pack_exception, shortened
-from .errors import Degraded, DurabilityUnavailable, IdempotencyConflict, ProtocolMismatch, QueueFull
-from .keys import key
+from .errors import DurabilityUnavailable
+from .identities import new_stem
+from .keys import SCHEMA, key
 from .mode import Count, Tally
-from .packed_state import PackedState, Stored
+from .packed_state import stored
 from .reads import Reads
-from .records import (
-    Chunk,
-    Claim,
-    Claims,
-    Failure,
-    Finish,
-    Interruption,
-    NewRequest,
-    Progress,
-    Pulse,
-    Reaped,
-    Sweep,
-    whole,
-)
+from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, Sweep, whole
+from .refusals import newer_protocol
+from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
 from .scripts import MAX_REQUESTS, Row, load
 from .settings import Settings
-
-SCHEMA = 1
-"""Version of what stands in Redis. A release meets only its own or an older one."""
-
-STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
-"""What a stock RQ worker runs when it takes a request of ours: see that function."""
-
-
-RETRY_AFTER = 1.0
-"""Seconds after which a producer may come again to a full queue."""
-
 
 MAX_UNFIT = 500
 """Characters of the reason for which a device is not used."""
@@ -80,7 +55,7 @@ class Store(Reads):
         :class:`ProtocolMismatch` when Redis holds a newer protocol. If any is ``durable``, returns once all are on
         disk, or raises :class:`DurabilityUnavailable`: then they are stored all the same.
         """
-        groups = _enqueued(requests)
+        groups = enqueued(requests)
         values = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
         if not any(request.durable for request in requests):
             answers = self._call("enqueue", values, groups)
@@ -110,8 +85,8 @@ class Store(Reads):
         """
         values: Row = {"schema": SCHEMA, "client": client, "limit": self.settings.queue_limit}
         self.calling()
-        for reply in load("enqueue").in_turn(self.connection, ((values, _enqueued(part)) for part in parts)):
-            answers = _text(reply)
+        for reply in load("enqueue").in_turn(self.connection, ((values, enqueued(part)) for part in parts)):
+            answers = as_text(reply)
             if answers == ["newer"]:
                 raise newer_protocol()
             yield answers
@@ -150,8 +125,8 @@ class Store(Reads):
         """
         values: dict[str, str | int] = {
             "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
-            "timeout_ms": _ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": _ms(self.settings.lease),
-            "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": _ms(self.settings.checkpoint_ttl),
+            "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": in_ms(self.settings.lease),
+            "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": in_ms(self.settings.checkpoint_ttl),
             "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
         }  # fmt: skip
         groups: dict[str, list[dict[str, str | int]]] = {
@@ -163,7 +138,7 @@ class Store(Reads):
         reply: list[bytes] = script(self.connection, values, groups)
         rows = [reply[start : start + 15] for start in range(4, len(reply), 15)]
         now = whole(reply[3]) / 1000
-        return Claims(reply[0].decode(), [_claim(row, now) for row in rows], reply[2] == b"1")
+        return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1")
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
         """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``.
@@ -180,8 +155,8 @@ class Store(Reads):
                 "length": state.length, "fingerprint": item.fingerprint, "stepped": round(item.stepped * 1000),
             })  # fmt: skip
         # Ten checkpoints, and a second: so long a suspect must have stepped.
-        clear_ms = max(1000, 10 * _ms(self.settings.checkpoint_interval))
-        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease), "clear_ms": clear_ms}
+        clear_ms = max(1000, 10 * in_ms(self.settings.checkpoint_interval))
+        values = {"incarnation": incarnation, "lease_ms": in_ms(self.settings.lease), "clear_ms": clear_ms}
         return list(self._call("progress", values, {"request": rows}))
 
     def write_chunks(self, chunks: Sequence[Chunk]) -> list[str]:
@@ -198,7 +173,7 @@ class Store(Reads):
     def renew(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
         """Renew the leases of ``(id, execution)``. Returns per request ``ok``, ``lost``, ``cancel``, ``deadline``."""
         rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
-        values = {"incarnation": incarnation, "lease_ms": _ms(self.settings.lease)}
+        values = {"incarnation": incarnation, "lease_ms": in_ms(self.settings.lease)}
         return list(self._call("renew", values, {"request": rows}))
 
     def stop(self, incarnation: str, requests: Iterable[tuple[str, str]]) -> list[str]:
@@ -252,7 +227,7 @@ class Store(Reads):
         ]
         values = {
             "incarnation": incarnation, "worker": worker, "reason": reason, "delay": delay,
-            "alive_ms": _ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
+            "alive_ms": in_ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
             "exception": pack_exception(reason),
         }  # fmt: skip
         return list(self._call("release", values, {"request": rows}))
@@ -308,9 +283,9 @@ class Store(Reads):
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
             "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready),
-            "timeout_ms": _ms(self.settings.heartbeat_timeout),
+            "timeout_ms": in_ms(self.settings.heartbeat_timeout),
             # Less than a heartbeat: a guardian that sweeps alone does so at each.
-            "due_ms": _ms(max(1.5 * self.settings.reap_interval, 0.75 * self.settings.heartbeat)),
+            "due_ms": in_ms(max(1.5 * self.settings.reap_interval, 0.75 * self.settings.heartbeat)),
             "unfit": unfit[:MAX_UNFIT], "health": health,
         }  # fmt: skip
         groups = {
@@ -353,7 +328,7 @@ class Store(Reads):
             "evidence": shortened(evidence, MAX_EVIDENCE).replace("\t", " "),
             "charge": int(charge), "crash": int(crash), "loss": int(loss), "clean": int(clean),
             "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
-            "timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
+            "timeout_ms": in_ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
             **self._limits(),
         }  # fmt: skip
         groups = {"queue": [] if incarnation else [{"queue": queue} for queue in queues]}
@@ -367,12 +342,12 @@ class Store(Reads):
 
     def expire(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
         """Delete stale checkpoints; returns how many."""
-        values = {"ttl_ms": _ms(self.settings.checkpoint_ttl), "limit": limit}
+        values = {"ttl_ms": in_ms(self.settings.checkpoint_ttl), "limit": limit}
         return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
 
     def weigh(self) -> Count:
         """How many workers live and are ready, and what was declared last."""
-        values = {"timeout_ms": _ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms()}
+        values = {"timeout_ms": in_ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms()}
         now, judged, live, *rest = self._call("weigh", values, {})
         fields = dict(zip(rest[::2], rest[1::2], strict=True))
         return Count(int(now), judged == "1", int(live), whole(fields.get("version")), Tally.from_redis(fields))
@@ -399,7 +374,7 @@ class Store(Reads):
 
     def _call(self, name: str, values: Any, groups: Any, connection: redis.Redis | None = None) -> Any:
         self.calling()
-        return _text(load(name)(connection or self.connection, values, groups))
+        return as_text(load(name)(connection or self.connection, values, groups))
 
     def _limits(self) -> dict[str, str | int | float]:
         settings = self.settings
@@ -410,57 +385,13 @@ class Store(Reads):
 
     def _pulse_ms(self) -> int:
         # Without a reaper process the guardians sweep, and they wake only once per heartbeat.
-        return _ms(max(4 * self.settings.reap_interval, 3 * self.settings.heartbeat))
-
-
-_KIND = attrgetter(
-    "queue", "task", "description", "max_retries", "result_ttl", "failure_ttl", "meta", "durable", "deadline", "deadline_at",
-    "queue_timeout", "delay", "step_timeout", "trace",
-)  # fmt: skip
-"""What most requests of one call have in common."""
-
-
-def _enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of ``enqueue``: what requests have in common goes over the wire, and through the script, once."""
-    numbers: dict[Any, int] = {}
-    rows = [
-        {
-            "id": request.id, "nonce": request.nonce, "kind": numbers.setdefault(_KIND(request), len(numbers) + 1),
-            "payload": request.payload, "digest": request.digest, "degraded_payload": request.degraded_payload,
-        }
-        for request in requests
-    ]  # fmt: skip
-    kinds = []
-    for (
-        queue,
-        task,
-        description,
-        retries,
-        result_ttl,
-        failure_ttl,
-        meta,
-        durable,
-        soon,
-        at,
-        wait,
-        delay,
-        step,
-        trace,
-    ) in numbers:
-        kinds.append({
-            "queue": queue, "task": task, "data": envelope(STOCK_FUNCTION, task), "description": description,
-            "max_retries": retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl, "meta": meta,
-            "durable": int(durable), "deadline_ms": math.ceil(soon * 1000), "deadline_at": math.ceil(at * 1000),
-            "queue_ms": math.ceil(wait * 1000), "delay_ms": math.ceil(delay * 1000), "step_ms": math.ceil(step * 1000),
-            "trace": trace,
-        })  # fmt: skip
-    return {"kind": kinds, "request": rows}
+        return in_ms(max(4 * self.settings.reap_interval, 3 * self.settings.heartbeat))
 
 
 def _not_on_disk(connection: redis.Redis) -> str:
     """Wait until what this connection wrote is on disk; why that cannot be confirmed, or an empty text."""
     try:
-        reply: Any = connection.execute_command("WAITAOF", 1, 0, _ms(DISK_TIMEOUT))  # type: ignore[no-untyped-call]
+        reply: Any = connection.execute_command("WAITAOF", 1, 0, in_ms(DISK_TIMEOUT))  # type: ignore[no-untyped-call]
     except redis.ResponseError as error:
         if "unknown command" in str(error).lower():
             return "this server has no WAITAOF, which came with Redis 7.2"
@@ -470,106 +401,3 @@ def _not_on_disk(connection: redis.Redis) -> str:
 
 def _nothing() -> None:
     """What is called where nobody listens."""
-
-
-def memory_full(error: redis.ResponseError) -> bool:
-    """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
-    # Redis 6.2 puts the error of a call within a script into the text of another one.
-    return isinstance(error, redis.exceptions.OutOfMemoryError) or "-OOM " in str(error)
-
-
-def newer_protocol() -> ProtocolMismatch:
-    """The error of a process that is older than what stands in Redis."""
-    return ProtocolMismatch(
-        f"Redis holds data of a newer Perdure protocol than this release speaks ({SCHEMA}); upgrade this process"
-    )
-
-
-def stored(state: PackedState | bytes | None) -> Stored:
-    """A state as it is sent."""
-    return state.stored if isinstance(state, PackedState) else Stored.of([state or b""])
-
-
-def conflict(identifier: str) -> IdempotencyConflict:
-    """The error of a submit whose id is taken."""
-    return IdempotencyConflict(f"the id {identifier} belongs to another request; choose a new one")
-
-
-def key_conflict(idempotency_key: str) -> IdempotencyConflict:
-    """The error of a submit whose idempotency key is taken."""
-    return IdempotencyConflict(
-        f"the idempotency_key {idempotency_key!r} was used with another task or payload; choose another key, or send "
-        "what was sent first"
-    )
-
-
-def queue_full(queue: str, limit: int, items: Sequence[int] = (0,)) -> QueueFull:
-    """The error of a submit that came to a full queue; ``items`` are the positions of what was not stored."""
-    return QueueFull(
-        f"the queue {queue} holds as many waiting requests as PERDURE_QUEUE_LIMIT allows ({limit:,}); try again later",
-        RETRY_AFTER,
-        items,
-    )
-
-
-def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
-    """The error of a submit that a degraded pool has refused with this ``answer``; ``items`` as in :func:`queue_full`."""
-    _, ms, live, expected = answer.split(" ")
-    retry_after = int(ms) / 1000
-    return Degraded(
-        f"the pool is degraded ({live} of {expected} workers) and takes no low priority; try again in {retry_after:g} s "
-        "or later, wait with retry_when_degraded, or give it a higher priority",
-        retry_after,
-        items,
-    )
-
-
-def new_stem() -> str:
-    """With what the execution ids of one claim begin (104 random bits); six digits follow, so that they have 32."""
-    return os.urandom(13).hex()
-
-
-def new_id() -> str:
-    """A request id: sortable by the time of submit, unique without asking anybody (84 random bits)."""
-    return f"{time.time_ns() // 1_000_000:011x}{os.urandom(11).hex()[1:]}"
-
-
-def new_nonce() -> str:
-    """What tells one submit from another of the same id (64 random bits)."""
-    return os.urandom(8).hex()
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
-
-
-def _text(reply: Any) -> Any:
-    if isinstance(reply, bytes):
-        return reply.decode(errors="replace")
-    if isinstance(reply, list):
-        return [_text(item) for item in reply]
-    return reply
-
-
-def _claim(row: Sequence[bytes], now: float) -> Claim:
-    identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
-    created, *besides = row[14].split(b"\t", 3)
-    enqueued, trace, interrupted = besides if len(besides) == 3 else (b"", b"", b"")
-    age = _since(created, now)
-    interruption = Interruption.parse(interrupted.decode(errors="replace")) if interrupted else None
-    return Claim(
-        id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
-        attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
-        fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
-        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(enqueued, now) if enqueued else age,
-        interruption=interruption, paused=max(0.0, now - interruption.moved) if interruption else 0.0,
-        trace=trace.decode(errors="replace") if trace else "",
-    )  # fmt: skip
-
-
-def _since(date: bytes, now: float) -> float:
-    """Seconds since a date of RQ's; 0 for what is none."""
-    try:
-        return max(0.0, now - datetime.fromisoformat(date.decode()).timestamp())
-    except (ValueError, TypeError):
-        return 0.0

@@ -24,7 +24,7 @@ from rq.worker import Worker
 from perdure.protocol.codec import RestrictedPickle
 from perdure.protocol.keys import OURS, key
 from perdure.protocol.records import FailureKind
-from perdure.protocol.store import STOCK_FUNCTION
+from perdure.protocol.rows import STOCK_FUNCTION
 
 from .test_protocol_kit import Hand, Pool, plain
 

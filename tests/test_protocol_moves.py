@@ -16,10 +16,9 @@ from rq.job import Job
 from rq.registry import CanceledJobRegistry, FailedJobRegistry
 
 from perdure.protocol.errors import ProtocolMismatch
-from perdure.protocol.keys import key
+from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.records import Claim, FailureKind
 from perdure.protocol.states import ENDED, TRANSITIONS, State
-from perdure.protocol.store import SCHEMA
 
 from .test_protocol_kit import OTHER, Hand, Pool, dump, plain
 

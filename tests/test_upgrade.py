@@ -21,9 +21,8 @@ import psutil
 import pytest
 
 from perdure.producer import Client
-from perdure.protocol.keys import key
+from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.settings import Settings
-from perdure.protocol.store import SCHEMA
 
 from .worker_kit import LONG, TASKS, Lab, Process, eventually
 

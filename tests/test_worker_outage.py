@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from rq import Worker as StockWorker
 
-from perdure.protocol.keys import key
+from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.scripts import load
-from perdure.protocol.store import SCHEMA
 from perdure.scripts.server import Server
 
 from .worker_kit import Lab, eventually, gone, laboratory, later, send

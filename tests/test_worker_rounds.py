@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import redis
 
-from perdure.protocol.keys import key
+from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.records import Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
-from perdure.protocol.store import SCHEMA, Store
+from perdure.protocol.store import Store
 from perdure.workers.claimer import Claimer, Limits
 from perdure.workers.companion import Guarded
 from perdure.workers.courier import Courier
 from perdure.workers.guardian import Guardian
 from perdure.workers.holdings import MAX_BUFFER, Holdings
+from perdure.workers.line import Line
 from perdure.workers.mailbox import Drop, Mailbox
 from perdure.workers.tasks import Step
 
@@ -39,9 +40,8 @@ class Bench:
         store = self.pool.store
         self.claimer = Claimer(store, self.holdings, "w1", lambda: ["gpu"], limits or Limits(), True, log)
         self.rejoined: list[str] = []
-        self.courier = Courier(
-            store, "w1", self.holdings, self.claimer, tended=lambda: Guarded.WELL, rejoined=self.rejoined.append
-        )
+        line = Line(store, "w1", self.holdings)
+        self.courier = Courier(line, self.claimer, tended=lambda: Guarded.WELL, rejoined=self.rejoined.append)
 
     def round(self) -> None:
         self.holdings.urgent = True  # nothing is waited for
@@ -238,7 +238,7 @@ def test_an_end_that_is_ready_wins_over_a_cancel(bench: Bench) -> None:
     bench.claim()
     bench.offer("a", Step(output=0), Step(result="there"))
     assert bench.pool.cancel("a") == "requested"
-    bench.courier._last_renewal = 0.0
+    bench.courier.renewals.hasten()
     bench.round()
     assert bench.pool.status("a") is State.FINISHED
     assert (bench.pool.store.result("a"), bench.pool.store.all_outputs("a")) == ("there", [0])

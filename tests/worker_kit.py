@@ -19,10 +19,11 @@ import redis
 
 from perdure.protocol.codec import pack
 from perdure.protocol.connection import connect
+from perdure.protocol.identities import new_id
 from perdure.protocol.keys import key
 from perdure.protocol.records import NewRequest, RequestRecord
 from perdure.protocol.settings import Settings
-from perdure.protocol.store import Store, new_id
+from perdure.protocol.store import Store
 
 TASKS = Path(__file__).with_name("worker_tasks")
 """On PYTHONPATH of the workers, and of nobody else."""

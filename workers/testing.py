@@ -15,13 +15,15 @@ from typing import Any
 
 from ..protocol.codec import pack
 from ..protocol.errors import UnknownTask
+from ..protocol.identities import new_id
 from ..protocol.records import Claim, FailureKind, NewRequest
 from ..protocol.settings import Settings
-from ..protocol.store import Store, new_id
+from ..protocol.store import Store
 from .claimer import Claimer, Limits
 from .companion import Guarded
 from .courier import Courier
 from .holdings import Holdings
+from .line import Line
 from .loop import EngineLoop
 from .mailbox import Mailbox
 from .members import Members
@@ -254,9 +256,8 @@ class _Worker:
         name = f"worker-{uuid.uuid4().hex[:8]}"
         self.loop = EngineLoop(self.holdings, settings, _no_plain_jobs, lambda shown: None, find=lambda path: pool.task)
         claimer = Claimer(store, self.holdings, name, lambda: [QUEUE], Limits(), True, self.loop.log)
-        self.courier = Courier(
-            store, name, self.holdings, claimer, tended=lambda: Guarded.WELL, rejoined=lambda incarnation: None
-        )
+        line = Line(store, name, self.holdings)
+        self.courier = Courier(line, claimer, tended=lambda: Guarded.WELL, rejoined=lambda incarnation: None)
         self.beat = partial(
             store.heartbeat, incarnation=self.courier.incarnation, worker=name, queues=[QUEUE], pid=1, host="testing"
         )

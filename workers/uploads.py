@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..protocol.packed_state import stored
 from ..protocol.records import Chunk, Progress
-from ..protocol.store import Store, stored
+from ..protocol.store import Store
 
 BUDGET = 0.05
 """Seconds of one round; the chunk on its way is waited for."""

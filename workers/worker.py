@@ -46,6 +46,7 @@ from .dependents import Dependents
 from .fitness import status_after
 from .health import UNFIT_SIGNAL
 from .holdings import Holdings
+from .line import Line
 from .loop import EngineLoop
 from .mailbox import Mailbox
 from .notices import LAST_PATIENCE, Notices
@@ -127,9 +128,9 @@ class Worker(SimpleWorker):
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
         page = companion.page
+        line = Line(store, self.name, holdings, self.log, os.environ.pop(INCARNATION, "") or uuid.uuid4().hex)
         courier = Courier(
-            store, self.name, holdings, claimer, tended=self._tended, rejoined=self._rejoined, log=self.log,
-            incarnation=os.environ.pop(INCARNATION, "") or uuid.uuid4().hex, counter=page.courier,
+            line, claimer, tended=self._tended, rejoined=self._rejoined, counter=page.courier,
             patience=_timeout(settings),
         )  # fmt: skip
         loop = EngineLoop(

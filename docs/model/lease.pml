@@ -453,7 +453,7 @@ inline promote(r) {
     WHOLE(r)
 }
 
-/* --- a worker: workers/courier.py, claimer.py, holding.py ------------------------------------------------------- */
+/* --- a worker: workers/line.py, endings.py, claimer.py, holding.py ------------------------------------------ */
 
 inline let_go(w, r) {
     MINE(w, r) = 0;

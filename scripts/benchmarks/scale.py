@@ -15,10 +15,11 @@ from typing import Any
 
 from ...producer import Client
 from ...protocol.codec import pack
+from ...protocol.identities import new_id
 from ...protocol.records import Failure, FailureKind, NewRequest
 from ...protocol.scripts import MAX_REQUESTS
 from ...protocol.settings import Settings
-from ...protocol.store import Store, new_id
+from ...protocol.store import Store
 from .processes import BenchmarkFailed
 from .stage import Stage
 

@@ -23,10 +23,11 @@ from typing import Any
 
 from ...protocol.codec import pack
 from ...protocol.connection import connect
+from ...protocol.identities import new_id
 from ...protocol.packed_state import PackedState, pack_state, unpack_state
 from ...protocol.records import NewRequest, Progress
 from ...protocol.settings import Settings
-from ...protocol.store import Store, new_id
+from ...protocol.store import Store
 from ...workers.tasks import NOTHING, Request
 from ...workers.text import Generate
 from ...workers.uploads import Uploads

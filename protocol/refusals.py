@@ -1,0 +1,60 @@
+"""The errors that answers of Redis stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import redis
+
+from .errors import Degraded, IdempotencyConflict, ProtocolMismatch, QueueFull
+from .keys import SCHEMA
+
+RETRY_AFTER = 1.0
+"""Seconds after which a producer may come again to a full queue."""
+
+
+def newer_protocol() -> ProtocolMismatch:
+    """The error of a process that is older than what stands in Redis."""
+    return ProtocolMismatch(
+        f"Redis holds data of a newer Perdure protocol than this release speaks ({SCHEMA}); upgrade this process"
+    )
+
+
+def conflict(identifier: str) -> IdempotencyConflict:
+    """The error of a submit whose id is taken."""
+    return IdempotencyConflict(f"the id {identifier} belongs to another request; choose a new one")
+
+
+def key_conflict(idempotency_key: str) -> IdempotencyConflict:
+    """The error of a submit whose idempotency key is taken."""
+    return IdempotencyConflict(
+        f"the idempotency_key {idempotency_key!r} was used with another task or payload; choose another key, or send "
+        "what was sent first"
+    )
+
+
+def queue_full(queue: str, limit: int, items: Sequence[int] = (0,)) -> QueueFull:
+    """The error of a submit that came to a full queue; ``items`` are the positions of what was not stored."""
+    return QueueFull(
+        f"the queue {queue} holds as many waiting requests as PERDURE_QUEUE_LIMIT allows ({limit:,}); try again later",
+        RETRY_AFTER,
+        items,
+    )
+
+
+def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
+    """The error of a submit that a degraded pool has refused with this ``answer``; ``items`` as in :func:`queue_full`."""
+    _, ms, live, expected = answer.split(" ")
+    retry_after = int(ms) / 1000
+    return Degraded(
+        f"the pool is degraded ({live} of {expected} workers) and takes no low priority; try again in {retry_after:g} s "
+        "or later, wait with retry_when_degraded, or give it a higher priority",
+        retry_after,
+        items,
+    )
+
+
+def memory_full(error: redis.ResponseError) -> bool:
+    """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
+    # Redis 6.2 puts the error of a call within a script into the text of another one.
+    return isinstance(error, redis.exceptions.OutOfMemoryError) or "-OOM " in str(error)

@@ -1,0 +1,97 @@
+"""The rows of calls, made of records, and records made of the rows of answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from operator import attrgetter
+from typing import Any
+
+from .codec import envelope
+from .records import Claim, Interruption, NewRequest, whole
+
+STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
+"""What a stock RQ worker runs when it takes a request of ours: see that function."""
+
+_KIND = attrgetter(
+    "queue", "task", "description", "max_retries", "result_ttl", "failure_ttl", "meta", "durable", "deadline", "deadline_at",
+    "queue_timeout", "delay", "step_timeout", "trace",
+)  # fmt: skip
+"""What most requests of one call have in common."""
+
+
+def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of ``enqueue``: what requests have in common goes over the wire, and through the script, once."""
+    numbers: dict[Any, int] = {}
+    rows = [
+        {
+            "id": request.id, "nonce": request.nonce, "kind": numbers.setdefault(_KIND(request), len(numbers) + 1),
+            "payload": request.payload, "digest": request.digest, "degraded_payload": request.degraded_payload,
+        }
+        for request in requests
+    ]  # fmt: skip
+    kinds = []
+    for (
+        queue,
+        task,
+        description,
+        retries,
+        result_ttl,
+        failure_ttl,
+        meta,
+        durable,
+        soon,
+        at,
+        wait,
+        delay,
+        step,
+        trace,
+    ) in numbers:
+        kinds.append({
+            "queue": queue, "task": task, "data": envelope(STOCK_FUNCTION, task), "description": description,
+            "max_retries": retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl, "meta": meta,
+            "durable": int(durable), "deadline_ms": math.ceil(soon * 1000), "deadline_at": math.ceil(at * 1000),
+            "queue_ms": math.ceil(wait * 1000), "delay_ms": math.ceil(delay * 1000), "step_ms": math.ceil(step * 1000),
+            "trace": trace,
+        })  # fmt: skip
+    return {"kind": kinds, "request": rows}
+
+
+def claim_of(row: Sequence[bytes], now: float) -> Claim:
+    """A claim of the fields that ``claim.lua`` returns; ``now`` in seconds since 1970 on the server's clock."""
+    identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
+    created, *besides = row[14].split(b"\t", 3)
+    enqueued, trace, interrupted = besides if len(besides) == 3 else (b"", b"", b"")
+    age = _since(created, now)
+    interruption = Interruption.parse(interrupted.decode(errors="replace")) if interrupted else None
+    return Claim(
+        id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
+        attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
+        fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
+        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(enqueued, now) if enqueued else age,
+        interruption=interruption, paused=max(0.0, now - interruption.moved) if interruption else 0.0,
+        trace=trace.decode(errors="replace") if trace else "",
+    )  # fmt: skip
+
+
+def _since(date: bytes, now: float) -> float:
+    """Seconds since a date of RQ's; 0 for what is none."""
+    try:
+        return max(0.0, now - datetime.fromisoformat(date.decode()).timestamp())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def in_ms(seconds: float) -> int:
+    """Whole milliseconds, at least one."""
+    return max(1, round(seconds * 1000))
+
+
+def as_text(reply: Any) -> Any:
+    """An answer with texts where redis-py has bytes."""
+    if isinstance(reply, bytes):
+        return reply.decode(errors="replace")
+    if isinstance(reply, list):
+        return [as_text(item) for item in reply]
+    return reply
