@@ -160,8 +160,8 @@ class AsyncHandle(Reference[AsyncSession]):
                 return await self._session.call(operation, deadline=deadline)
             case Hear(id):
                 return self._session.hear(id)
-            case Join(id, channel):
-                return self._session.watch(id, channel)
+            case Join(id, channel, outputs):
+                return self._session.watch(id, channel, outputs=outputs)
             case Sleep(watch, seconds):
                 assert isinstance(watch, LoopWatch)
                 return await watch.hint(seconds)

@@ -36,9 +36,16 @@ class LoopWatch(Watch):
     """A watch whose waiter is a task. Woken by other threads, awaited on its loop only."""
 
     def __init__(
-        self, replies: Replies, identifier: str, channel: str, loop: asyncio.AbstractEventLoop, phase: float
+        self,
+        replies: Replies,
+        identifier: str,
+        channel: str,
+        loop: asyncio.AbstractEventLoop,
+        phase: float,
+        *,
+        outputs: bool = False,
     ) -> None:
-        super().__init__(replies, identifier, channel)
+        super().__init__(replies, identifier, channel, outputs=outputs)
         self._loop = loop
         self._phase = phase
         self._ringing = False
@@ -145,10 +152,10 @@ class AsyncSession:
             self._read(loop)
         return await due.future
 
-    def watch(self, identifier: str, channel: str) -> LoopWatch:
+    def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> LoopWatch:
         """Begin to hear of a request. Unlike :meth:`Replies.watch`, it waits for nothing: a hint tells when it is so."""
         loop = self._enter()
-        watch = LoopWatch(self._session.replies, identifier, channel, loop, self._phase)
+        watch = LoopWatch(self._session.replies, identifier, channel, loop, self._phase, outputs=outputs)
         if self._session.replies.register(watch):
             # Nobody waits for it: without, the listener looks around by itself a little later.
             self._calls.submit(self._session.replies.tell)

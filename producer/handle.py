@@ -210,8 +210,8 @@ class Handle(Reference[Session]):
                 return self._session.replies.hear(id)
             case Call(operation, deadline):
                 return self._session.call(operation, deadline=deadline)
-            case Join(id, channel):
-                return self._session.replies.watch(id, channel)
+            case Join(id, channel, outputs):
+                return self._session.replies.watch(id, channel, outputs=outputs)
             case Sleep(watch, seconds):
                 return watch.wait(seconds)
         raise TypeError(f"no step: {step!r}")

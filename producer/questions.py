@@ -54,10 +54,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`Watch`."""
+    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`Watch`.
+
+    ``outputs``: also that there are new outputs, not only that it has ended.
+    """
 
     id: str
     channel: str
+    outputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +259,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     limit = silence.of(record)
     deadline = began + limit
     reader.notice(record.epoch)
-    watch: Watch = yield Join(identifier, record.client)
+    watch: Watch = yield Join(identifier, record.client, outputs=True)
     with watch:
         while True:
             asked = time.monotonic()

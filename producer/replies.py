@@ -31,6 +31,10 @@ LISTEN_IDLE: Final = 60.0
 CONFIRM: Final = 1.0
 """Seconds that a waiter gives the subscription before it goes on without."""
 
+OUTPUTS: Final = ":outputs"
+"""Behind the name of a channel: the one on which new outputs are told. Who waits for ends only does not listen to it: a
+checkpoint of each of a thousand requests would wake him ten thousand times a second."""
+
 DEAF_POLL: Final = 0.5
 """Seconds between two looks at the keys while no hints can be heard."""
 
@@ -40,9 +44,11 @@ _WAKE = b"wake"
 class Watch:
     """One waiter's interest in one request. A context manager: the interest ends with the block."""
 
-    def __init__(self, replies: Replies, identifier: str, channel: str) -> None:
+    def __init__(self, replies: Replies, identifier: str, channel: str, *, outputs: bool = False) -> None:
+        """``channel``: of the request's producer; empty if it listens to none. ``outputs``: new outputs are told as well."""
         self.identifier = identifier
         self.channel = channel
+        self.channels = () if not channel else (channel, channel + OUTPUTS) if outputs else (channel,)
         self.look = True
         """Whether more may have happened than new outputs; for the waiter to clear before it reads."""
         self._replies = replies
@@ -51,7 +57,7 @@ class Watch:
     @property
     def heard(self) -> bool:
         """Whether hints about it arrive now, as far as anybody can know."""
-        return self._replies.hears(self.channel)
+        return bool(self.channels) and all(map(self._replies.hears, self.channels))
 
     def wait(self, seconds: float) -> None:
         """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.
@@ -107,19 +113,19 @@ class Replies:
         self._idle_since = 0.0
         self._thread: threading.Thread | None = None
 
-    def watch(self, identifier: str, channel: str) -> Watch:
+    def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> Watch:
         """Hear of a request whose producer is ``channel``; returns once subscribed, or when that takes too long.
 
-        Read the keys after this: what happened before it is not told.
+        Read the keys after this: what happened before it is not told. ``outputs`` as for :class:`Watch`.
         """
-        watch = Watch(self, identifier, channel)
+        watch = Watch(self, identifier, channel, outputs=outputs)
         tell = self.register(watch)
         try:
             if tell:
                 self.tell()
-            if channel and channel not in self._heard:
+            if channel and not watch.heard:
                 with self._changed:
-                    self._changed.wait_for(lambda: channel in self._heard or self._deaf or self._closed, CONFIRM)
+                    self._changed.wait_for(lambda: watch.heard or self._deaf or self._closed, CONFIRM)
         except BaseException:  # Ctrl-C
             self.forget(watch)
             raise
@@ -140,19 +146,20 @@ class Replies:
         """
         if self._process != os.getpid():
             self._reset()  # forked: the listener stayed behind, and with it perhaps a lock that was held
-        channel = watch.channel
-        if not channel:
+        if not watch.channels:
             return False  # put there by somebody who listens to nothing
         with self._changed:
             self._watches.setdefault(watch.identifier, set()).add(watch)
-            self._wanted[channel] += 1
+            self._wanted.update(watch.channels)
             running = self._thread is not None
             if not running and not self._closed:
                 self._deaf = False
                 self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
                 self._thread.start()
             # The first to want a channel tells the listener; one that is just starting sees it by itself.
-            return running and channel not in self._heard and self._wanted[channel] == 1
+            return running and any(
+                channel not in self._heard and self._wanted[channel] == 1 for channel in watch.channels
+            )
 
     def forget(self, watch: Watch) -> None:
         """End an interest. The channel is left when the listener next looks around."""
@@ -163,9 +170,10 @@ class Replies:
             watches.discard(watch)
             if not watches:
                 del self._watches[watch.identifier]
-            self._wanted[watch.channel] -= 1
-            if not self._wanted[watch.channel]:
-                del self._wanted[watch.channel]
+            for channel in watch.channels:
+                self._wanted[channel] -= 1
+                if not self._wanted[channel]:
+                    del self._wanted[channel]
             if not self._watches:
                 self._idle_since = time.monotonic()
 
@@ -245,7 +253,7 @@ class Replies:
                 self._heard.add(subscribed)
                 for watches in self._watches.values():
                     for watch in watches:
-                        if watch.channel == subscribed:
+                        if subscribed in watch.channels and watch.heard:
                             watch.subscribed()
                 if self._deaf:
                     self._deaf = False

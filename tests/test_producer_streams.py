@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -463,17 +464,44 @@ def test_all_waiters_share_one_listener(connection: redis.Redis, redis_url: str)
 
 
 def test_a_channel_is_left_when_nobody_waits_there(connection: redis.Redis, redis_url: str) -> None:
+    """A stream listens to two of each producer's: of ends, and of outputs."""
     hands = Hands(connection)
     with Client(redis_url, settings=Settings()) as one, Client(redis_url, settings=Settings()) as other:
         first, second = one.submit(PATH, 1), other.submit(PATH, 2)
         readings = [Reading(one.get(handle.id)) for handle in (first, second)]
-        until(lambda: [item["sub"] for item in subscribers(connection)] == ["2"])
+        until(lambda: [item["sub"] for item in subscribers(connection)] == ["4"])
         claims = [*hands.claim(), *hands.claim()]
         hands.finish(claims[1], 0)
         assert ended(readings[1].rest()) == []
-        until(lambda: [item["sub"] for item in subscribers(connection)] == ["1"])
+        until(lambda: [item["sub"] for item in subscribers(connection)] == ["2"])
         hands.finish(claims[0], 0)
         assert ended(readings[0].rest()) == []
+
+
+def test_who_waits_for_an_end_is_not_told_of_outputs(
+    connection: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of each of a thousand requests would wake a producer ten thousand times a second."""
+    hands = Hands(connection)
+    with Client(redis_url, settings=Settings()) as client, ThreadPoolExecutor(1) as pool:
+        handle = client.submit(PATH, 1)
+        waiting = pool.submit(handle.result)
+        until(lambda: [item["sub"] for item in subscribers(connection)] == ["1"])
+        (claim,) = hands.claim()
+        heard: list[dict[str, Any]] = []
+        take = client._session.replies._take
+
+        def taking(message: dict[str, Any]) -> None:
+            heard.append(message)
+            take(message)
+
+        monkeypatch.setattr(client._session.replies, "_take", taking)
+        for offset in range(3):
+            hands.put(claim, offset, offset)
+        hands.finish(claim, 3)
+        waiting.result(LONG)
+    hints = [item["data"] for item in heard if item["type"] == "message" and b" " in item["data"]]
+    assert hints == [f"{handle.id} end".encode()]
 
 
 def test_a_listener_that_is_cut_off_comes_back(connection: redis.Redis, redis_url: str) -> None:

@@ -13,7 +13,7 @@ import redis
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK, PackedState, pack_state
 from perdure.protocol.records import Claim, FailureKind
-from perdure.protocol.store import memory_full
+from perdure.protocol.refusals import memory_full
 
 from .test_protocol_kit import Hand, Pool, dump
 from .test_protocol_replays import CLOCKS
@@ -263,6 +263,7 @@ def test_chunks_live_as_long_as_their_request_runs(pool: Pool, hand: Hand, touch
     if touch == "renew":
         hand.renew(claim)
     else:
+        pool.age_checkpoint("a", 3600)
         row = replace(hand.progress(claim, ["y"], 1, 2), state=None)
         pool.store.progress(hand.incarnation, [row])
     assert all(pool.connection.ttl(key("chunk", name)) > 80_000 for name in chunks(pool))

@@ -41,11 +41,11 @@ for _ = 1, tonumber(arg()) do
   else
     -- Most requests leave nothing but their job and their result: one question for all that there may be besides.
     local bare = redis.call('EXISTS', KEY.checkpoint .. id, KEY.output .. id, KEY.history .. id, name .. ':dependents') == 0
-    local point = bare and {} or redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'chunks', 'writing')
+    local point = bare and {} or redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'chunks', 'writing', 'offset')
     local fresh = not (point[1] or point[2] or point[3])
     local stored, have = 0, 0
     if not fresh or offset > 0 or outputs > 0 then
-      stored, have = store(id, offset, outputs, blob, number_of(point[1]), '0', '', '', '')
+      stored, have = store(id, { point[4], point[1] }, offset, outputs, blob, number_of(point[1]))
     end
     if not stored then
       answers[#answers + 1] = 'gap ' .. int(have)

@@ -3,6 +3,7 @@
 -- and a claim cannot know the ids it will pop, so names are built here, from KEY alone.
 
 local HOUR, DAY = 3600, 86400
+local HOUR_MS = 1000 * HOUR
 
 -- The server's clock is the only one: hosts whose clocks disagree still agree on who is late.
 local clock = redis.call('TIME')
@@ -716,10 +717,11 @@ end
 -- Append outputs at an absolute offset and store a state, for an execution known to be current.
 -- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
 -- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.
-local function store(id, offset, outputs, blob, seq, has_state, state, crc, fingerprint, stepped, chunks, length)
+-- point: 'offset', 'seq' and 'at' of the checkpoint that is there, and `claimed`, the ms of this execution's claim; points:
+-- a batch of ZADD, for whose sending the caller cares.
+local function store(id, point, offset, outputs, blob, seq, points, has_state, state, crc, fingerprint, stepped, chunks, length)
   local name = KEY.checkpoint .. id
-  local stored = redis.call('HMGET', name, 'offset', 'seq')
-  local have, have_seq = number_of(stored[1]), number_of(stored[2])
+  local have, have_seq = number_of(point[1]), number_of(point[2])
   if offset > have then return nil, have end
   if outputs > 0 and offset + outputs > have then
     -- Resends are verbatim, so an entry is stored whole or not at all.
@@ -732,8 +734,10 @@ local function store(id, offset, outputs, blob, seq, has_state, state, crc, fing
     redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint,
       'stepped', int(seq) .. ':' .. stepped)
     if has_state == '1' then put_state(id, state, crc, tonumber(chunks), length) end
-    redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
-    refresh(id)
+    points.add(KEY.checkpoints, now_text, id)
+    -- Not at every checkpoint: what lives for a day is told so at an execution's first one, and once in every hour.
+    local at = number_of(point[3])
+    if at <= number_of(point.claimed) or math.floor(at / HOUR_MS) ~= math.floor(now_ms / HOUR_MS) then refresh(id) end
   end
   return have
 end

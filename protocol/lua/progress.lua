@@ -24,7 +24,7 @@
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
 local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
-local answers = {}
+local answers, leases, points = {}, batch('ZADD'), batch('ZADD')
 for _ = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
   local blob, has_state, state, crc, chunks, length = arg(), arg(), arg(), arg(), arg(), arg()
@@ -35,27 +35,38 @@ for _ = 1, tonumber(arg()) do
   if job[1] ~= execution or execution == '' then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
-    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
+    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
     answers[#answers + 1] = 'cancel'
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
     show_execution(id, execution, job[9] or '', job[10])
-    redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
-    local new = tonumber(seq) > number_of(redis.call('HGET', KEY.checkpoint .. id, 'seq'))
+    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
+    local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
+    point.claimed = job[10]
+    local new = tonumber(seq) > number_of(point[2])
     local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
     local stored, have
     if not missing then
-      stored, have = store(id, tonumber(offset), tonumber(outputs), blob, tonumber(seq), has_state, state, crc, fingerprint, stepped, chunks, length)
+      stored, have = store(id, point, tonumber(offset), tonumber(outputs), blob, tonumber(seq), points, has_state, state, crc, fingerprint,
+        stepped, chunks, length)
     end
     if missing then
       answers[#answers + 1] = 'missing'
     elseif stored then
       if job[8] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[9], int(stored)) end
-      if tonumber(outputs) > 0 then hint(job[5], id, int(stored)) end
+      -- On a channel of their own: who waits for ends only is not to be told of every checkpoint.
+      if tonumber(outputs) > 0 and (job[5] or '') ~= '' then hint(job[5] .. ':outputs', id, int(stored)) end
+      if job[6] then
+        -- An end takes back what is still to be written.
+        leases.send()
+        points.send()
+      end
       answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)
     end
   end
 end
+leases.send()
+points.send()
 return answers
