@@ -29,7 +29,7 @@ PAGE: Final = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueCensus:
-    """One queue. ``waiting`` counts canceled ones too that no claim has met; ``oldest`` is in seconds, 0 for nobody."""
+    """One queue. ``waiting`` leaves out what has ended there; ``oldest`` is in seconds, 0 for nobody."""
 
     waiting: int
     suspects: int
@@ -111,6 +111,7 @@ class Surveyor:
             for queue in queues:
                 pipe.zcard(key("suspects", queue))
                 pipe.zcard(key("retries", queue))
+                pipe.zcard(key("ended", queue))
             pipe.zcount(key("beats"), f"({now}", "+inf")
             pipe.zcount(key("unready"), f"({now}", "+inf")
             pipe.hmget(key("mode"), "mode", "until", "expected")
@@ -120,7 +121,7 @@ class Surveyor:
             pipe.hlen(key("unfit"))
             replies = pipe.execute()
         rows = [replies[place : place + _PER_QUEUE] for place in range(0, _PER_QUEUE * len(queues), _PER_QUEUE)]
-        aside = replies[_PER_QUEUE * len(queues) : (_PER_QUEUE + 2) * len(queues)]
+        aside = replies[_PER_QUEUE * len(queues) : (_PER_QUEUE + 3) * len(queues)]
         alive, unready, mode, stored, oldest, pulse, devices = replies[-7:]
         ages = self._ages([row[0] for row in rows], now)
         found = {}
@@ -128,7 +129,8 @@ class Surveyor:
             _, waiting, running, overdue, suspect, *cards = row
             since = suspect[0][1] if suspect else now
             found[queue] = QueueCensus(
-                waiting=waiting, suspects=aside[2 * place], retries=aside[2 * place + 1], running=running,
+                waiting=max(0, waiting - aside[3 * place + 2]), suspects=aside[3 * place], retries=aside[3 * place + 1],
+                running=running,
                 overdue=overdue, oldest=max(ages[place], (now - since) / 1000),
                 registries=dict(zip(_REGISTRIES, cards, strict=True)),
             )  # fmt: skip

@@ -58,18 +58,18 @@ def queue_facts(store: Store, names: Sequence[str]) -> list[QueueFacts]:
         pipe.hgetall(key("counters"))
         for name in names:
             pipe.llen(key("queue", name))
-            for registry in ("suspects", "retries", "leases", "failed", "finished"):
+            for registry in ("ended", "suspects", "retries", "leases", "failed", "finished"):
                 pipe.zcard(key(registry, name))
             pipe.lrange(key("queue", name), 0, _HEADS - 1)
             pipe.zrange(key("suspects", name), 0, 0, withscores=True)
         (seconds, micros), raw, *replies = pipe.execute()
     now = seconds + micros / 1e6
     totals = {field.decode(errors="replace"): whole(value) for field, value in raw.items()}
-    rows = [replies[at : at + 8] for at in range(0, len(replies), 8)]
-    ages = _oldest(store, [row[6] for row in rows], now)
+    rows = [replies[at : at + 9] for at in range(0, len(replies), 9)]
+    ages = _oldest(store, [row[7] for row in rows], now)
     result = []
     for name, row, age in zip(names, rows, ages, strict=True):
-        length, suspects, retries, leases, failed, finished, _, first = row
+        length, ended, suspects, retries, leases, failed, finished, _, first = row
         since = [now - score / 1000 for _, score in first]
         counters = {
             event.removesuffix(f":{name}"): number for event, number in totals.items() if event.endswith(f":{name}")
@@ -77,7 +77,7 @@ def queue_facts(store: Store, names: Sequence[str]) -> list[QueueFacts]:
         result.append(
             QueueFacts(
                 name=name,
-                waiting=length + suspects,
+                waiting=max(0, length - ended) + suspects,
                 suspects=suspects,
                 due_later=retries,
                 running=leases,

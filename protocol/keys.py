@@ -71,6 +71,7 @@ NAMES: Final[dict[str, str]] = {
     # ours
     "leases": f"{OURS}leases:",
     "retries": f"{OURS}retries:",
+    "ended": f"{OURS}ended:",
     "deadlines": f"{OURS}deadlines:",
     "suspects": f"{OURS}suspects:",
     "isolating": f"{OURS}isolating",

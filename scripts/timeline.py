@@ -22,7 +22,7 @@ LOSSES: Final = frozenset(
 )  # fmt: skip
 """Kinds of failure in which the request lost its worker; the others are its own."""
 
-ENDS: Final = frozenset({"redelivered", "retry", "released", "failed", "canceled", "stopped"})
+ENDS: Final = frozenset({"redelivered", "retry", "released", "failed", "canceled", "stopped", "finished"})
 
 WAITING = "waiting"
 """The lane of the time in which nobody had it."""

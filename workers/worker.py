@@ -27,7 +27,7 @@ from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
 from rq.version import VERSION
-from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
+from rq.worker import DequeueStrategy, WorkerStatus
 
 from ..protocol import logs
 from ..protocol.connection import keep_alive
@@ -51,6 +51,7 @@ from .loop import EngineLoop
 from .mailbox import Mailbox
 from .notices import LAST_PATIENCE, Notices
 from .places import INCARNATION
+from .plain_ends import PlainEnds
 from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
 from .standby import StandBy
@@ -64,7 +65,7 @@ COLD_AFTER = 1.0
 """Seconds after the first stop signal in which another one is its echo (Ctrl-C reaches a whole process group)."""
 
 
-class Worker(SimpleWorker):
+class Worker(PlainEnds):
     """RQ's worker class for requests; ``rq worker -w perdure.workers.Worker QUEUE`` makes and runs one.
 
     It runs requests in batches under leases, and plain RQ jobs one at a time. Arguments are those of RQ's ``Worker``;

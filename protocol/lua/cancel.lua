@@ -15,7 +15,7 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'origin', 'client', 'failure_ttl', 'last', 'cancel')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'origin', 'client', 'failure_ttl', 'last', 'cancel', 'started_at')
   local queue = job[3] or ''
   local verdict = string.match(job[6] or '', ':(%a+)$')
   -- A verdict whose registry has lost the id was taken back: somebody requeued it, and it waits again.
@@ -25,8 +25,8 @@ for _ = 1, tonumber(arg()) do
   if not job[2] then
     forget(id)
     answers[#answers + 1] = 'unknown'
-  elseif execution ~= '' and job[1] ~= execution then
-    unhold(id, execution, incarnation)
+  elseif execution ~= '' and not owns(execution, job[1], job[8]) then
+    void(id, execution, incarnation, queue)
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'
   elseif execution == '' and job[1] and job[1] ~= '' then
@@ -40,7 +40,8 @@ for _ = 1, tonumber(arg()) do
   else
     local state = job[2] == 'stopped' and 'stopped' or 'canceled'
     if execution ~= '' then detach(queue, id, execution, incarnation, worker) end
-    leave_registries(queue, id)
+    local aside = leave_registries(queue, id)
+    if execution == '' then end_waiting(queue, id, aside) end
     redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', (execution ~= '' and execution or '-') .. ':' .. state)
     redis.call('HDEL', name, 'cancel')
     redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)

@@ -68,13 +68,14 @@ local rows, number, bytes = {}, 0, 0
 local function read_job(name)
   local v = redis.call('HMGET', name, 'status', 'last', 'created_at', 'task', 'payload', 'attempt', 'epoch', 'client',
     'timeout', 'step_ms', 'deadline', 'queue_deadline', 'company', 'degraded', 'executions', 'failed_on', 'passed_at',
-    'enqueued_at', 'interrupted', 'trace', 'claimed')
+    'enqueued_at', 'interrupted', 'trace', 'claimed', 'execution', 'holder', 'entered', 'started_at')
   return {
     status = v[1] or nil, last = v[2] or nil, created_at = v[3] or nil, task = v[4] or nil, payload = v[5] or nil,
     attempt = v[6] or nil, epoch = v[7] or nil, client = v[8] or nil, timeout = v[9] or nil, step_ms = v[10] or nil,
     deadline = v[11] or nil, queue_deadline = v[12] or nil, company = v[13] or nil, degraded = v[14] or nil,
     executions = v[15] or nil, failed_on = v[16] or nil, passed_at = v[17] or nil, enqueued_at = v[18] or nil,
-    interrupted = v[19] or nil, trace = v[20] or nil, claimed = v[21] or nil,
+    interrupted = v[19] or nil, trace = v[20] or nil, claimed = v[21] or nil, execution = v[22] or nil,
+    holder = v[23] or nil, entered = v[24] or nil, started_at = v[25] or nil,
   }
 end
 
@@ -108,15 +109,19 @@ local held = redis.call('HGETALL', KEY.held .. incarnation)
 for i = 1, #held, 2 do
   local id, execution = held[i], held[i + 1]
   if not known[id] then
-    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'step_ms')
-    if job[1] == execution and redis.call('ZSCORE', KEY.leases .. job[2], id) then
-      -- A plain job keeps its own lease: it is one long step.
-      if job[3] then redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_length(job[4], lease_ms)), id) end
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'step_ms', 'started_at', 'timeout')
+    if owns(execution, job[1], job[5]) then
+      if job[3] then
+        redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_length(job[4], lease_ms)), id)
+      else
+        -- A plain job keeps its own lease: it is one long step.
+        redis.call('ZADD', KEY.leases .. job[2], 'NX', int(now_ms + plain_lease(number_of(job[6], 180))), id)
+      end
       give(id, execution, job[2])
       task = job[3] or ''
       free = 0 -- the caller sees what it holds before it asks for more
     else
-      redis.call('HDEL', KEY.held .. incarnation, id)
+      void(id, execution, incarnation, job[2] or nil)
     end
   end
 end
@@ -134,48 +139,84 @@ if redis.call('EXISTS', KEY.suspended) == 1 then return answer('suspended') end
 local took, leases, holds = {}, batch('ZADD'), batch('HSET')
 local shown, waited = batch('ZADD'), batch('ZREM')
 
--- 2. Is the popped id to be run? Its job if it is; whatever is not, leaves the queue here.
+-- 2. Is the popped id to be run? Its job if it is; whatever is not, leaves the queue here, and its history says why; but for
+-- one that is to wait where it stands (`later`).
+local function dropped(id, queue, reason)
+  local ttl = redis.call('TTL', KEY.job .. id)
+  history(id, 'dropped', worker, '', '0', '', reason)
+  if ttl > 0 then redis.call('EXPIRE', KEY.history .. id, ttl) end
+  count('dropped', queue)
+end
+
 local function runnable(id, queue)
   local name = KEY.job .. id
   local job = read_job(name)
   if not job.created_at then
     forget(id)
+    redis.call('ZREM', KEY.ended .. queue, id)
+    count('dropped', queue)
     return nil
   end
-  if took[id] or redis.call('ZSCORE', KEY.leases .. queue, id) then return nil end -- pushed twice; it runs already
+  if took[id] then
+    dropped(id, queue, 'it stood in its queue twice')
+    return nil
+  end
+  local runs_now = job.execution and runs(id, job.execution, job.holder)
   local verdict = string.match(job.last or '', ':(%a+)$')
+  local registry = ENDED[verdict]
+  -- It ended while it waited here; what became of it stands in its history.
+  if registry and redis.call('ZREM', KEY.ended .. queue, id) == 1 then
+    count('dropped', queue)
+    return nil
+  end
+  local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
+  local again = job.claimed and enqueued_again(job)
+  if registry and not stands then again = 'same' end -- RQ's requeue took it out
+  if runs_now then
+    if not again then
+      dropped(id, queue, 'it runs already')
+      return nil
+    end
+    -- The same request once more: after the run that goes on.
+    if job.task and again == 'same' then return nil, 'later' end
+    -- A new job, or a plain one: now, as RQ does. What runs is not this job's execution any more.
+    detach(queue, id, job.execution, job.holder, redis.call('HGET', KEY.incarnation .. job.holder, 'worker') or '')
+  end
+  if again == 'new' and job.task then
+    become_plain(id, queue)
+    job = read_job(name)
+  end
   if not job.task then
     -- A plain job that we once ended may be enqueued again under the same id; RQ's status is its truth.
     if verdict then
       redis.call('HDEL', name, 'last')
       leave_registries(queue, id)
     end
-    if job.status == 'canceled' or job.status == 'stopped' then return nil end
-    return job
-  end
-  if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
-    local registry = verdict == 'stopped' and 'canceled' or verdict
-    if redis.call('ZSCORE', KEY[registry] .. queue, id) then
-      -- It ended, and somebody with an old copy of the job pushed it and wrote its status.
-      redis.call('HSET', name, 'status', verdict)
+    if job.status == 'canceled' or job.status == 'stopped' then
+      count('dropped', queue)
       return nil
     end
-    -- RQ's requeue took it out of the registry: everything starts anew but the checkpoint.
-    for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
-    redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel', 'error_kind', 'error_reason',
-      'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at', 'interrupted')
-    redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
-    history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
-    count('requeued', queue)
+    return job
+  end
+  if registry then
+    if not again then
+      -- It ended, and somebody with an old copy of the job pushed it and wrote its status.
+      redis.call('HSET', name, 'status', verdict)
+      dropped(id, queue, 'it has ended, and was not enqueued again since')
+      return nil
+    end
+    begin_anew(id, queue, verdict)
     job = read_job(name)
   elseif job.status == 'canceled' or job.status == 'stopped' then
     settle_canceled(id)
+    count('dropped', queue)
     return nil
   end
   if job.deadline or job.queue_deadline then
     local reason = late(id)
     if reason then
       bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
+      redis.call('ZREM', KEY.ended .. queue, id) -- its entry is the one that is met here
       return nil
     end
   end
@@ -240,10 +281,8 @@ local taken = {}
 
 local function take(id, queue, execution, job, plain_timeout)
   local name = KEY.job .. id
-  local length = lease_length(job.step_ms, lease_ms)
-  -- A plain job is one step of up to its timeout; with timeout -1 only the heartbeat watches it.
+  local length = plain_timeout and plain_lease(plain_timeout) or lease_length(job.step_ms, lease_ms)
   if plain_timeout then
-    length = plain_timeout > 0 and plain_timeout * 1000 + 30000 or 10 * 365 * DAY * 1000
     redis.call('PERSIST', name) -- what of ours comes again was persisted above
   end
   took[id] = true
@@ -252,6 +291,12 @@ local function take(id, queue, execution, job, plain_timeout)
   shown.add(KEY.wip .. queue, int(now_s + HOUR), id .. ':' .. execution)
   redis.call('HSET', name, 'status', 'started', 'started_at', utc(), 'last_heartbeat', utc(), 'worker_name', worker,
     'execution', execution, 'claimed', now_text, 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
+  -- What enqueued_again() compares with. A request that was submitted and claimed once has it in `created_at`.
+  if job.enqueued_at ~= job.created_at then
+    redis.call('HSET', name, 'entered', job.enqueued_at or '')
+  elseif job.entered then
+    redis.call('HDEL', name, 'entered')
+  end
   if job.passed_at then redis.call('HDEL', name, 'passed_at') end
   if job.deadline or job.queue_deadline then
     if redis.call('ZREM', KEY.deadlines .. queue, id) == 1 then redis.call('HDEL', name, 'queue_deadline') end
@@ -326,8 +371,9 @@ local function give_suspects(queue)
       if passed_over(id, queue, true) then
         aside = aside + 1
       else
-        waited.add(name, id)
-        found = runnable(id, queue)
+        local later
+        found, later = runnable(id, queue)
+        if not later then waited.add(name, id) end
       end
       if found then
         company, used = allowed, used + 1
@@ -393,9 +439,11 @@ for _, queue in ipairs(queues) do
       end
     end
     local id = page[place]
-    local job = runnable(id, queue)
+    local job, later = runnable(id, queue)
     local path = job and job.task
-    if not job or waits_apart(id, queue, job) then
+    if later then
+      back[#back + 1] = id
+    elseif not job or waits_apart(id, queue, job) then
       -- It leaves the queue.
     elseif passed_over(id, queue, false, job) then
       back[#back + 1] = id
@@ -424,7 +472,7 @@ for _, queue in ipairs(queues) do
   aside = aside + #back
   if status ~= 'ok' then break end
   if drained then
-    if #back == 0 then redis.call('DEL', KEY.bell .. queue) end
+    if #back == 0 then redis.call('DEL', KEY.bell .. queue, KEY.ended .. queue) end
   elseif redis.call('LLEN', name) > popped then
     ring(queue) -- another idle worker may take the rest
     status = 'more'

@@ -32,7 +32,7 @@
 --
 -- While the pool is degraded, whatever counts from now takes twice as long: deadline_ms and queue_ms are doubled. The
 -- request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
--- What waits is what stands in the queue's list or aside for its time, also canceled ones that no claim has met.
+-- What waits is what stands in the queue's list, but for what has ended there, or aside for its time.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
 local schema, client, limit = arg(), arg(), tonumber(arg())
@@ -80,8 +80,8 @@ local seen, new, entering, waiting = {}, {}, {}, {}
 -- How many wait in a queue, with those that this call puts there.
 local function depth(queue)
   if not waiting[queue] then
-    waiting[queue] = redis.call('LLEN', KEY.queue .. queue) + redis.call('ZCARD', KEY.retries .. queue)
-      + redis.call('ZCARD', KEY.suspects .. queue)
+    waiting[queue] = math.max(0, redis.call('LLEN', KEY.queue .. queue) - redis.call('ZCARD', KEY.ended .. queue))
+      + redis.call('ZCARD', KEY.retries .. queue) + redis.call('ZCARD', KEY.suspects .. queue)
   end
   return waiting[queue] + (accepted[queue] or 0)
 end

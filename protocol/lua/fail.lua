@@ -26,12 +26,12 @@ local flight = redis.call('HLEN', KEY.held .. incarnation) -- before the first o
 for _ = 1, tonumber(arg()) do
   local id, execution, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
   local charge, crash, loss, retry = arg(), arg(), arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin')
-  if job[1] ~= execution or execution == '' then
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin', 'started_at')
+  if not owns(execution, job[1], job[4]) then
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[#answers + 1] = 'already'
     else
-      answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[3])
+      answers[#answers + 1] = refuse(id, execution, incarnation, job[3] or nil)
     end
   else
     answers[#answers + 1] = decide(job[3], id, execution, incarnation, {

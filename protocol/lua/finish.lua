@@ -31,12 +31,12 @@ for _ = 1, tonumber(arg()) do
   offset, outputs = tonumber(offset), tonumber(outputs)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'client', 'result_ttl', 'claimed', 'cancel',
-    'rate_limit_key', 'success_callback_name', 'webhooks')
-  if job[1] ~= execution or execution == '' then
+    'rate_limit_key', 'success_callback_name', 'webhooks', 'started_at')
+  if not owns(execution, job[1], job[11]) then
     if job[2] == execution .. ':finished' then
       answers[#answers + 1] = 'already'
     else
-      answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[3])
+      answers[#answers + 1] = refuse(id, execution, incarnation, job[3] or nil)
     end
   else
     -- Most requests leave nothing but their job and their result: one question for all that there may be besides.

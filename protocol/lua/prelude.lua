@@ -122,7 +122,7 @@ end
 
 -- What ends an execution is told with what is known of it: `claimed:seq:at`, the ms of its claim, and number and ms of
 -- the checkpoint that it leaves. Nobody else keeps the times of earlier executions.
-local ENDS = { redelivered = true, retry = true, released = true, failed = true, canceled = true, stopped = true }
+local ENDS = { redelivered = true, retry = true, released = true, failed = true, canceled = true, stopped = true, finished = true }
 
 local function course(id)
   local claimed = redis.call('HGET', KEY.job .. id, 'claimed')
@@ -132,11 +132,11 @@ end
 
 -- One line of a request's history: tab-separated, so that redis-cli shows it as it is. Two more columns stand behind the
 -- reason if there is something in them: the course of an execution that ended, and what the dead left behind (stacks).
--- A reader of an older release takes them for a part of the reason.
-local function history(id, event, worker, execution, offset, kind, reason, evidence)
+-- A reader of an older release takes them for a part of the reason. at: ms, if it was not just now.
+local function history(id, event, worker, execution, offset, kind, reason, evidence, at)
   local plain = string.gsub(string.sub(reason or '', 1, 500), '[\t\r\n]', ' ')
   local name = KEY.history .. id
-  local line = { int(now_ms), event, worker or '', execution or '', offset or '0', kind or '', plain }
+  local line = { at or now_text, event, worker or '', execution or '', offset or '0', kind or '', plain }
   if ENDS[event] and line[4] ~= '' then line[8] = course(id) end
   if (evidence or '') ~= '' then
     line[8] = line[8] or ''
@@ -188,11 +188,29 @@ local function lease_length(step_ms, lease_ms)
   return step_ms and 1.5 * number_of(step_ms, lease_ms / 1.5) or lease_ms
 end
 
+-- A plain job is one step of up to its timeout (s); with timeout -1 only the heartbeat watches it. In ms.
+local function plain_lease(timeout)
+  return timeout > 0 and timeout * 1000 + 30000 or 10 * 365 * DAY * 1000
+end
+
 -- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
 local function show_state(worker, incarnation)
   if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end
   local busy = redis.call('EXISTS', KEY.held .. incarnation) == 1
   redis.call('HSET', KEY.worker .. worker, 'state', busy and 'busy' or 'idle')
+end
+
+-- Whether a request, or a plain job, runs. This is the only source of that: its hash names an execution, and the index of
+-- the holder has the same one. A hash alone may be what a claim left that stopped halfway; an entry of the index alone is
+-- of an id that was deleted, and perhaps used again. `leases` holds times only.
+local function runs(id, execution, holder)
+  return (execution or '') ~= '' and redis.call('HGET', KEY.held .. (holder or ''), id) == execution
+end
+
+-- Whether the caller's execution is the current one. RQ's `enqueue` with the id of a request that runs saves a new job over
+-- its hash, and knows nothing of our fields: the new job has not begun, so what runs is not its execution.
+local function owns(execution, current, started_at)
+  return execution ~= '' and current == execution and started_at ~= ''
 end
 
 -- The holder's index forgets this execution; a newer one of the same request stays.
@@ -256,20 +274,42 @@ local function chunks_there(id, execution, seq, chunks, length)
   return bytes == tonumber(length)
 end
 
--- Forget what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry).
+-- Forget what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry). Does nothing while there is one:
+-- the id may have been used again.
 local function forget(id)
+  if redis.call('HEXISTS', KEY.job .. id, 'created_at') == 1 then return end
   drop_all_chunks(id)
   redis.call('DEL', KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id)
   redis.call('ZREM', KEY.checkpoints, id)
 end
 
--- A write by an execution that is not the current one is refused. current: the hash's, nil without a hash.
-local function refuse(id, execution, incarnation, current, queue)
-  if not current then
-    forget(id)
-    redis.call('ZREM', KEY.executions .. id, execution) -- RQ's delete leaves it to a job with a slot under a rate limit
-  end
+-- What is left of an execution that is not the current one any more, or never was: all of it goes but the lease, which may
+-- be its successor's. RQ's clean-up would take its record for an abandoned job, and fail the one that has the id now.
+-- queue: nil if the hash is gone; then there is no successor, and the lease goes too, in whichever of the worker's queues.
+local function void(id, execution, incarnation, queue)
+  forget(id)
   unhold(id, execution, incarnation)
+  local composite = id .. ':' .. execution
+  redis.call('ZREM', KEY.executions .. id, execution)
+  redis.call('DEL', KEY.execution .. composite)
+  if queue then
+    redis.call('ZREM', KEY.wip .. queue, composite)
+    return
+  end
+  local looked = 0
+  for name in string.gmatch(redis.call('HGET', KEY.incarnation .. incarnation, 'queues') or '', '[^,]+') do
+    if looked >= 64 then break end -- in others the sweep finds it, once it has run out
+    looked = looked + 1
+    for _, suffix in ipairs({ '', '-high', '-low' }) do
+      redis.call('ZREM', KEY.wip .. name .. suffix, composite)
+      redis.call('ZREM', KEY.leases .. name .. suffix, id)
+    end
+  end
+end
+
+-- A write by an execution that is not the current one is refused. queue: as the hash has it, nil without a hash.
+local function refuse(id, execution, incarnation, queue)
+  void(id, execution, incarnation, queue)
   count('fenced', queue or '')
   return 'lost'
 end
@@ -371,14 +411,28 @@ local function add_result(id, kind, worker, execution, started, field, value)
   redis.call('XADD', KEY.results .. id, 'MAXLEN', 10, '*', unpack(entry))
 end
 
--- The id stands in at most one of RQ's registries.
+-- The id stands in at most one of RQ's registries. Returns whether it waited in a set, and not in its queue's list.
 local function leave_registries(queue, id)
-  for _, name in ipairs({ KEY.finished, KEY.failed, KEY.canceled, KEY.scheduled, KEY.deferred }) do
-    redis.call('ZREM', name .. queue, id)
-  end
-  redis.call('ZREM', KEY.retries .. queue, id)
+  for _, name in ipairs({ KEY.finished, KEY.failed, KEY.canceled }) do redis.call('ZREM', name .. queue, id) end
   redis.call('ZREM', KEY.deadlines .. queue, id)
-  redis.call('ZREM', KEY.suspects .. queue, id)
+  local aside = 0
+  for _, name in ipairs({ KEY.scheduled, KEY.deferred, KEY.retries, KEY.suspects }) do
+    aside = aside + redis.call('ZREM', name .. queue, id)
+  end
+  return aside > 0
+end
+
+-- A request ends while it waits. Its entry in the queue's list stays, since taking it out would be O(n): it is noted, so that
+-- the claim that meets it knows it for what it is, and nobody counts it as waiting. aside: it stood in a set instead.
+local function end_waiting(queue, id, aside)
+  local job = redis.call('HMGET', KEY.job .. id, 'status', 'started_at', 'enqueued_at')
+  if job[1] == 'queued' and not aside then
+    redis.call('ZADD', KEY.ended .. queue, now_text, id)
+    redis.call('EXPIRE', KEY.ended .. queue, 7 * DAY)
+  end
+  -- RQ's requeue empties it, as does another job that RQ saves over this one (see enqueued_again).
+  if job[2] == '' then redis.call('HDEL', KEY.job .. id, 'started_at') end
+  redis.call('HSET', KEY.job .. id, 'entered', job[3] or '') -- this coming into the queue is over, as after a claim
 end
 
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
@@ -505,7 +559,8 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'failure_ttl', 'client')
   local ttl = number_of(job[1], 7 * DAY)
-  leave_registries(queue, id)
+  local aside = leave_registries(queue, id)
+  if execution == '' then end_waiting(queue, id, aside) end
   redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', (execution ~= '' and execution or '-') .. ':failed',
     'error_kind', kind, 'error_reason', reason)
   redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
@@ -660,12 +715,65 @@ local function decide(queue, id, execution, incarnation, policy)
   return 'scheduled'
 end
 
+-- The registry in which a verdict puts an id.
+local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled', stopped = 'canceled' }
+
+-- Whether somebody has enqueued this id since its last claim: 'same' for the same job once more (`enqueue_job`), 'new' if
+-- RQ's `enqueue` saved another job over it, which has not begun. RQ dates each coming into a queue. A date that the last
+-- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
+-- Dates are compared for being the same, not by time: they are of the clocks of many producers.
+local function enqueued_again(job)
+  if job.claimed and job.started_at == '' then return 'new' end
+  local date = job.enqueued_at or ''
+  return date ~= '' and date ~= (job.entered or job.created_at) and date ~= job.created_at and 'same' or nil
+end
+
+-- Somebody has put a request that has ended into its queue again: everything starts anew but the checkpoint.
+local function begin_anew(id, queue, verdict)
+  local name = KEY.job .. id
+  leave_registries(queue, id)
+  -- A result ends the ordinary course of a request, which is not written down while its hash has the dates.
+  local result = verdict == 'finished' and redis.call('XREVRANGE', KEY.results .. id, '+', '-', 'COUNT', 1)[1]
+  if result then
+    local fields = {}
+    for i = 1, #result[2], 2 do fields[result[2][i]] = result[2][i + 1] end
+    history(id, 'finished', fields.worker_name, fields.execution_id, '0', '', '', nil, string.match(result[1], '^%d+'))
+  end
+  for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+  redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel',
+    'error_kind', 'error_reason', 'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at', 'interrupted',
+    'started_at') -- RQ's requeue has emptied it; without it nobody takes the request for a new job that waits to be claimed
+  redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
+  history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
+  count('requeued', queue)
+end
+
+-- RQ's `enqueue` saved a plain job over a request: nothing of the request is the job's. (If it calls a task, the worker
+-- that claims it makes a request of it: see adopt.lua.)
+local function become_plain(id, queue)
+  drop_checkpoint(id)
+  leave_registries(queue, id)
+  redis.call('DEL', KEY.output .. id, KEY.history .. id, KEY.results .. id)
+  redis.call('PERSIST', KEY.job .. id)
+  -- RQ writes both, or neither.
+  if redis.call('HEXISTS', KEY.job .. id, 'retry_intervals') == 0 then redis.call('HDEL', KEY.job .. id, 'retries_left') end
+  redis.call('HDEL', KEY.job .. id, 'task', 'payload', 'nonce', 'digest', 'client', 'attempt', 'max_retries', 'execution',
+    'holder', 'claimed', 'last', 'epoch', 'entered', 'executions', 'crashes', 'crashes_total', 'losses', 'waits', 'best_offset',
+    'best_seq', 'cancel', 'error_kind', 'error_reason', 'deadline', 'queue_deadline', 'step_ms', 'company', 'suspected',
+    'failed_on', 'passed_at', 'interrupted', 'trace', 'degraded', 'payload_aside', 'stretched')
+  history(id, 'requeued', '', '', '0', '', 'another job was enqueued under its id')
+  count('requeued', queue)
+end
+
 -- Canceled by RQ's Job.cancel while it waited: RQ has written status and registry, the rest is ours.
 local function settle_canceled(id)
   local name = KEY.job .. id
   if redis.call('HEXISTS', name, 'task') == 0 then return end
   redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
+  end_waiting('', id, true)
   drop_checkpoint(id)
+  history(id, 'canceled', '', '', '0', '', 'canceled by RQ while it waited')
+  count('canceled', redis.call('HGET', name, 'origin') or '')
   share_ttl(id, number_of(redis.call('HGET', name, 'failure_ttl'), 7 * DAY))
   hint(redis.call('HGET', name, 'client'), id, 'end')
 end

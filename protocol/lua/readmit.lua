@@ -17,11 +17,11 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'task', 'origin', 'execution', 'last', 'status')
+  local job = redis.call('HMGET', name, 'task', 'origin', 'execution', 'last', 'status', 'holder')
   local queue, answer = job[2] or '', 'queued'
   if not job[1] then
     answer = 'gone'
-  elseif (job[3] or '') ~= '' or redis.call('ZSCORE', KEY.leases .. queue, id) or redis.call('ZSCORE', KEY.retries .. queue, id)
+  elseif runs(id, job[3], job[6]) or redis.call('ZSCORE', KEY.retries .. queue, id)
     or redis.call('ZSCORE', KEY.suspects .. queue, id) then
     answer = 'held'
   end

@@ -70,10 +70,9 @@ local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
 end
 
 local function reap_one(id, execution, holder, worker, why, text, blob, policy)
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task')
-  if job[1] ~= execution then
-    redis.call('HDEL', KEY.held .. holder, id)
-    if not job[1] then forget(id) end
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'started_at')
+  if not owns(execution, job[1], job[4]) then
+    void(id, execution, holder, job[2] or nil)
     return
   end
   local outcome
@@ -197,11 +196,11 @@ for _ = 1, tonumber(arg()) do
       left = '1'
       break
     end
-    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name')
-    if not job[1] or job[1] == '' then
-      -- Nobody holds it: the job was deleted while it ran.
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name', 'origin')
+    if job[4] ~= queue or not runs(id, job[1], job[2]) then
+      -- Nobody holds it there: the job was deleted while it ran, and its id perhaps used again, or a claim was cut short.
       redis.call('ZREM', KEY.leases .. queue, id)
-      if not job[1] then forget(id) end
+      forget(id)
     else
       local holder = job[2] or ''
       local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms

@@ -27,13 +27,13 @@ end
 for i = #rows, 1, -1 do
   local id, execution, fingerprint = rows[i][1], rows[i][2], rows[i][3]
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'executions', 'failure_ttl', 'client', 'status')
+  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'executions', 'failure_ttl', 'client', 'status', 'started_at')
   local queue = job[3] or ''
-  if job[1] ~= execution or execution == '' then
+  if not owns(execution, job[1], job[9]) then
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[i] = 'already'
     else
-      answers[i] = refuse(id, execution, incarnation, job[1], queue)
+      answers[i] = refuse(id, execution, incarnation, job[3] or nil)
     end
   elseif job[4] == '1' or job[8] == 'canceled' or job[8] == 'stopped' then
     detach(queue, id, execution, incarnation, worker)

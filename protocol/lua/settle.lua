@@ -10,8 +10,11 @@
 -- With result_ttl 0, RQ has deleted the job's hash just before; writing to it would bring it back for ever.
 local incarnation, queue, id, execution = arg(), arg(), arg(), arg()
 unhold(id, execution, incarnation)
-local current = redis.call('HGET', KEY.job .. id, 'execution')
-if current and current ~= execution then return 'lost' end
-if current then redis.call('HSET', KEY.job .. id, 'execution', '') end
+local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder')
+if job[1] == execution then
+  redis.call('HSET', KEY.job .. id, 'execution', '')
+elseif runs(id, job[1], job[2]) then
+  return 'lost'
+end
 redis.call('ZREM', KEY.leases .. queue, id)
 return 'ok'

@@ -13,9 +13,9 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin')
-  if job[1] ~= execution or execution == '' then
-    answers[#answers + 1] = refuse(id, execution, incarnation, job[1], job[4])
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'started_at')
+  if not owns(execution, job[1], job[5]) then
+    answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   else
     if job[3] ~= '1' and job[2] ~= 'canceled' then redis.call('HSET', name, 'status', 'stopped') end
     answers[#answers + 1] = 'cancel'
