@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -127,9 +127,8 @@ class Reads:
 
     def queues(self) -> list[str]:
         """Names of all queues that ever held a job, sorted."""
-        stem = len(key("queue"))
         members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
-        return sorted(member.decode(errors="replace")[stem:] for member in members)
+        return queue_names(members)
 
     def fetch(self, identifier: str) -> RequestRecord | None:
         """One request, or ``None`` if there is none of ours with this id."""
@@ -261,6 +260,12 @@ class Reads:
             except ValueError:
                 pass  # nobody of ours wrote it
         return events
+
+
+def queue_names(members: Iterable[bytes]) -> list[str]:
+    """The names of queues, sorted, from RQ's set of their keys."""
+    stem = len(key("queue"))
+    return sorted(member.decode(errors="replace")[stem:] for member in members)
 
 
 def _record(identifier: str, reply: Sequence[bytes | None]) -> RequestRecord | None:

@@ -19,7 +19,7 @@ from .identities import new_stem
 from .keys import SCHEMA, key
 from .mode import Count, Tally
 from .packed_state import stored
-from .reads import Reads
+from .reads import Reads, queue_names
 from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, Sweep, whole
 from .refusals import newer_protocol
 from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
@@ -301,6 +301,16 @@ class Store(Reads):
         return str(self._call("measure", {"incarnation": incarnation, "number": number}, {"count": rows}))
 
     # --- recovery --------------------------------------------------------------------------------
+
+    def survey(self) -> list[str]:
+        """:meth:`queues`, if Redis holds no newer protocol; raises :class:`ProtocolMismatch` otherwise. One round trip."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.get(key("schema"))
+            pipe.smembers(key("queues"))
+            schema, members = pipe.execute()
+        if whole(schema) > SCHEMA:
+            raise newer_protocol()
+        return queue_names(members)
 
     def reap(
         self,

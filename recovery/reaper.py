@@ -52,7 +52,7 @@ class Reaper:
         self._outages = 0
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
-        """One round over all queues: reap, see whether the pool is degraded, promote what is due, end what is late, and
+        """One round over all queues: reap, promote what is due, end what is late, see whether the pool is degraded, and
         now and then expire checkpoints.
 
         ``expire`` asks for the last (or forbids it); by default it is done every :data:`EXPIRE_INTERVAL`.
@@ -60,9 +60,8 @@ class Reaper:
         holds a newer protocol: what was done until then is done.
         """
         store = self.store
-        # First: a script of this release must not touch what it may misread.
-        store.check_protocol()
-        queues = store.queues()
+        # First: a script of this release must not touch what it may misread. (Few calls: each may take long.)
+        queues = store.survey()
         lost = POLICIES[FailureKind.WORKER_LOST]
         reaped: list[Reaped] = []
         for _ in range(MAX_ROUNDS):
@@ -79,8 +78,8 @@ class Reaper:
             reaped += swept.reaped
             if not swept.left:
                 break
-        self._degradation.watch()
         store.promote(queues)
+        self._degradation.watch()
         if expire is None:
             expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL
         if expire:

@@ -12,7 +12,7 @@ from rq.registry import FailedJobRegistry
 from rq.worker import Worker
 
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, FailureKind
+from perdure.protocol.records import Claim, FailureKind, Sweep
 from perdure.protocol.states import State
 from perdure.recovery.retries import backoff, schedule
 
@@ -185,10 +185,52 @@ def test_a_heartbeat_says_when_a_sweep_is_due(pool: Pool, hand: Hand):
     assert due()
     pool.sweep(settled=False)
     assert not due()
+    for shift in (-HOUR_MS, HOUR_MS):
+        pool.connection.delete(key("pulse"))
+        pool.set_pulse(at_shift=shift)
+        assert due()
+
+
+def test_one_guardian_at_a_time_is_asked_to_sweep(pool: Pool):
+    """Another one only when the first has not come to the end of its sweep in time, or has and it is time again."""
+
+    def asked(name: str) -> bool:
+        return pool.store.heartbeat(incarnation=name, worker=name, queues=["gpu"], pid=1, host=name).sweep_due
+
+    def by_whom() -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = pool.connection.hgetall(key("pulse"))  # type: ignore[assignment]
+        return found
+
     pool.set_pulse(at_shift=-HOUR_MS)
-    assert due()
-    pool.set_pulse(at_shift=HOUR_MS)
-    assert due()
+    assert [asked(name) for name in "abc"] == [True, False, False]
+    assert by_whom()[b"asked"] == b"a"
+    pool.store.weigh()  # it has swept; an hour later it is time again
+    pool.set_pulse(at_shift=-HOUR_MS)
+    assert [asked(name) for name in "bca"] == [True, False, False]
+    # It was asked, and has vanished.
+    pool.connection.hset(key("pulse"), "asked_until", round(pool.now() * 1000) - 1)
+    assert [asked(name) for name in "cab"] == [True, False, False]
+    # The server's clock was set back: nobody is kept from sweeping by a date an hour ahead.
+    pool.connection.hset(key("pulse"), "asked_until", round(pool.now() * 1000) + HOUR_MS)
+    assert asked("a")
+
+
+def test_where_sweeps_take_long_they_judge_all_the_same(pool: Pool, hand: Hand):
+    """The limit of the pulse follows the gaps that there are, and as much longer a heartbeat may be late then."""
+    pool.submit("a")
+    hand.take("a")
+    timeout, limit = 5000, 3000
+    now = round(pool.now() * 1000)
+    pool.connection.hset(key("pulse"), mapping={"at": now - 4500, "since": now - HOUR_MS, "gap": 0})
+    assert not pool.sweep(settled=False).judged, "a gap that was never seen before is an outage"
+    pool.connection.hset(key("pulse"), mapping={"at": now - 4500, "since": now - timeout - 1})
+    pool.connection.zadd(key("beats"), {hand.incarnation: now - 4500})
+    assert pool.sweep(settled=False) == Sweep(True, False, []), "a beat may be late by as much as the pulse"
+    pool.connection.zadd(key("beats"), {hand.incarnation: now - 3 * 4500 + limit - 1000})
+    assert [item.id for item in pool.sweep(settled=False).reaped] == ["a", ""]
+    for _ in range(60):
+        pool.sweep(settled=False)
+    assert int(pool.connection.hget(key("pulse"), "gap") or -1) < 500, "what is over is forgotten"
 
 
 # --- the dead who come back --------------------------------------------------------------------------

@@ -233,13 +233,25 @@ def private_connection(connection: redis.Redis, *, timeout: float) -> redis.Redi
     return rebuild(portable(connection), timeout=timeout)
 
 
-def rebuild(values: dict[str, Any], *, timeout: float) -> redis.Redis:
-    """A connection from what :func:`portable` gave. Nothing is sent twice behind our back."""
+def rebuild(values: dict[str, Any], *, timeout: float, acknowledged: float = 0.0) -> redis.Redis:
+    """A connection from what :func:`portable` gave. Nothing is sent twice behind our back.
+
+    ``acknowledged`` makes it one for a slow server, where a deadline is meant for one answer: it asks nothing of its
+    own when it connects, waits ``timeout`` seconds for an answer, and yet notices within ``acknowledged`` seconds that
+    nobody takes what it has sent (the network is cut), where the system can tell that.
+    """
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
+    options: dict[str, Any] = {}
+    if acknowledged:
+        options = {"protocol": 2, "driver_info": None}
+        if hasattr(socket, "TCP_USER_TIMEOUT") and "unix_socket_path" not in values:
+            options["socket_keepalive"] = True
+            options["socket_keepalive_options"] = {socket.TCP_USER_TIMEOUT: round(acknowledged * 1000)}
     return redis.Redis(
         **values,
+        **options,
         socket_timeout=timeout,
         socket_connect_timeout=min(timeout, 2.0),
         retry=Retry(NoBackoff(), 0),

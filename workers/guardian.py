@@ -2,8 +2,8 @@
 
 It sends the worker's heartbeats (loading weights can hold the GIL for longer than a heartbeat may be
 late) and watches the worker: when the worker is gone, it reaps at once what the worker held, without
-waiting for any timeout. When no reaper has swept lately, it sweeps. Beside that, in threads and processes of their own, it
-looks at the worker's health (:mod:`.health`).
+waiting for any timeout. When no reaper has swept lately, it sweeps, in a thread of its own (:mod:`.sweeper`): no heartbeat
+waits for that. Beside that, in threads and processes of their own, it looks at the worker's health (:mod:`.health`).
 
 It looks at the worker's two counters (:mod:`.watchdog`) and ends a worker that hangs. What it knows of the end (who
 stood still, what faulthandler wrote, what the kernel counted) decides the kind of failure.
@@ -33,8 +33,8 @@ from ..protocol.store import Store
 from ..recovery.cgroups import OomKills
 from ..recovery.deaths import Death
 from ..recovery.failures import POLICIES
-from ..recovery.reaper import Reaper
 from .companion import Guarded, rebuild
+from .sweeper import Sweeper
 from .vitals import Vitals
 from .watchdog import Lookout, Page
 
@@ -82,6 +82,10 @@ class Guardian:
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
     _vitals: Vitals = field(init=False)
+    _sweeper: Sweeper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sweeper = Sweeper(self.store.connection, self.settings)
 
     def run(self) -> int:
         """Beat and watch; returns the exit status."""
@@ -106,7 +110,6 @@ class Guardian:
 
     def _guard(self, pidfd: int | None) -> int:
         handles = [self.pipe, self._lookout.done, *([] if pidfd is None else [pidfd])]
-        reaper = Reaper(self.store, self.settings)
         due = time.monotonic()
         while True:
             ready, _, _ = select.select(handles, [], [], max(0.0, due - time.monotonic()))
@@ -119,7 +122,7 @@ class Guardian:
             if time.monotonic() >= due or self._news:
                 self._news = False
                 self._vitals.health.claims = self.ready is True
-                due = time.monotonic() + (self.settings.heartbeat if self._beat(reaper) else PAUSE)
+                due = time.monotonic() + (self.settings.heartbeat if self._beat() else PAUSE)
                 self._vitals.health.act()
                 if self._verdict is not Guarded.WELL:
                     return int(self._verdict.value)
@@ -150,7 +153,7 @@ class Guardian:
             self.ready = message.get("ready", self.ready)
             self._news = True
 
-    def _beat(self, reaper: Reaper) -> bool:
+    def _beat(self) -> bool:
         """One heartbeat; False when Redis did not answer."""
         # What other processes of this cgroup were killed for until now is not this worker's end.
         self._oom.look()
@@ -165,13 +168,13 @@ class Guardian:
                 fingerprints=self.fingerprints,
                 **self._vitals.beat(),
             )
-            if pulse.status == "ok" and pulse.sweep_due:
-                reaper.sweep()
         except redis.RedisError:
             self.store.connection.connection_pool.disconnect()
             return False
         # The worker finds the verdict in the exit status: it rejoins, or stops.
         self._verdict = VERDICTS[pulse.status]
+        if pulse.sweep_due:
+            self._sweeper.ask()
         return True
 
     def _evidence(self) -> tuple[FailureKind, str, str]:
@@ -242,7 +245,9 @@ def main() -> int:
     config: dict[str, Any] = json.loads(line)
     settings = Settings.from_environment()
     logs.configure(settings.log_format, worker=config["worker"], device=config["device"])
-    connection = rebuild(config.pop("connection"), timeout=max(1.0, settings.heartbeat_timeout / 2))
+    # A beat that is on its way counts once a slow server comes to it: to give it up and connect again only costs time.
+    timeout = max(1.0, settings.heartbeat_timeout)
+    connection = rebuild(config.pop("connection"), timeout=timeout, acknowledged=timeout / 2)
     return Guardian(store=Store(connection, settings), settings=settings, **config).run()
 
 

@@ -16,7 +16,8 @@
 -- EACH model: fingerprint   fingerprints of the tasks that it has loaded
 --
 -- Returns  'ok' | 'reaped' (declared dead: start a new incarnation) | 'newer' (Redis holds a newer protocol),
---          then '1' if no reaper has swept lately and the caller should
+--          then '1' if no reaper has swept lately and the caller should; one guardian is asked at a time, another one when
+--          it has not come to the end of its sweep in time
 --
 -- A device that is not to be used is remembered in the hash `unfit`, for a day after the last word of any: why nobody works
 -- there outlives the worker. A worker that is ready on the same device takes it out.
@@ -90,6 +91,11 @@ if now_s - renewed > HOUR / 2 then
   redis.call('HSET', record, 'wip', int(now_s))
 end
 
-local pulse = number_of(redis.call('HGET', KEY.pulse, 'at'))
-local due = pulse > now_ms or now_ms - pulse > tonumber(due_ms)
+local row = redis.call('HMGET', KEY.pulse, 'at', 'gap', 'asked_until')
+local at, gap, asked_until = number_of(row[1]), number_of(row[2]), number_of(row[3])
+local due = at > now_ms or now_ms - at > tonumber(due_ms)
+-- When a sweep takes long, the pulse is old in its middle. If all guardians swept then, it would take longer still.
+local patience = math.max(tonumber(timeout_ms) / 2, 3 * gap)
+if due and now_ms < asked_until and asked_until - now_ms <= patience then due = false end
+if due then redis.call('HSET', KEY.pulse, 'asked', incarnation, 'asked_until', int(now_ms + patience)) end
 return { 'ok', due and '1' or '0' }

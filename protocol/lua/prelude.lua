@@ -822,6 +822,25 @@ local function put_state(id, state, crc, chunks, length)
   drop_chunks(id, marks[1])
 end
 
+-- The pulse of the sweeps: called by each script of a sweep that judges by clocks. Returns whether anybody may be judged by
+-- them now, and the slack (ms) by which whatever has run out must have done so.
+-- A gap between two pulses that is longer than the limit was an outage or a stall. Nobody could be heard in it, so nobody is
+-- judged for one heartbeat timeout from then on. The limit is pulse_ms, or three times the widest gap of late: where all calls are
+-- slow, sweeps take long, and must judge all the same. By as much as the limit has grown, an outage may go unnoticed; hence
+-- the slack, which is as long.
+local function pulse(timeout_ms, pulse_ms)
+  local row = redis.call('HMGET', KEY.pulse, 'at', 'since', 'gap')
+  local at, since, widest = number_of(row[1]), number_of(row[2]), number_of(row[3])
+  local limit = math.max(pulse_ms, 3 * widest)
+  local known = at > 0 and since > 0 and at <= now_ms
+  local gap = known and now_ms - at or 0
+  if not known or gap > limit then since = now_ms end
+  -- At most twice the limit, and forgotten within a few sweeps: what an outage of an hour leaves is over with its grace.
+  widest = math.max(math.min(gap, 2 * limit, 2 * timeout_ms), math.floor(widest * 7 / 8))
+  redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since), 'gap', int(widest))
+  return now_ms - since >= timeout_ms, limit - pulse_ms
+end
+
 -- Append outputs at an absolute offset and store a state, for an execution known to be current.
 -- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
 -- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.

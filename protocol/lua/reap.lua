@@ -11,7 +11,7 @@
 -- ARGV clean              '1' if it has left of its own accord: the pool expects one worker less from now on
 -- ARGV hang_exception     traceback for one whose lease expired under a healthy heartbeat
 -- ARGV timeout_ms         heartbeat timeout
--- ARGV pulse_ms           the pulse is old after so many ms
+-- ARGV pulse_ms           the pulse is old after so many ms, or after three times the widest gap of late
 -- ARGV limit              requests per call, at most 128
 -- ARGV base               s before the first retry
 -- ARGV cap                s before a retry at most
@@ -155,13 +155,10 @@ if incarnation ~= '' then
 end
 
 -- A sweep. Its pulse first: the next one learns from it whether time went on as it should.
-local pulse = redis.call('HMGET', KEY.pulse, 'at', 'since')
-local at, since = number_of(pulse[1]), number_of(pulse[2])
-if at == 0 or since == 0 or at > now_ms or now_ms - at > pulse_ms then since = now_ms end
-redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since))
-if now_ms - since < timeout_ms then return answer('0') end
+local judged, slack = pulse(timeout_ms, pulse_ms)
+if not judged then return answer('0') end
 
-local silent = redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms), 'LIMIT', 0, 16)
+local silent = redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms - slack), 'LIMIT', 0, 16)
 if #silent == 16 then left = '1' end -- a whole host is lost: there may be more
 for _, holder in ipairs(silent) do
   if taken >= limit then
