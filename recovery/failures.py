@@ -135,7 +135,7 @@ def describe(error: BaseException) -> str:
     name = "" if ours else kind.__qualname__ if plain_name else f"{kind.__module__}.{kind.__qualname__}"
     try:
         text = str(error)
-    except Exception:  # a user's __str__ may raise anything
+    except BaseException:  # a user's __str__ may raise anything
         text = "(its message cannot be shown)"
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     whole = f"{name}: {line}" if name and line else line or name or kind.__qualname__
@@ -208,6 +208,6 @@ def _is_torch(error: BaseException, module: str, name: str) -> bool:
 def _traceback(error: BaseException) -> str:
     try:
         text = "".join(traceback.format_exception(error))
-    except Exception:  # a user's exception may break the formatting of its own traceback
+    except BaseException:  # a user's exception may break the formatting of its own traceback
         return describe(error)
     return shortened(text, MAX_TRACEBACK)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..protocol.errors import InvalidRequest
-    from .tasks import BatchTask, Request, Step, task
+    from .tasks import BatchTask, Request, Step, Unfit, task
     from .worker import Worker
 
-__all__ = ["BatchTask", "InvalidRequest", "Request", "Step", "Worker", "task"]
+__all__ = ["BatchTask", "InvalidRequest", "Request", "Step", "Unfit", "Worker", "task"]
 
 
 def __getattr__(name: str) -> Any:

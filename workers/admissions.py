@@ -23,6 +23,7 @@ from .holdings import Holdings
 from .members import Members
 from .room import Verdict
 from .tasks import RAISED
+from .unfit import Unfit
 
 
 @dataclass(slots=True)
@@ -130,7 +131,10 @@ class Admissions:
             concerned = [(claim.id, claim.execution), *engine.take_waiting()]
             self.ran_out(engine, concerned, len(engine.admitted) + 1, error, needed)
         else:
-            self.holdings.fail(claim.id, claim.execution, error)
+            if isinstance(error, Unfit):
+                self.holdings.hand_back(claim, reason=f"its worker is unfit: {error}", delay=0.0)
+            else:
+                self.holdings.fail(claim.id, claim.execution, error)
             self.fitness.judge(error)
 
     def _free_after_all(self, engine: Engine) -> int | None:

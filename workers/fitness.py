@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from ..protocol.records import FailureKind
 from ..recovery.failures import POLICIES, classify
 from . import statuses
+from .unfit import Unfit
 
 
 def status_after(error: BaseException) -> int | None:
     """The exit status of a worker that has met an error; ``None`` if it goes on."""
+    if isinstance(error, Unfit):
+        return error.status
     kind = classify(error)
     if POLICIES[kind].worker != "exit":
         return None
@@ -43,8 +46,12 @@ class Fitness:
         status = status_after(error)
         if status is None:
             return False
-        self.log.critical("this worker is unfit after %s; leaving, to be replaced", type(error).__name__)
-        if status == statuses.UNFIT_DEVICE and self.device_error is None:
+        if isinstance(error, Unfit):
+            self.log.critical("this worker is unfit, and hands back what it holds: %s", error)
+        else:
+            self.log.critical("this worker is unfit after %s; leaving, to be replaced", type(error).__name__)
+        lost_device = status == statuses.UNFIT_DEVICE and not isinstance(error, Unfit)
+        if lost_device and self.device_error is None:
             self.device_error = error
         self.leave(status)
         return True

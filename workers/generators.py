@@ -12,7 +12,6 @@ from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
 log = logging.getLogger("rq.worker")
 
-Raised = type[BaseException] | tuple[type[BaseException], ...]
 Running = Generator[Step, None, Any]
 
 
@@ -35,7 +34,7 @@ class GeneratorBatch(BatchTask):
         steps = []
         for identifier, generator in list(self._running.items()):
             with logs.running(identifier, self._executions[identifier]):
-                step = advance(generator, RAISED)
+                step = advance(generator)
             if step.ends:
                 del self._running[identifier], self._executions[identifier]
             steps.append(Step(step.output, step.state, identifier, step.result, step.error, step.durable))
@@ -48,28 +47,28 @@ class GeneratorBatch(BatchTask):
                 generator.close()
 
 
-def begin(task: Task, request: Request, raised: Raised) -> Running | Step:
-    """The generator of a request, or the step that says why there is none; only ``raised`` is caught."""
+def begin(task: Task, request: Request) -> Running | Step:
+    """The generator of a request, or the step that says why there is none."""
     try:
         return _generator(task, request)
-    except raised as error:
+    except RAISED as error:
         return Step(error=error)
 
 
-def advance(generator: Running, raised: Raised) -> Step:
-    """The next step of a generator; its end and what it raises are steps too. Only ``raised`` is caught."""
+def advance(generator: Running) -> Step:
+    """The next step of a generator; its end and what it raises are steps too."""
     try:
         step: Any = next(generator)
     except StopIteration as stop:
         return Step(result=stop.value)
-    except raised as error:
+    except RAISED as error:
         return Step(error=error)
     if isinstance(step, Step) and not step.ends:
         return step
     # It is over, by what it has yielded. What its finally blocks raise counts, as after a return.
     try:
         generator.close()
-    except raised as error:
+    except RAISED as error:
         return Step(error=error)
     return step if isinstance(step, Step) else Step(error=no_step(step))
 

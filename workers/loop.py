@@ -176,7 +176,8 @@ class EngineLoop:
         except RAISED as error:
             self.log.exception("cannot load %s; its requests are handed back", claim.task)
             reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
-            self.holdings.hand_back(claim, reason=reason, delay=CANNOT_RUN_DELAY)
+            delay = 0.0 if isinstance(error, Unfit) else CANNOT_RUN_DELAY  # it is this process alone
+            self.holdings.hand_back(claim, reason=reason, delay=delay)
             self.fitness.judge(error)
             return
         if claim.seq and claim.fingerprint != engine.fingerprint:
@@ -245,7 +246,7 @@ class EngineLoop:
         try:
             steps = [_checked(step) for step in engine.batch.step()]
         except Unfit as error:
-            self._leave(error)
+            self.fitness.judge(error)
             return
         except RAISED as error:
             failed = error
@@ -272,11 +273,13 @@ class EngineLoop:
                 return []
         full = {name: executions[name] for name in kinds if kinds[name] is FailureKind.GPU_OOM and name in executions}
         needed = [engine.needed.get(name) for name in full]
+        unfit = [(name, executions[name]) for name in kinds if isinstance(errors[name], Unfit) and name in executions]
         for step in steps:
             if step.ends:
                 engine.left(step.request_id)
-        if full:
-            steps = [_without_error(step) if step.request_id in full else step for step in steps]
+        spared = {*full, *dict(unfit)}
+        if spared:
+            steps = [_without_error(step) if step.request_id in spared else step for step in steps]
         broken = self.holdings.offer(steps, executions)
         while self.holdings.raised:
             self.fitness.judge(self.holdings.raised.pop())
@@ -284,6 +287,8 @@ class EngineLoop:
             return []
         for identifier in broken:
             self._drop(identifier)
+        if unfit:
+            self.holdings.put_back(unfit, f"its worker is unfit: {errors[unfit[0][0]]}")
         if full:
             self._admissions.ran_out(engine, list(full.items()), len(executions), errors[next(iter(full))], needed[0])
         elif steps:
@@ -356,11 +361,6 @@ class EngineLoop:
 
     def _ends(self) -> bool:
         return self._stopped or self.fitness.left
-
-    def _leave(self, error: Unfit) -> None:
-        """No request is to blame: what is held is handed back, and the process exits with its status."""
-        self.log.critical("this worker is unfit, and hands back what it holds: %s", error)
-        self.fitness.leave(error.status)
 
     def _drop_all(self, engine: Engine) -> None:
         for identifier in list(engine.admitted):

@@ -17,11 +17,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from ..protocol.errors import InvalidRequest, UnknownTask
+from .unfit import Unfit
 
 if TYPE_CHECKING:
     from .collectives import Collectives
 
-__all__ = ["NOTHING", "BatchTask", "InvalidRequest", "Request", "Step", "Task", "path_of", "resolve", "task"]
+__all__ = [
+    "NOTHING",
+    "BatchTask",
+    "InvalidRequest",
+    "Request",
+    "Step",
+    "Task",
+    "Unfit",
+    "path_of",
+    "resolve",
+    "task",
+]
 
 
 class _Nothing:
@@ -38,8 +50,10 @@ class _Nothing:
 
 NOTHING: Final = _Nothing()
 
-RAISED: Final = (Exception, SystemExit)
-"""What a task may raise. ``sys.exit()`` in it ends its request, not the worker and everybody else's requests."""
+RAISED: Final = BaseException
+"""What a task may raise: anything. ``sys.exit()``, a ``CancelledError`` or a panic of a native library in it ends its
+request, not the worker and everybody else's requests. No signal of ours raises in the main thread.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +117,7 @@ class BatchTask:
     ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails only a request that was
     alone. Others are dropped, go back to their checkpoints, and are admitted again, fewer at once.
     After ``torch.AcceleratorError`` (but out of memory) nothing here is called any more: the process
-    leaves.
+    leaves. :class:`Unfit`, from any method, says that the process is at fault and no request.
     """
 
     slots: int = 8

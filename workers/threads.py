@@ -61,13 +61,12 @@ class ThreadBatch(Members):
         generator = None
         while orders.get() and not member.dropped:
             if generator is None:
-                started = begin(self.task, member.request, BaseException)
+                started = begin(self.task, member.request)
                 if isinstance(started, Step):
                     self._came(member, started)
                     return
                 generator = started
-            # BaseException: nobody else would hear of a KeyboardInterrupt or GeneratorExit that a task raises here.
-            step = advance(generator, BaseException)
+            step = advance(generator)
             if not self._came(member, step):
                 break
         if generator is not None:

@@ -56,6 +56,7 @@ from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
 from .standby import StandBy
 from .statuses import UNFIT_DEVICE
+from .tasks import RAISED
 from .watchdog import Watchdog
 
 TESTED_RQ = ("3.0",)
@@ -154,7 +155,7 @@ class Worker(PlainEnds):
             companion.watch(courier.incarnation)
             try:
                 loop.preload()
-            except Exception as error:
+            except RAISED as error:
                 self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
                 status = status_after(error) or 1
                 if status == UNFIT_DEVICE:

@@ -1,0 +1,108 @@
+"""Whatever a task raises is its request's failure, with its traceback; the worker and the others go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perdure.workers import Unfit
+from perdure.workers.statuses import UNFIT
+
+from .worker_kit import Lab, Process
+
+NAMES = {
+    "panic": "Panic",
+    "interrupt": "KeyboardInterrupt",
+    "cancel": "CancelledError",
+    "exit": "SystemExit",
+    "generator exit": "GeneratorExit",
+}
+PLACES = [
+    *[(task, "step") for task in ("alone", "threads", "loop")],
+    *[("Many", place) for place in ("memory_needed", "admit", "error")],
+]
+
+
+@pytest.mark.parametrize(("task", "where"), PLACES)
+def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) -> None:
+    """CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit, a panic: failed by itself, in a worker that lives."""
+    worker = lab.worker()
+    bad = {
+        what: lab.submit(f"raise_tasks.{task}", {"where": where, "what": what}, max_retries=0)
+        for what in NAMES
+    }  # fmt: skip
+    well = lab.submit(f"raise_tasks.{task}", {})
+    for what, name in bad.items():
+        record = lab.ended(name)
+        assert (record.status, record.error_kind, record.executions) == ("failed", "UNKNOWN", 1), (what, record)
+        text = lab.store.traceback(name)
+        assert NAMES[what] in text
+        assert "of the task's own" in text
+        assert "Traceback" in text or where == "error"
+    assert lab.ended(well).status == "finished"
+    assert worker.running
+
+
+def test_a_drop_that_panics_leaves_the_worker_as_it_was(lab: Lab) -> None:
+    """The canceled request is canceled, and the next one runs in the same process."""
+    worker = lab.worker()
+    bad = lab.submit("raise_tasks.Many", {"where": "drop", "what": "panic"})
+    lab.moved(bad)
+    lab.store.cancel([(bad, "")], reason="asked")
+    assert lab.ended(bad).status == "canceled"
+    assert lab.ended(lab.submit("raise_tasks.Many", {})).status == "finished"
+    assert worker.running
+    assert "raised while it dropped" in worker.log
+
+
+def test_a_load_that_panics_is_tried_again(lab: Lab) -> None:
+    """Its request goes back uncharged; the worker lives."""
+    Path(lab.folder, "first").write_text("panic")
+    worker = lab.worker()
+    one = lab.submit("raise_tasks.Loads")
+    record = lab.ended(one)
+    assert (record.status, record.attempt) == ("finished", 0)
+    assert lab.events(one)[0] == ("released", "")
+    assert worker.running
+
+
+# --- Unfit -------------------------------------------------------------------------------------------
+
+
+def left(lab: Lab, worker: Process, name: str) -> None:
+    """The worker leaves as unfit, and its request finishes elsewhere, uncharged."""
+    assert worker.end() == UNFIT
+    assert "this worker is unfit, and hands back what it holds: of the task's own" in worker.log
+    assert lab.record(name).attempt == 0
+    assert {event for event, _ in lab.events(name)} == {"released"}
+
+
+def test_unfit_from_load_is_honoured(lab: Lab) -> None:
+    """At once: no waiting for a second try in a process that has just said that it cannot."""
+    Path(lab.folder, "first").write_text("unfit")
+    worker = lab.worker()
+    one = lab.submit("raise_tasks.Loads")
+    left(lab, worker, one)
+    lab.worker()
+    assert lab.ended(one).status == "finished"
+
+
+@pytest.mark.parametrize(("task", "where"), PLACES)
+def test_unfit_from_anywhere_is_honoured(lab: Lab, task: str, where: str) -> None:
+    """No request is to blame: nothing is charged, the process exits with 72."""
+    worker = lab.worker()
+    one = lab.submit(f"raise_tasks.{task}", {"where": where, "what": "unfit"}, max_retries=0)
+    left(lab, worker, one)
+
+
+def test_unfit_at_the_start_gives_its_status(lab: Lab) -> None:
+    """From a task of PERDURE_TASKS, before anything was claimed."""
+    Path(lab.folder, "first").write_text("unfit")
+    worker = lab.worker(wait=False, tasks=("raise_tasks.Loads",))
+    assert worker.end() == UNFIT
+
+
+@pytest.mark.parametrize(("given", "status"), [(72, 72), (75, 75), (0, 72), (256, 72), (-1, 72)])
+def test_unfit_never_looks_like_an_end_that_was_asked_for(given: int, status: int) -> None:
+    assert Unfit("broken", given).status == status
