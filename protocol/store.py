@@ -322,6 +322,7 @@ class Store(Reads):
         charge: bool = False,
         crash: bool = False,
         loss: bool = True,
+        seen: bool = False,
         clean: bool = False,
         evidence: str = "",
         limit: int = MAX_REQUESTS,
@@ -329,6 +330,7 @@ class Store(Reads):
         """Take requests from one incarnation, or sweep (``incarnation=""``). One bounded call.
 
         ``clean``: the incarnation has left of its own accord, and the pool expects one worker less.
+        ``seen``: its guardian saw its end, so that its host lives: a loss counts as a crash for one that was alone.
         ``evidence``: what the dead left behind, such as the stacks of a native crash; a dead letter keeps it, and of
         :data:`MAX_EVIDENCE` characters each request's history.
         """
@@ -336,7 +338,8 @@ class Store(Reads):
         values = {
             "incarnation": incarnation, "kind": kind, "reason": reason, "exception": pack_exception(shown),
             "evidence": shortened(evidence, MAX_EVIDENCE).replace("\t", " "),
-            "charge": int(charge), "crash": int(crash), "loss": int(loss), "clean": int(clean),
+            "charge": int(charge), "crash": "alone" if seen and loss and not crash else int(crash), "loss": int(loss),
+            "clean": int(clean),
             "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
             "timeout_ms": in_ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
             **self._limits(),

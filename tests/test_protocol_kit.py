@@ -183,8 +183,10 @@ class Pool:
             self.set_pulse()
         return self.store.reap(queues or ("gpu",), kind="WORKER_LOST", reason="no heartbeat")
 
-    def reap(self, incarnation: str, kind: FailureKind = FailureKind.WORKER_LOST) -> list[Reaped]:
-        """What a guardian does with evidence."""
+    def reap(
+        self, incarnation: str, kind: FailureKind = FailureKind.WORKER_LOST, *, seen: bool = False
+    ) -> list[Reaped]:
+        """What a guardian does with evidence; with ``seen``, also when it has none."""
         policy = POLICIES[kind]
         return self.store.reap(
             incarnation=incarnation,
@@ -193,6 +195,7 @@ class Pool:
             charge=policy.charge,
             crash=policy.crash,
             loss=policy.loss,
+            seen=seen,
         ).reaped
 
 

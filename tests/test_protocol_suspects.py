@@ -104,6 +104,61 @@ def test_losses_alone_end_at_the_total(connection: redis.Redis):
     assert losses == 5, "the first loss accuses nobody"
 
 
+def test_the_third_loss_alone_that_its_guardian_saw_is_a_dead_letter(pool: Pool):
+    """The first one still goes on at once; the dead letter says that it was alone, and how often."""
+    pool.submit("a")
+    outcomes = []
+    for _ in range(3):
+        hand = Hand(pool)
+        hand.take("a")
+        outcomes.append(next(row.outcome for row in pool.reap(hand.incarnation, seen=True) if row.id))
+        pool.make_due("a")
+    assert outcomes == ["queued", "scheduled", "failed"]
+    record = pool.store.fetch("a")
+    assert record is not None
+    assert record.error_kind == "WORKER_LOST"
+    assert record.error_reason == "seen; this request was alone with it, at the end of 3 workers without progress"
+    assert record.attempt == 0
+
+
+def test_losses_that_a_guardian_saw_count_alone_only(pool: Pool):
+    """Two innocents that are killed together three times are suspects, and no dead letters."""
+    pool.submit("a", "b")
+    for _ in range(3):
+        hand = Hand(pool, slots=2)
+        pool.make_due("a"), pool.make_due("b")
+        pool.store.promote(["gpu"])
+        while hand.claim(2).claims:
+            pass
+        pool.reap(hand.incarnation, seen=len(hand.held) > 1)
+    assert {pool.field(name, "crashes") for name in ("a", "b")} <= {"", "0"}
+    assert {pool.status(name) for name in ("a", "b")} <= {State.QUEUED, State.SCHEDULED}
+
+
+def test_a_host_that_vanished_never_counts(pool: Pool):
+    """Nobody saw the end: a power cut is no request's fault, however often."""
+    pool.submit("a")
+    for _ in range(5):
+        hand = Hand(pool)
+        hand.take("a")
+        hand.beat()
+        pool.stop_heart(hand.incarnation)
+        pool.sweep()
+        pool.make_due("a")
+    assert pool.field("a", "crashes") == ""
+    assert pool.status("a") is not State.FAILED
+
+
+def test_progress_gives_back_what_the_guardian_counted(pool: Pool):
+    pool.submit("a")
+    for number in range(5):
+        hand = Hand(pool)
+        hand.step(hand.take("a"), [number], offset=number, seq=number + 1, stepped=1.5)
+        pool.reap(hand.incarnation, seen=True)
+        pool.make_due("a")
+    assert pool.status("a") is not State.FAILED
+
+
 def test_a_task_s_own_error_accuses_nobody(pool: Pool):
     """It is charged to the request; the worker lives."""
     pool.submit("a", "b")

@@ -106,6 +106,7 @@ class Companion:
 
     def abandon(self) -> None:
         """Leave without the word that the end is clean: the guardian reaps as soon as Redis answers."""
+        self._send({"left": True})  # in order, though: no request is to blame for this end
         faulthandler.disable()
         self._process = None  # its pipe is closed with this process
 

@@ -31,7 +31,7 @@ from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..recovery.cgroups import OomKills
-from ..recovery.deaths import Death
+from ..recovery.deaths import Death, exit_status
 from ..recovery.failures import POLICIES
 from .companion import Guarded, rebuild
 from .sweeper import Sweeper
@@ -75,6 +75,10 @@ class Guardian:
     _dump: bytes = b""
     """What faulthandler wrote when a native signal ended the worker: name of the signal, stacks of all threads."""
     _clean: bool = False
+    _left: bool = False
+    """The worker left of its own accord, but could not tell Redis."""
+    _status: int | None = None
+    """Its exit status, or a signal negated, if that could still be read."""
     _hung: str = ""
     """What the worker itself says of a hang: every slot of a task is taken by a step that does not end."""
     _lookout: Lookout = field(init=False)
@@ -130,6 +134,7 @@ class Guardian:
     def _worker_gone(self, ready: list[int]) -> bool:
         """Read what the worker says; True at its end."""
         ended = ready != [self.pipe]  # the process ended, or cannot be ended
+        self._look_at_end()
         data = b""
         # Its last words may still stand in the pipe.
         while select.select([self.pipe], [], [], 0)[0]:
@@ -148,6 +153,7 @@ class Guardian:
                 self._dump = (self._dump + line + b"\n")[:MAX_DUMP]
                 continue
             self._clean = self._clean or bool(message.get("bye"))
+            self._left = self._left or bool(message.get("left"))
             self._hung = message.get("hung", self._hung)
             self.fingerprints = message.get("fingerprints", self.fingerprints)
             self.ready = message.get("ready", self.ready)
@@ -177,6 +183,11 @@ class Guardian:
             self._sweeper.ask()
         return True
 
+    def _look_at_end(self) -> None:
+        """Read with what the worker has ended, as long as its parent has not asked for it."""
+        if self._status is None:
+            self._status = exit_status(self.pid)
+
     def _evidence(self) -> tuple[FailureKind, str, str]:
         """Kind, reason and evidence of the worker's end."""
         death = Death(
@@ -184,6 +195,7 @@ class Guardian:
             dump=(self._dump + self._rest).decode(errors="replace"),
             oom_kills=self._oom.look(),
             stopped=self._lookout.stopped_lately,
+            status=self._status,
         )
         return death.kind, f"{self._who()} {death.reason}", death.stacks
 
@@ -207,6 +219,7 @@ class Guardian:
                         charge=policy.charge,
                         crash=policy.crash,
                         loss=policy.loss,
+                        seen=not self._left,
                         evidence=evidence,
                     )
                     if not sweep.left:

@@ -634,7 +634,8 @@ local function credit_progress(id, claimed_ms)
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
--- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'), loss ('1'), retry ('1'),
+-- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'; 'alone': it counts as
+-- one only for a request that was alone), loss ('1'), retry ('1'),
 -- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
 -- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
 local function decide(queue, id, execution, incarnation, policy)
@@ -681,20 +682,21 @@ local function decide(queue, id, execution, incarnation, policy)
       if alone then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
     end
   end
-  if accused then
-    local total = add(name, 'crashes_total', 1)
-    local crashes = number_of(redis.call('HGET', name, 'crashes'))
+  if accused and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
+  local reason = policy.reason
+  if alone and (policy.crash == '1' or policy.crash == 'alone') then
+    local crashes = add(name, 'crashes', 1)
     -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
-    if alone and policy.crash == '1' then
-      crashes = add(name, 'crashes', 1)
-      delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap))
+    if policy.crash == '1' then delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap)) end
+    if crashes >= policy.max_crashes then
+      verdict = 'bury'
+      reason = reason .. '; this request was alone with it, at the end of ' .. int(crashes) .. ' workers without progress'
     end
-    if crashes >= policy.max_crashes or total >= policy.max_crashes_total then verdict = 'bury' end
   end
   local executions = number_of(redis.call('HGET', name, 'executions'))
   if executions >= policy.max_executions then verdict = 'bury' end
   if verdict == 'bury' then
-    bury(queue, id, execution, worker, started, policy.kind, policy.reason, policy.exception, policy.evidence)
+    bury(queue, id, execution, worker, started, policy.kind, reason, policy.exception, policy.evidence)
     return 'failed'
   end
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'

@@ -6,7 +6,7 @@
 -- ARGV exception          traceback for a dead letter, as RQ's result stream holds it
 -- ARGV evidence           what the dead left behind, for the history; '' for nothing
 -- ARGV charge             '1' charges an attempt
--- ARGV crash              '1' counts a crash
+-- ARGV crash              '1' counts a crash; 'alone' counts one for a request that was alone with this worker
 -- ARGV loss               '1' counts the loss of a worker
 -- ARGV clean              '1' if it has left of its own accord: the pool expects one worker less from now on
 -- ARGV hang_exception     traceback for one whose lease expired under a healthy heartbeat

@@ -21,6 +21,8 @@ def end(how: str) -> None:
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
+    elif how == "exit":
+        os._exit(3)
 
 
 class Crowd(BatchTask):
