@@ -202,6 +202,8 @@ class Failure:
     crash: bool
     loss: bool
     retry: bool
+    batch: bool = False
+    """It ended by an error of a step that others took part in: they are suspects, and nothing is counted."""
 
 
 @dataclass(frozen=True, slots=True)

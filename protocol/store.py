@@ -197,7 +197,8 @@ class Store(Reads):
         rows = [
             {
                 "id": item.id, "execution": item.execution, "kind": item.kind, "reason": item.reason,
-                "exception": pack_exception(item.traceback), "charge": int(item.charge), "crash": int(item.crash),
+                "exception": pack_exception(item.traceback), "charge": int(item.charge),
+                "crash": "batch" if item.batch else int(item.crash),
                 "loss": int(item.loss), "retry": int(item.retry),
             }
             for item in failures

@@ -12,7 +12,7 @@ from rq.registry import FailedJobRegistry
 from perdure.producer import Client
 from perdure.protocol.errors import QueueFull
 from perdure.protocol.keys import key
-from perdure.protocol.records import FailureKind
+from perdure.protocol.records import Failure, FailureKind
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 
@@ -117,7 +117,7 @@ def test_the_third_loss_alone_that_its_guardian_saw_is_a_dead_letter(pool: Pool)
     record = pool.store.fetch("a")
     assert record is not None
     assert record.error_kind == "WORKER_LOST"
-    assert record.error_reason == "seen; this request was alone with it, at the end of 3 workers without progress"
+    assert record.error_reason == "seen; this request was alone with each of 3 workers that ended so, without progress"
     assert record.attempt == 0
 
 
@@ -126,7 +126,8 @@ def test_losses_that_a_guardian_saw_count_alone_only(pool: Pool):
     pool.submit("a", "b")
     for _ in range(3):
         hand = Hand(pool, slots=2)
-        pool.make_due("a"), pool.make_due("b")
+        pool.make_due("a")
+        pool.make_due("b")
         pool.store.promote(["gpu"])
         while hand.claim(2).claims:
             pass
@@ -157,6 +158,60 @@ def test_progress_gives_back_what_the_guardian_counted(pool: Pool):
         pool.reap(hand.incarnation, seen=True)
         pool.make_due("a")
     assert pool.status("a") is not State.FAILED
+
+
+def raised(pool: Pool, hand: Hand) -> list[str]:
+    """A step of all that this worker holds raises."""
+    failures = [
+        Failure(
+            id=claim.id, execution=claim.execution, kind=FailureKind.UNKNOWN, reason="TypeError", traceback="TypeError",
+            charge=False, crash=False, loss=False, retry=True, batch=True,
+        )
+        for claim in hand.held.values()
+    ]  # fmt: skip
+    hand.held.clear()
+    return pool.store.fail(hand.incarnation, hand.name, failures)
+
+
+def test_a_step_that_raises_halves_the_company_and_counts_nothing(pool: Pool):
+    """However often: no attempt, no crash, no execution, no delay."""
+    names = [f"r{index}" for index in range(8)]
+    pool.submit(*names, retries=0)
+    hand = Hand(pool, slots=8)
+    for company in ("4", "2", "1"):
+        while hand.claim().claims:
+            pass
+        first = list(hand.held)
+        assert set(raised(pool, hand)) == {"queued"}
+        assert {pool.field(name, "company") for name in first} == {company}
+        rest = [name for name in names if name not in first and pool.status(name) is State.QUEUED]
+        for name in rest:
+            pool.connection.zadd(key("suspects", "gpu"), {name: pool.now() * 1000 + 10_000})
+    assert pool.field(first[0], "raised") == "3"
+    for name in names:
+        fields = [pool.field(name, field) for field in ("attempt", "crashes", "crashes_total", "losses")]
+        assert set(fields) <= {"", "0"}
+        assert pool.field(name, "executions") == "0"
+
+
+def test_one_that_raises_late_is_charged_in_the_end(connection: redis.Redis):
+    """It is cleared each time before it raises, and so is never alone; others that moved are not charged with it."""
+    pool = Pool.over(connection, max_crashes_total=4)
+    pool.submit("late", retries=0)
+    for number in range(5):
+        assert pool.status("late") is State.QUEUED
+        pool.submit(f"good{number}", retries=0)
+        hand = Hand(pool, slots=2)
+        while len(hand.held) < 2:
+            assert hand.claim().claims
+        raised(pool, hand)
+        assert pool.status(f"good{number}") is State.QUEUED
+        pool.cancel(f"good{number}")
+        # What the clearing does, after a second of steps.
+        pool.connection.hdel(key("job", "late"), "company")
+        if pool.connection.zrem(key("suspects", "gpu"), "late"):
+            pool.connection.lpush(key("queue", "gpu"), "late")
+    assert pool.status("late") is State.FAILED
 
 
 def test_a_task_s_own_error_accuses_nobody(pool: Pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from rq import Queue
@@ -51,20 +52,60 @@ def test_one_requests_fault_leaves_its_mates_alone(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
-def test_a_step_that_raises_fails_all_in_flight_and_the_worker_goes_on(lab: Lab) -> None:
-    """Nobody can tell whose fault it was: all are charged and tried again by policy, in the same process."""
+@pytest.mark.parametrize("kind", ["raise", "no step"])
+def test_a_step_that_raises_is_charged_to_the_request_that_it_was_alone(lab: Lab, kind: str) -> None:
+    """One bad value beside five good requests without a retry: it fails with its traceback, they finish, uncharged."""
+    good = [lab.submit("Batch", {"n": 10}, max_retries=0) for _ in range(2)]
+    bad = lab.submit("Batch", {"n": 10, "kind": kind}, max_retries=0)
+    good += [lab.submit("Batch", {"n": 10}, max_retries=0) for _ in range(3)]
     worker = lab.worker()
-    mate = lab.submit("Batch", {"n": 40})
-    eventually(lambda: lab.outputs(mate))
-    bad = [lab.submit("Batch", {"n": 40, "kind": kind}, max_retries=0) for kind in ("raise", "no step")]
-    for name in bad:
-        assert lab.ended(name).error_kind == "UNKNOWN"
-    record = lab.ended(mate)
-    assert record.status == "finished"
-    assert record.attempt >= 1
-    assert [index for index, _ in lab.outputs(mate)] == list(range(40))
+    record = lab.ended(bad)
+    assert (record.status, record.error_kind, record.attempt) == ("failed", "UNKNOWN", 1)
+    assert {"raise": "the whole step", "no step": "step() gives Steps"}[kind] in lab.store.traceback(bad)
+    for name in good:
+        record = lab.ended(name)
+        assert (record.status, record.attempt) == ("finished", 0)
+        assert [index for index, _ in lab.outputs(name)] == list(range(10))
     assert worker.running
-    assert "the whole step" in lab.store.traceback(bad[0])
+    assert lab.nothing_held()
+
+
+def test_a_lone_poison_on_fresh_workers_ends_as_a_dead_letter(lab: Lab) -> None:
+    """Where nothing proves the worker sound, a fresh one is to tell: the third that it raised on alone is the last."""
+    bad = lab.submit("Batch", {"n": 10, "kind": "raise"})
+    for _ in range(3):
+        assert lab.worker(wait=False).end() == UNFIT
+    record = lab.record(bad)
+    assert (record.status, record.error_kind, record.attempt) == ("failed", "UNKNOWN", 0)
+    assert "alone with each of 3 workers" in record.error_reason
+    assert "the whole step" in lab.store.traceback(bad)
+
+
+def test_an_engine_that_always_raises_is_replaced_and_buries_nobody(lab: Lab) -> None:
+    """Whoever is in its step: after a few requests it is clear that it is not their fault."""
+    names = [lab.submit("Broken", {"folder": str(lab.folder)}, max_retries=0) for _ in range(5)]
+    Path(lab.folder, "broken").touch()
+    assert lab.worker(wait=False).end() == UNFIT
+    Path(lab.folder, "broken").unlink()
+    lab.worker(wait=False)
+    for name in names:
+        record = lab.ended(name)
+        assert (record.status, record.attempt) == ("finished", 0)
+
+
+@pytest.mark.parametrize(("probe", "status"), [(True, "failed"), (False, "queued")])
+def test_a_task_s_own_probe_decides_at_once(lab: Lab, probe: bool, status: str) -> None:
+    """Well: the request that raised alone is charged, on this worker. Not well: the worker leaves, nothing is charged."""
+    Path(lab.folder, "broken").touch()
+    worker = lab.worker()
+    one = lab.submit("Broken", {"folder": str(lab.folder), "probe": probe}, max_retries=0)
+    if probe:
+        assert lab.ended(one).attempt == 1
+        assert worker.running
+    else:
+        assert worker.end() == UNFIT
+        assert lab.record(one).attempt == 0
+    assert lab.record(one).status == status
 
 
 def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:

@@ -86,7 +86,7 @@ def test_a_poison_without_evidence_ends_too(lab: Lab, how: str, reason: str):
     record = lab.record(bad)
     assert (record.status, record.error_kind, record.executions, record.attempt) == ("failed", "WORKER_LOST", 3, 0)
     assert reason in record.error_reason
-    assert "this request was alone with it, at the end of 3 workers without progress" in record.error_reason
+    assert "this request was alone with each of 3 workers that ended so, without progress" in record.error_reason
     assert lab.events(bad)[0] == ("redelivered", "WORKER_LOST"), "the first time, at once"
 
 

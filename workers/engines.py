@@ -9,6 +9,7 @@ from ..protocol.records import Claim
 from ..protocol.settings import Settings
 from .batch_size import BatchSize
 from .room import Room, Verdict
+from .soundness import Soundness
 from .tasks import BatchTask, Request
 
 PATIENCE = 1.0
@@ -39,6 +40,7 @@ class Engine:
     """Request id -> bytes, of those admitted."""
     size: BatchSize = field(init=False)
     room: Room = field(default_factory=Room)
+    soundness: Soundness = field(default_factory=Soundness)
     changed: bool = True
     """Somebody came or left since :meth:`places` was asked."""
 

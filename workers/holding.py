@@ -166,8 +166,11 @@ class Holding:
         waited = time.monotonic() - self.behind_since
         return step.durable or self.behind_size > STUCK_BYTES or waited > STUCK_SECONDS
 
-    def fail(self, error: BaseException, kind: FailureKind | None = None) -> None:
-        """End this execution with a failure, of the error's kind or another; what it has put out is stored first."""
+    def fail(self, error: BaseException, kind: FailureKind | None = None, counted: str = "") -> None:
+        """End this execution with a failure, of the error's kind or another; what it has put out is stored first.
+
+        ``counted``: ``batch`` or ``crash`` (:class:`Failure`), if nobody knows yet that it is this request's own.
+        """
         self.result = NOTHING
         self._drop_behind()  # a retry computes them again, from the state that is stored
         ended = failure(self.claim.id, self.claim.execution, error)
@@ -176,6 +179,8 @@ class Holding:
             ended = replace(
                 ended, kind=kind, charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry
             )
+        if counted:
+            ended = replace(ended, charge=False, retry=True, crash=counted == "crash", batch=counted == "batch")
         self.ended = ended
 
     def cancel(self) -> None:

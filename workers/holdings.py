@@ -221,24 +221,35 @@ class Holdings:
                 self.lock.notify_all()
         return broken
 
-    def fail(self, identifier: str, execution: str, error: BaseException, *, kind: FailureKind | None = None) -> None:
-        """End a request's execution with a failure, of the error's kind or another."""
+    def fail(
+        self,
+        identifier: str,
+        execution: str,
+        error: BaseException,
+        *,
+        kind: FailureKind | None = None,
+        counted: str = "",
+    ) -> None:
+        """End a request's execution with a failure, of the error's kind or another; ``counted``: see :meth:`Holding.fail`."""
         with self.lock:
             self._sign_of_life()
             holding = self.current(identifier, execution)
             if holding is not None and not holding.leaving:
-                holding.fail(error, kind)
+                holding.fail(error, kind, counted)
                 self.urgent = True
                 self.lock.notify_all()
 
-    def put_back(self, executions: Iterable[tuple[str, str]], reason: str) -> None:
-        """Release requests, by id and execution, to the front of their queues, where they keep this order."""
+    def put_back(self, executions: Iterable[tuple[str, str]], reason: str, *, delay: float = 0.0) -> None:
+        """Release requests, by id and execution, to the front of their queues, where they keep this order.
+
+        With a ``delay`` in seconds, they may be claimed again only after it.
+        """
         with self.lock:
             self._sign_of_life()
             for identifier, execution in executions:
                 holding = self.current(identifier, execution)
                 if holding is not None and not holding.leaving:
-                    self.handbacks.append(Handback(holding, reason))
+                    self.handbacks.append(Handback(holding, reason, delay))
                     self.urgent = True
             self.lock.notify_all()
 

@@ -14,7 +14,7 @@ from ..protocol.packed_state import unpack_state
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.tensors import CannotRead
-from ..recovery.failures import classify
+from ..recovery.failures import classify, describe
 from .admissions import Admissions
 from .claimer import NO_CHECKPOINT
 from .device_memory import forget
@@ -24,7 +24,8 @@ from .generators import as_batch
 from .holdings import Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
-from .statuses import HUNG
+from .soundness import Blame
+from .statuses import HUNG, UNFIT
 from .tasks import RAISED, AnyTask, Request, Step, resolve
 from .unfit import Unfit
 from .watchdog import WAIT, Watchdog
@@ -293,6 +294,7 @@ class EngineLoop:
             self._admissions.ran_out(engine, list(full.items()), len(executions), errors[next(iter(full))], needed[0])
         elif steps:
             self._admissions.went_well(engine, len(executions))
+            engine.soundness.stepped([step.request_id for step in steps if step.error is None])
         for error in errors.values():
             self.fitness.judge(error)
         return [step.request_id for step in steps if step.durable and not step.ends]
@@ -347,9 +349,42 @@ class EngineLoop:
             self._drop_all(engine)
             self._admissions.ran_out(engine, concerned + engine.take_waiting(), len(concerned), error, needed)
             return
+        if kind is FailureKind.UNKNOWN or (kind is FailureKind.INVALID_REQUEST and len(concerned) > 1):
+            self._blame(engine, concerned, error)
+            return
         if kind is not FailureKind.GPU_ERROR:
             self._fail_all(engine, error)
         self.fitness.judge(error)
+
+    def _blame(self, engine: Engine, concerned: Sequence[tuple[str, str]], error: BaseException) -> None:
+        """An error that says nothing of whose it is: the request's that was alone, one of several, or the engine's."""
+        self._drop_all(engine)
+        if self.fitness.left:
+            return  # by what a drop has raised
+        blame = engine.soundness.raised([name for name, _ in concerned], lambda: self._probe(engine))
+        why = f"a step raised {describe(error)}"
+        leaves = blame in (Blame.ENGINE, Blame.EITHER)
+        if blame in (Blame.ENGINE, Blame.UNKNOWN):
+            reason = f"{why}; {'this worker is broken' if leaves else 'nothing has shown yet whose fault that is'}"
+            self.holdings.put_back(concerned, reason, delay=0.0 if leaves else self.settings.retry_base)
+        else:
+            counted = {Blame.ALL: "batch", Blame.EITHER: "crash"}.get(blame, "")
+            # At once: the last one of several that reach Redis one by one would count as having been alone.
+            with self.holdings.lock:
+                for identifier, execution in concerned:
+                    self.holdings.fail(identifier, execution, error, counted=counted)
+        if leaves:
+            self.log.critical("this worker is unfit: %s, and no other request was stepped well since; leaving", why)
+            self.fitness.leave(UNFIT)
+
+    def _probe(self, engine: Engine) -> bool | None:
+        self.watchdog.tick(engine.step_timeout(self.settings))
+        try:
+            return engine.batch.probe()
+        except RAISED as error:
+            self.log.exception("%s raised while it probed itself", engine.path)
+            self.fitness.judge(error)
+            return False
 
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
         concerned = list(engine.admitted.items())

@@ -112,9 +112,9 @@ class BatchTask:
     ended by a step of its own (canceled, lost to another worker, handed back in a drain). A request
     that ended by ``result`` or ``error`` has left: it is not dropped as well.
 
-    An exception from :meth:`admit` fails that request. One from :meth:`step` fails all that are
-    admitted, since none of them can be told apart: catch what one request can cause, and yield
-    ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails only a request that was
+    An exception from :meth:`admit` fails that request. One from :meth:`step` with several admitted makes all of
+    them suspects, since nobody can tell whose it was: they run on in halves, uncharged, until one raises alone. Better catch
+    what one request can cause, and yield ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails only a request that was
     alone. Others are dropped, go back to their checkpoints, and are admitted again, fewer at once.
     After ``torch.AcceleratorError`` (but out of memory) nothing here is called any more: the process
     leaves. :class:`Unfit`, from any method, says that the process is at fault and no request.
@@ -170,6 +170,14 @@ class BatchTask:
         """Bytes that are free for further requests; ``None`` if nobody can tell.
 
         What those that are admitted will still take, by :meth:`memory_needed`, is not free.
+        """
+        return None
+
+    def probe(self) -> bool | None:
+        """Whether this process can still compute; ``None`` if nobody can tell. Called with no request admitted.
+
+        Asked after :meth:`step` has raised for a request that was alone, where no other request was stepped well
+        since: ``True`` charges the request, ``False`` (or raising) replaces the process.
         """
         return None
 

@@ -630,12 +630,14 @@ local function credit_progress(id, claimed_ms)
   local stepped = which == point[2] and tonumber(ms) or number_of(point[3]) - claimed_ms
   if stepped >= 1000 then
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
+    redis.call('HDEL', name, 'raised')
   end
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
 -- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'; 'alone': it counts as
--- one only for a request that was alone), loss ('1'), retry ('1'),
+-- one only for a request that was alone; 'batch': a step raised with others in it, which makes suspects and counts nothing),
+-- loss ('1'), retry ('1'),
 -- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
 -- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
 local function decide(queue, id, execution, incarnation, policy)
@@ -661,8 +663,15 @@ local function decide(queue, id, execution, incarnation, policy)
   credit_progress(id, claimed_ms)
   local left = number_of(redis.call('HGET', name, 'retries_left'))
   local verdict, delay = 'retry', 0
+  local charge, batch = policy.charge, policy.crash == 'batch'
   if policy.retry ~= '1' then verdict = 'bury' end
-  if policy.charge == '1' then
+  if batch then
+    -- Not an execution either. But whoever was in so many that raised, and has not moved meanwhile, is no innocent bystander:
+    -- one that raises late is cleared each time before it is alone.
+    redis.call('HSET', name, 'executions', int(math.max(0, number_of(redis.call('HGET', name, 'executions')) - 1)))
+    if add(name, 'raised', 1) > policy.max_crashes_total then charge = '1' end
+  end
+  if charge == '1' then
     add(name, 'attempt', 1)
     if left < 1 then
       verdict = 'bury'
@@ -673,7 +682,7 @@ local function decide(queue, id, execution, incarnation, policy)
     end
   end
   -- One loss without evidence accuses nobody; a crash does, and so does a second loss without progress.
-  local accused, alone = policy.crash == '1', policy.flight <= 1
+  local accused, alone = policy.crash == '1' or batch, policy.flight <= 1
   if policy.loss == '1' then
     local losses = add(name, 'losses', 1)
     -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
@@ -682,7 +691,7 @@ local function decide(queue, id, execution, incarnation, policy)
       if alone then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
     end
   end
-  if accused and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
+  if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
   local reason = policy.reason
   if alone and (policy.crash == '1' or policy.crash == 'alone') then
     local crashes = add(name, 'crashes', 1)
@@ -690,7 +699,7 @@ local function decide(queue, id, execution, incarnation, policy)
     if policy.crash == '1' then delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap)) end
     if crashes >= policy.max_crashes then
       verdict = 'bury'
-      reason = reason .. '; this request was alone with it, at the end of ' .. int(crashes) .. ' workers without progress'
+      reason = reason .. '; this request was alone with each of ' .. int(crashes) .. ' workers that ended so, without progress'
     end
   end
   local executions = number_of(redis.call('HGET', name, 'executions'))

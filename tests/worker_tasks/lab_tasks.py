@@ -224,6 +224,33 @@ class Batch(BatchTask):
         self.running.pop(request_id, None)
 
 
+class Broken(BatchTask):
+    """Each step raises while there is a file ``broken``, whoever is in it."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.running: dict[str, dict[str, Any]] = {}
+        self.says: bool | None = None
+
+    def admit(self, request: Request) -> None:
+        self.running[request.id] = request.payload
+        self.says = request.payload.get("probe")
+
+    def probe(self) -> bool | None:
+        return self.says
+
+    def step(self) -> Iterable[Step]:
+        for identifier, payload in list(self.running.items()):
+            if Path(payload["folder"], "broken").exists():
+                raise RuntimeError("the engine's own fault")
+            del self.running[identifier]
+            yield Step(request_id=identifier, result="well")
+
+    def drop(self, request_id: str) -> None:
+        self.running.pop(request_id, None)
+
+
 class HangingBatch(BatchTask):
     """Counts to 20 for each; the step in which a request's third output is due hangs once."""
 

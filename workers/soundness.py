@@ -1,0 +1,82 @@
+"""Whether an engine whose step has raised is broken, or one of its requests is to blame.
+
+Nobody can tell from one error. A step that raised with several in flight accuses them all, as a crash does: they run on
+in halves, here or elsewhere, until it is clear which it was. One that was alone is charged only if this engine is known
+to be sound: since it last raised, it has stepped another request well, or its task's own probe says so. Otherwise:
+
+1. the request goes back, uncharged and for a moment, so that another one may prove the engine;
+2. three steps that raised in succession, of requests that have no one in common, are the engine's fault;
+3. one request that comes back a second time with no proof in between may be either: a fresh process is to tell, and
+   the request counts as one that was alone with a worker that crashed. The third of those makes it a dead letter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+BROKEN: Final = 3
+"""Steps that raise in succession, with no request in common, after which the engine is broken."""
+
+TWICE: Final = 2
+"""How often one request may raise alone in one process where nothing proves the engine."""
+
+REMEMBERED: Final = 256
+"""Requests of which it is remembered that they have raised."""
+
+
+class Blame(Enum):
+    """What follows from a step that has raised."""
+
+    ALL = auto()
+    """Those in flight are suspects; nothing is counted."""
+    REQUEST = auto()
+    """It is charged like an error of its own."""
+    UNKNOWN = auto()
+    """It goes back uncharged."""
+    ENGINE = auto()
+    """All go back uncharged, and the process leaves."""
+    EITHER = auto()
+    """The request counts as having crashed this worker alone, and the process leaves."""
+
+
+@dataclass(slots=True)
+class Soundness:
+    """What the steps of one engine have shown of it."""
+
+    _well: set[str] = field(default_factory=set)
+    """Two requests, or fewer, that were stepped well since the engine last raised: more prove no more."""
+    _streak: list[frozenset[str]] = field(default_factory=list)
+    """Who was in the steps that raised in succession."""
+    _unproven: Counter[str] = field(default_factory=Counter)
+    """How often a request has raised alone, uncharged."""
+
+    def stepped(self, requests: Collection[str]) -> None:
+        """A step of these went well."""
+        if len(self._well) < 2:
+            self._well.update(list(requests)[:2])
+        if self._streak and not self._streak[-1].issuperset(requests):
+            self._streak.clear()
+
+    def raised(self, requests: Collection[str], probe: Callable[[], bool | None] = lambda: None) -> Blame:
+        """A step of these has raised; ``probe`` says whether the engine computes, or ``None`` if nobody can tell."""
+        others = self._well.difference(requests)
+        self._well.clear()
+        self._streak.append(frozenset(requests))
+        if len(self._streak) >= BROKEN and not frozenset.intersection(*self._streak):
+            return Blame.ENGINE
+        if len(requests) > 1:
+            return Blame.ALL
+        if others:
+            return Blame.REQUEST
+        sound = probe()
+        if sound is not None:
+            return Blame.REQUEST if sound else Blame.ENGINE
+        (alone,) = requests
+        if len(self._unproven) >= REMEMBERED:
+            self._unproven.clear()
+        self._unproven[alone] += 1
+        return Blame.EITHER if self._unproven[alone] >= TWICE else Blame.UNKNOWN
