@@ -126,9 +126,12 @@ class Reads:
         return result
 
     def queues(self) -> list[str]:
-        """Names of all queues that ever held a job, sorted."""
-        members: set[bytes] = self.connection.smembers(key("queues"))  # type: ignore[assignment]
-        return queue_names(members)
+        """Names of all queues that ever held a job, sorted; of one that RQ has deleted, while something of ours stands in it."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.smembers(key("queues"))
+            pipe.smembers(key("swept"))
+            members, swept = pipe.execute()
+        return queue_names(members, swept)
 
     def fetch(self, identifier: str) -> RequestRecord | None:
         """One request, or ``None`` if there is none of ours with this id."""
@@ -262,10 +265,11 @@ class Reads:
         return events
 
 
-def queue_names(members: Iterable[bytes]) -> list[str]:
-    """The names of queues, sorted, from RQ's set of their keys."""
+def queue_names(members: Iterable[bytes], swept: Iterable[bytes] = ()) -> list[str]:
+    """The names of queues, sorted, from RQ's set of their keys and ours of their names."""
     stem = len(key("queue"))
-    return sorted(member.decode(errors="replace")[stem:] for member in members)
+    names = {member.decode(errors="replace")[stem:] for member in members}
+    return sorted(names | {name.decode(errors="replace") for name in swept})
 
 
 def _record(identifier: str, reply: Sequence[bytes | None]) -> RequestRecord | None:

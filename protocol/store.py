@@ -26,6 +26,9 @@ from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
 from .scripts import MAX_REQUESTS, Row, load
 from .settings import Settings
 
+TIDIED = 16
+"""Queues whose sets one call of ``expire`` looks through."""
+
 MAX_UNFIT = 500
 """Characters of the reason for which a device is not used."""
 
@@ -308,10 +311,11 @@ class Store(Reads):
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.get(key("schema"))
             pipe.smembers(key("queues"))
-            schema, members = pipe.execute()
+            pipe.smembers(key("swept"))
+            schema, members, swept = pipe.execute()
         if whole(schema) > SCHEMA:
             raise newer_protocol()
-        return queue_names(members)
+        return queue_names(members, swept)
 
     def reap(
         self,
@@ -350,14 +354,31 @@ class Store(Reads):
         rows = [Reaped(*reply[start : start + 6]) for start in range(2, len(reply), 6)]
         return Sweep(reply[0] == "1", reply[1] == "1", rows)
 
-    def promote(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
-        """Move what is due to its queue, end what waits past its deadline; returns how many were moved."""
-        return int(self._call("promote", {"limit": limit}, {"queue": [{"queue": queue} for queue in queues]}))
+    def promote(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS, rounds: int = 1) -> int:
+        """Move what is due to its queue, end what waits past its deadline; returns how many were moved.
 
-    def expire(self, queues: Iterable[str], *, limit: int = MAX_REQUESTS) -> int:
-        """Delete stale checkpoints; returns how many."""
+        At most ``rounds`` calls, each of at most ``limit`` in all queues together.
+        """
+        rows = {"queue": [{"queue": queue} for queue in queues]}
+        moved = 0
+        for _ in range(rounds):
+            number, more = self._call("promote", {"limit": limit}, rows)
+            moved += int(number)
+            if more != "1":
+                break
+        return moved
+
+    def expire(self, queues: Sequence[str], *, limit: int = MAX_REQUESTS) -> int:
+        """Delete stale checkpoints and what is left of requests that are gone; returns how many checkpoints.
+
+        One call for each :data:`TIDIED` queues.
+        """
         values = {"ttl_ms": in_ms(self.settings.checkpoint_ttl), "limit": limit}
-        return int(self._call("expire", values, {"queue": [{"queue": queue} for queue in queues]}))
+        stale = 0
+        for begin in range(0, max(1, len(queues)), TIDIED):
+            some = queues[begin : begin + TIDIED]
+            stale += int(self._call("expire", values, {"queue": [{"queue": queue} for queue in some]}))
+        return stale
 
     def weigh(self) -> Count:
         """How many workers live and are ready, and what was declared last."""

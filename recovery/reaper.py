@@ -13,6 +13,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import redis
@@ -23,6 +24,7 @@ from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .degradation import Degradation
 from .failures import POLICIES, describe
+from .strays import find, take_back
 
 log = logging.getLogger("perdure.reaper")
 
@@ -31,6 +33,10 @@ EXPIRE_INTERVAL: Final = 10.0
 
 MAX_ROUNDS: Final = 16
 """Calls of ``reap`` in one sweep. What is left after them is taken by the next sweep."""
+
+LOOKED: Final = 500
+"""Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a run
+that ended come first in them."""
 
 OUTAGE_BASE: Final = 0.1
 OUTAGE_CAP: Final = 2.0
@@ -78,16 +84,23 @@ class Reaper:
             reaped += swept.reaped
             if not swept.left:
                 break
-        store.promote(queues)
+        store.promote(queues, rounds=MAX_ROUNDS)
         self._degradation.watch()
         if expire is None:
             expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL
         if expire:
             stale = store.expire(queues)
+            self._take_back(queues)
             self._expired_at = time.monotonic()
             if stale:
                 log.info("%s: deleted %d stale checkpoints", self.name, stale)
         return reaped
+
+    def _take_back(self, queues: Sequence[str]) -> None:
+        """Have requests wait again that a worker of RQ's own was killed with: nobody else looks where it left them."""
+        strays = list(find(self.store, queues, most=LOOKED))
+        for identifier in take_back(self.store, strays) if strays else ():
+            log.warning("%s: %s waits again; a worker of RQ's own was killed with it", self.name, identifier)
 
     def run(self, stop: threading.Event) -> None:
         """Sweep every ``reap_interval`` until ``stop`` is set; ride out any error of Redis.

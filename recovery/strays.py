@@ -112,7 +112,7 @@ def _failed(store: Store, queue: str, most: int) -> Iterator[Stray]:
 
 
 def take_back(store: Store, strays: Sequence[Stray]) -> list[str]:
-    """Have them wait in their queues again; returns the ids of those that do. Those that RQ failed are its to requeue."""
+    """Have them wait in their queues again, those too that RQ has failed; returns the ids of those that do."""
     taken = []
     for begin in range(0, len(strays), 100):
         some = strays[begin : begin + 100]

@@ -6,12 +6,10 @@ from dataclasses import asdict
 
 import click
 
-from ..protocol.store import Store
-from ..recovery.strays import STUCK, Stray, find, find_everywhere, take_back
+from ..recovery.strays import STUCK, find, find_everywhere, take_back
 from .console import json_option, one_line, print_json, read_settings, url_option
 from .findings import Finding, Level, examine_host, examine_pool, examine_server, strays_found
 from .main import OK, UNHEALTHY
-from .moves import requeue_one
 from .reading import open_store
 
 _COLORS = {Level.FAIL: "red", Level.WARN: "yellow", Level.OK: "green"}
@@ -24,7 +22,7 @@ _COLORS = {Level.FAIL: "red", Level.WARN: "yellow", Level.OK: "green"}
 @click.option("--deep", is_flag=True, help="Look for them among all jobs too; takes about a minute for a million.")
 @click.option(
     "--stuck", default=STUCK, show_default=True, type=click.FloatRange(0), metavar="SECONDS",
-    help="Time that RQ's own worker may have a request; it gives it back after one second.",
+    help="Time that RQ's own worker may have a request; it hands it on at once.",
 )  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 4 for a warning too.")
 @json_option
@@ -42,7 +40,7 @@ def doctor(fix: bool, deep: bool, stuck: float, strict: bool, as_json: bool, url
         strays = list(find(store, queues, stuck=stuck))
         if deep:
             strays += find_everywhere(store, queues)
-        fixed = _fix(store, strays) if fix else []
+        fixed = take_back(store, strays) if fix else []
     found += strays_found(strays, fixed, deep=deep)
     found += examine_host(settings)
     if as_json:
@@ -59,14 +57,6 @@ def doctor(fix: bool, deep: bool, stuck: float, strict: bool, as_json: bool, url
             _print(item)
     worst = {item.level for item in found}
     return UNHEALTHY if Level.FAIL in worst or (strict and Level.WARN in worst) else OK
-
-
-def _fix(store: Store, strays: list[Stray]) -> list[str]:
-    """Requeue; returns the ids of those that wait again."""
-    fixed = [
-        stray.id for stray in strays if stray.where == "failed" and requeue_one(store.connection, stray.queue, stray.id)
-    ]
-    return fixed + take_back(store, [stray for stray in strays if stray.where != "failed"])
 
 
 def _print(item: Finding) -> None:

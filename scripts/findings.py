@@ -210,9 +210,9 @@ def judge_pool(
     ours = {item.name for item in queues if item.counters.get("submitted")}
     for name, theirs in stock.items():
         if shared := sorted(ours & set(theirs)):
-            why = "it gives each request back after a second, and loses it when it is killed meanwhile"
+            why = "each request that it takes comes up to a second later to a worker that can run it"
             change = f"rq worker -w perdure.workers.Worker {' '.join(shared)}"
-            found.append(Finding(Level.FAIL, f"worker {name} on {', '.join(shared)} is RQ's own", why, change))
+            found.append(Finding(Level.WARN, f"worker {name} on {', '.join(shared)} is RQ's own", why, change))
     for worker in workers:
         if worker["dead_in"] < 0:
             what = f"worker {worker['worker']} on {worker['host']} has been silent for {duration(worker['age'])}"

@@ -104,6 +104,11 @@ class Clock:
         self._pass(args=[round(seconds * 1000)])
         self.now += round(seconds * 1000)
 
+    def step(self, seconds: float) -> None:
+        """The server's clock is set ahead, or back: no time passes."""
+        self.now += round(seconds * 1000)
+        self.connection.set(CLOCK, self.now)
+
 
 class Look:
     """All keys at one moment, as text (outputs and states as bytes)."""

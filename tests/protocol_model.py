@@ -438,7 +438,7 @@ class World:
 
     def _sweep(self, call: Call) -> Any:
         if call.options["settled"]:
-            self.store.connection.hset(key("pulse"), mapping={"at": self.now, "since": self.now - 3_600_000})
+            self.store.connection.hset(key("pulse"), mapping={"at": self.now, "since": self.now - 3_600_000, "gap": 0})
         silent = {name for name, deadline in self.beats.items() if deadline <= self.now}
         due = {item.id for item in self.living if item.execution and (item.lease <= self.now or item.holder in silent)}
         sweep = self.store.reap(QUEUES, kind="WORKER_LOST", reason="no heartbeat")

@@ -43,11 +43,11 @@ def bad(told: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 def test_a_request_lost_with_a_stock_worker_is_found_and_requeued(lab: Lab) -> None:
-    """Kill -9 of RQ's own worker and its horse in the second in which it has a request: found, requeued, run to its end."""
+    """Kill -9 of RQ's own worker and its horse while it has a request: found, requeued, run to its end."""
     one = lab.submit("count", {"n": 3})
-    stock = lab.worker(ours=False)
+    stock = lab.worker("-w", "held_jobs.SlowStock", ours=False)
     eventually(lambda: lab.connection.zcard(key("wip", "gpu")) and stock.children())
-    # The worker before its horse: it must not see the horse die. A horse that has ended meanwhile left the next one.
+    # The worker before its horse: it must not see the horse die.
     send(stock.pid, signal.SIGSTOP)
     for pid in [*stock.children(), stock.pid]:
         send(pid, signal.SIGKILL)
@@ -73,9 +73,9 @@ def test_a_request_lost_with_a_stock_worker_is_found_and_requeued(lab: Lab) -> N
 
 @pytest.mark.slow
 def test_a_request_that_rq_failed_is_requeued(lab: Lab) -> None:
-    """Kill -9 of the horse alone: RQ's worker fails the request; --fix does what rq requeue does."""
+    """Kill -9 of the horse alone: RQ's worker fails the request; --fix has it wait again."""
     one = lab.submit("count", {"n": 3}, max_retries=0)
-    stock = lab.worker(ours=False)
+    stock = lab.worker("-w", "held_jobs.SlowStock", ours=False)
     horse = eventually(lambda: stock.children() and lab.connection.zcard(key("wip", "gpu")) and stock.children()[0])
     psutil.Process(horse).kill()
     eventually(lambda: lab.connection.zscore(key("failed", "gpu"), one))
@@ -190,7 +190,7 @@ QUEUE = QueueFacts(
     ("change", "level", "said", "line"),
     [
         ({"queues": [replace(QUEUE, name="cpu")]}, Level.FAIL, "3 requests wait in cpu", "perdure worker cpu"),
-        ({"queues": [QUEUE], "stock": {"s": ["gpu", "x"]}}, Level.FAIL, "worker s on gpu is RQ's own", "-w perdure.workers.Worker gpu"),
+        ({"queues": [QUEUE], "stock": {"s": ["gpu", "x"]}}, Level.WARN, "worker s on gpu is RQ's own", "-w perdure.workers.Worker gpu"),
         ({"workers": [WELL["workers"][0] | {"dead_in": -20.0, "age": 25.0}]}, Level.WARN, "silent for 25 s", "perdure reaper"),
         ({"workers": [WELL["workers"][0] | {"unfit": "GPU_RESET"}]}, Level.WARN, "w leaves its device", "repair"),
         ({"unfit": [{"device": "GPU-1", "host": "h", "reason": "Xid"}]}, Level.WARN, "GPU-1 on h is not used", "repair"),

@@ -123,7 +123,7 @@ def test_from_rq_to_ours_and_back(lab: Lab, app: dict[str, str], tmp_path: Path)
     assert read.stdout == "finished ['c.txt 0']\n"
     left: Any = list(lab.connection.scan_iter("rq:perdure:*"))
     immortal = {name.decode() for name in left if lab.connection.ttl(name) == -1}
-    assert immortal <= {f"rq:perdure:{name}" for name in ("counters", "pulse", "schema", "beats")}
+    assert immortal <= {f"rq:perdure:{name}" for name in ("counters", "pulse", "schema", "queues", "beats")}
     assert all(lab.connection.ttl(name) <= 7 * 86_400 for name in left)
 
 

@@ -429,7 +429,7 @@ def test_a_finished_request_leaves_nothing_but_its_answer(pool: Pool, hand: Hand
     for name in ("job", "output", "history", "results"):
         assert 990 <= connection.ttl(key(name, "a")) <= 1000
     assert set(left) - {name for name in left if name.endswith(":a")} == {
-        key("queues"), key("finished", "gpu"), key("beats"), key("incarnation", hand.incarnation), key("schema"),
+        key("queues"), key("swept"), key("finished", "gpu"), key("beats"), key("incarnation", hand.incarnation), key("schema"),
         key("bell", "gpu"),
     } - ({key("bell", "gpu")} - set(left))  # fmt: skip
     assert pool.store.all_outputs("a") == ["x", "y"]
@@ -504,7 +504,7 @@ def test_a_request_whose_model_is_gone_restarts_in_a_new_epoch(pool: Pool, hand:
     assert pool.field("a", "epoch") in ("", "0")
     pool.make_due("a")
     claim = other.take("a")
-    pool.connection.zadd(key("fingerprints"), {"model-1": 1})
+    pool.connection.zadd(key("fingerprints"), {"gpu model-1": 1})
     assert other.release(claim, delay=5.0, fingerprints=["model-1"]) == ["queued"]
     assert pool.events("a")[-1] == "restart"
     claim = other.take("a")

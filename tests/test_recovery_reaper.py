@@ -139,7 +139,7 @@ def test_a_sweep_ends_even_if_there_is_always_something_left(
 
     promoted: list[int] = []
     monkeypatch.setattr(pool.store, "reap", reap)
-    monkeypatch.setattr(pool.store, "promote", lambda queues: count(promoted))
+    monkeypatch.setattr(pool.store, "promote", lambda queues, rounds: count(promoted))
     reaper.sweep()
     assert (len(calls), promoted) == (MAX_ROUNDS, [1])
 

@@ -233,6 +233,19 @@ end
 
 -- Whether a request that may run here is left to another worker for a while.
 local here, living
+-- Of each living worker, at most 128: queues, place, whether it holds nothing. Read once: a claim looks at 128 requests.
+local function read_living()
+  local found = {}
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf', 'LIMIT', 0, 128)) do
+    local record = other ~= incarnation and redis.call('HMGET', KEY.incarnation .. other, 'ready', 'queues', 'worker')
+    if record and record[1] == '1' then
+      found[#found + 1] = { names = ',' .. (record[2] or '') .. ',', place = where(other, record[3] or ''),
+        empty = redis.call('EXISTS', KEY.held .. other) == 0 }
+    end
+  end
+  return found
+end
+
 local function passed_over(id, queue, suspects, job)
   local name = KEY.job .. id
   job = job or read_job(name)
@@ -241,16 +254,13 @@ local function passed_over(id, queue, suspects, job)
   if not failed_there(job.failed_on, here) then return false end
   local waited = job.passed_at and now_ms - number_of(job.passed_at) or 0
   if waited < 0 or waited >= 2000 then return false end
-  living = living or redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf', 'LIMIT', 0, 128)
+  living = living or read_living()
   -- A heartbeat names queues without their priorities.
   local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
   for _, other in ipairs(living) do
-    local record = redis.call('HMGET', KEY.incarnation .. other, 'ready', 'queues', 'worker')
-    local names = ',' .. (record[2] or '') .. ','
-    local serves = string.find(names, ',' .. queue .. ',', 1, true) or string.find(names, ',' .. plain .. ',', 1, true)
-    local can = other ~= incarnation and record[1] == '1' and serves
-      and not (suspects and redis.call('EXISTS', KEY.held .. other) == 1)
-    if can and not failed_there(job.failed_on, where(other, record[3] or '')) then
+    local serves = string.find(other.names, ',' .. queue .. ',', 1, true)
+      or string.find(other.names, ',' .. plain .. ',', 1, true)
+    if serves and (other.empty or not suspects) and not failed_there(job.failed_on, other.place) then
       -- Once: the other is woken now, and this one is not to be woken by its own bell until then.
       if redis.call('HSETNX', name, 'passed_at', now_text) == 1 then ring(queue) end
       return true
@@ -317,7 +327,7 @@ local function start(id, queue, execution, job)
     -- And so it has neither outputs nor a checkpoint.
   elseif not point.at then
     if next(point) or redis.call('EXISTS', KEY.output .. id) == 1 then reason = 'no checkpoint' end
-  elseif now_ms - number_of(point.at) > ttl_ms then
+  elseif number_of(point.at) < now_ms - ttl_ms and number_of(point.at) < stale_before(ttl_ms) then
     reason = 'the checkpoint was older than ' .. int(ttl_ms / 1000) .. ' s'
   elseif resume == '0' then
     reason = 'resuming is turned off'
@@ -391,8 +401,11 @@ end
 local isolates = redis.call('ZSCORE', KEY.isolating, incarnation)
 if isolates and not empty then return answer('blocked') end -- it holds suspects, or drains for them
 local apart = false
+-- What is due is moved in all queues together as far as one call may go: with each of 500 queues by itself it took a second.
+local budget = 128
 for _, queue in ipairs(queues) do
-  promote(queue, 128)
+  budget = budget - promote(queue, budget)
+  budget = budget - take_bounced(queue, budget)
   -- A worker that is never empty would get none: after 5 s one is reserved for the oldest, and drains.
   local since = empty and '+inf' or int(now_ms - 5000)
   if used == 0 and #redis.call('ZRANGEBYSCORE', KEY.suspects .. queue, '-inf', since, 'LIMIT', 0, 1) > 0 then
@@ -491,12 +504,16 @@ for _, part in ipairs(passed) do
 end
 waited.send()
 if number > 0 then
-  for queue, many in pairs(taken) do count('claimed', queue, many) end
+  for queue, many in pairs(taken) do
+    count('claimed', queue, many)
+    redis.call('SADD', KEY.swept, queue)
+  end
   -- The first heartbeat may come later than the worker's death: the claim itself is a sign of life.
   redis.call('ZADD', KEY.beats, 'NX', int(now_ms + timeout_ms), incarnation)
   -- For people: what it runs, and how much of it at once. A plain job is alone.
   local path = task ~= '\0plain' and task or ''
-  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'task', path, 'slots', path == '' and '1' or slots_of[path] and int(slots_of[path]) or '')
+  redis.call('HSET', KEY.incarnation .. incarnation, 'worker', worker, 'task', path, 'slots', path == '' and '1' or slots_of[path] and int(slots_of[path]) or '',
+    'lease', int(lease_ms))
   -- Until the first heartbeat, which knows the names that the worker was started with.
   redis.call('HSETNX', KEY.incarnation .. incarnation, 'queues', queues_text)
   if empty then redis.call('HDEL', KEY.incarnation .. incarnation, 'hung', 'hung_at') end -- whoever hung here before has gone

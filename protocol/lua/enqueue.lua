@@ -69,6 +69,8 @@ for number = 1, tonumber(arg()) do
   if trace ~= '' then field('trace', trace) end
   if short then field('stretched', '1') end
   if kind.deadline > 0 then field('deadline', int(kind.deadline)) end
+  if kind.deadline_ms > 0 or kind.queue_ms > 0 then field('counted_from', now_text) end
+  if kind.deadline > 0 and kind.deadline_ms == 0 then field('dated', '1') end
   kinds[number] = kind
 end
 
@@ -94,9 +96,12 @@ for _ = 1, tonumber(arg()) do
   if kind.durable == '1' then count('durable', queue) end
   local name = KEY.job .. id
   -- Nothing at all is there, mostly: one question for everything.
-  local there = redis.call('EXISTS', name, KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id) > 0
+  local there = redis.call('EXISTS', name, KEY.output .. id, KEY.checkpoint .. id, KEY.history .. id, KEY.results .. id,
+    KEY.spent .. id) > 0
   local stored = seen[id] or there and redis.call('EXISTS', name) == 1 and redis.call('HMGET', name, 'nonce', 'digest')
-  if stored then
+  if not stored and there and redis.call('GET', KEY.spent .. id) == nonce then
+    answers[#answers + 1] = 'already' -- it has ended, and was kept for less time than the producer took to send this again
+  elseif stored then
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
   elseif short and string.sub(queue, -4) == '-low' then
@@ -121,7 +126,10 @@ for _ = 1, tonumber(arg()) do
   end
 end
 
-for queue in pairs(accepted) do redis.call('SADD', KEY.queues, KEY.queue .. queue) end
+for queue in pairs(accepted) do
+  redis.call('SADD', KEY.queues, KEY.queue .. queue)
+  redis.call('SADD', KEY.swept, queue)
+end
 for queue, ids in pairs(entering) do redis.call('RPUSH', KEY.queue .. queue, unpack(ids)) end
 for _, request in ipairs(new) do
   local id, kind = request.id, request.kind

@@ -1,23 +1,24 @@
--- Delete stale checkpoints with their outputs, and old entries of RQ's registries.
+-- Delete stale checkpoints with their outputs, and what registries and sets still have of requests that are gone.
 --
 -- ARGV ttl_ms        age at which a checkpoint is stale
 -- ARGV limit         checkpoints per call, at most 128
--- EACH queue: queue  queues whose registries are looked at
+-- EACH queue: queue  queues whose registries and sets are looked at, at most 16
 --
 -- Returns  how many checkpoints were deleted, as text
 --
--- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old. The request starts
--- from zero in a new epoch; its history says so. A dead letter loses its checkpoint in the same way.
+-- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old, and neither does a gap in the sweeps
+-- (stale_before in prelude.lua). The request starts from zero in a new epoch; its history says so. A dead letter loses its
+-- checkpoint in the same way.
 local ttl_ms, limit = tonumber(arg()), math.min(tonumber(arg()), 128)
 local stale = 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(now_ms - ttl_ms), 'LIMIT', 0, limit)) do
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'status')
-  if not job[3] then
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(stale_before(ttl_ms)), 'LIMIT', 0, limit)) do
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'status', 'holder', 'created_at')
+  if not job[5] then
     forget(id)
-  elseif job[1] and job[1] ~= '' then
+  elseif runs(id, job[1], job[4]) then
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms)) end
-  elseif job[3] == 'failed' or job[3] == 'canceled' or job[3] == 'stopped' or job[3] == 'finished' then
+  elseif ENDED[job[3] or ''] then
     -- It has ended. Its outputs may still be read; only going on from them is over.
     drop_checkpoint(id)
     stale = stale + 1
@@ -26,11 +27,33 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(now
     stale = stale + 1
   end
 end
+redis.call('ZREMRANGEBYSCORE', KEY.fingerprints, '-inf', int(now_ms - 1000 * DAY))
+
+-- Of each set a page, another one each time: RQ's Job.delete and Queue.empty know nothing of ours, and RQ itself never tidies
+-- its canceled registry. An id in a list stays; the claim that meets it drops it.
+local function tidy(name, queue)
+  for _, id in ipairs(some_of(name .. queue, 32, 10000)) do
+    if redis.call('HEXISTS', KEY.job .. id, 'created_at') == 0 then
+      redis.call('ZREM', name .. queue, id)
+      forget(id)
+    end
+  end
+end
+
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   for _, registry in ipairs({ KEY.finished, KEY.failed }) do
     local old = redis.call('ZRANGEBYSCORE', registry .. queue, '(0', int(now_s), 'LIMIT', 0, 128)
     if #old > 0 then redis.call('ZREM', registry .. queue, unpack(old)) end
+  end
+  local own = 0
+  for _, name in ipairs({ KEY.canceled, KEY.leases, KEY.retries, KEY.deadlines, KEY.suspects }) do
+    tidy(name, queue)
+    if name ~= KEY.canceled then own = own + redis.call('EXISTS', name .. queue) end
+  end
+  if redis.call('EXISTS', KEY.queue .. queue) == 0 then redis.call('DEL', KEY.ended .. queue) end
+  if own == 0 and redis.call('EXISTS', KEY.bounced .. queue) == 0 and redis.call('SISMEMBER', KEY.queues, KEY.queue .. queue) == 0 then
+    redis.call('SREM', KEY.swept, queue) -- RQ's Queue.delete, and nothing of ours is left
   end
 end
 return int(stale)

@@ -59,6 +59,7 @@ for _ = 1, tonumber(arg()) do
       if job[8] or (job[9] or '') ~= '' or (job[10] or '') ~= '' or not bare and redis.call('EXISTS', name .. ':dependents') == 1 then
         share_ttl(id, ttl)
       else
+        remember(id, ttl)
         expire(name, ttl)
         expire(KEY.results .. id, ttl)
         if not bare then expire(KEY.history .. id, ttl) end

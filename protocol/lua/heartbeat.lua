@@ -61,7 +61,16 @@ elseif ready == '1' then
 end
 for _ = 1, tonumber(arg()) do
   local fingerprint = arg()
-  redis.call('ZADD', KEY.fingerprints, int(now_ms), fingerprint)
+  -- By itself for workers of 0.1, which ask for nothing else.
+  local rows = { now_text, fingerprint }
+  for _, queue in ipairs(queues) do
+    rows[#rows + 1], rows[#rows + 2] = now_text, queue .. ' ' .. fingerprint
+    if #rows >= 200 then
+      redis.call('ZADD', KEY.fingerprints, unpack(rows))
+      rows = {}
+    end
+  end
+  if #rows > 0 then redis.call('ZADD', KEY.fingerprints, unpack(rows)) end
   redis.call('EXPIRE', KEY.fingerprints, DAY)
 end
 

@@ -378,8 +378,19 @@ local function expire(name, ttl)
   end
 end
 
+-- For so long (s) a producer may send a submit again whose answer was lost.
+local RESENT = 600
+
+-- A request that is kept for less than that after its end: its submit is remembered, so that it is not accepted twice.
+local function remember(id, ttl)
+  if ttl < 0 or ttl >= RESENT then return end
+  local nonce = redis.call('HGET', KEY.job .. id, 'nonce') or ''
+  if nonce ~= '' then redis.call('SET', KEY.spent .. id, nonce, 'EX', RESENT) end
+end
+
 -- After the end, everything of a request shares one TTL.
 local function share_ttl(id, ttl)
+  remember(id, ttl)
   local waited_for = note_waited_for(id)
   local told = note_to_tell(id, redis.call('HGET', KEY.job .. id, 'last') or '')
   -- Whoever acts upon a note still finds the job.
@@ -419,6 +430,7 @@ local function leave_registries(queue, id)
   for _, name in ipairs({ KEY.scheduled, KEY.deferred, KEY.retries, KEY.suspects }) do
     aside = aside + redis.call('ZREM', name .. queue, id)
   end
+  redis.call('SREM', KEY.bounced .. queue, id)
   return aside > 0
 end
 
@@ -437,8 +449,10 @@ end
 
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
 local function watch_deadline(queue, id)
-  local deadline = redis.call('HGET', KEY.job .. id, 'deadline')
-  if number_of(deadline) > 0 then redis.call('ZADD', KEY.deadlines .. queue, deadline, id) end
+  local due = redis.call('HMGET', KEY.job .. id, 'deadline', 'queue_deadline')
+  local deadline, first = number_of(due[1]), number_of(due[2])
+  if first > 0 and (deadline == 0 or first < deadline) then deadline = first end
+  if deadline > 0 then redis.call('ZADD', KEY.deadlines .. queue, int(deadline), id) end
 end
 
 -- Seconds before retry number n (1 is the first): base * 2^(n-1), at most cap, then spread over its last
@@ -514,6 +528,21 @@ local function clear(id, queue, execution, incarnation, worker, offset)
   ring(queue)
 end
 
+-- Whether a living worker that serves a queue, by its name or as a priority of another one, has shown a fingerprint.
+local function shown(queue, fingerprint, alive_ms)
+  local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
+  for _, name in ipairs({ queue, plain }) do
+    local member = name .. ' ' .. fingerprint
+    local seen = redis.call('ZSCORE', KEY.fingerprints, member)
+    if seen and tonumber(seen) > now_ms then
+      redis.call('ZADD', KEY.fingerprints, now_text, member) -- the server's clock was set back
+      return true
+    end
+    if seen and now_ms - tonumber(seen) <= alive_ms then return true end
+  end
+  return false
+end
+
 -- Back to the queue at once. At the front: it has waited its turn already.
 local function to_front(queue, id)
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
@@ -528,7 +557,7 @@ end
 
 -- To wait for a due time. In our own set: RQ's scheduler would move it in two steps, and lose it between them.
 local function to_retries(queue, id, delay)
-  redis.call('HSET', KEY.job .. id, 'status', 'scheduled')
+  redis.call('HSET', KEY.job .. id, 'status', 'scheduled', 'aside_at', now_text)
   redis.call('ZADD', KEY.retries .. queue, int(now_ms + delay * 1000), id)
   watch_deadline(queue, id)
   note_waited_for(id) -- as in RQ, a slot under a rate limit is for what is queued or runs
@@ -575,15 +604,30 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   hint(job[2], id, 'end')
 end
 
+-- A deadline that was given in seconds counts from `counted_from`. If that lies ahead, the server's clock was set back
+-- since, and the deadline goes back by as much. One that was given as a date stays what it is.
+local function set_deadlines_back(id, counted_from)
+  local ahead = number_of(counted_from) - now_ms
+  if ahead <= 0 then return false end
+  local name = KEY.job .. id
+  local due = redis.call('HMGET', name, 'deadline', 'queue_deadline', 'dated')
+  if due[1] and not due[3] then redis.call('HSET', name, 'deadline', int(number_of(due[1]) - ahead)) end
+  if due[2] then redis.call('HSET', name, 'queue_deadline', int(number_of(due[2]) - ahead)) end
+  redis.call('HSET', name, 'counted_from', now_text)
+  return true
+end
+
 -- Why a waiting request has missed its time; nil if it has not.
 local function late(id)
+  set_deadlines_back(id, redis.call('HGET', KEY.job .. id, 'counted_from'))
   local due = redis.call('HMGET', KEY.job .. id, 'deadline', 'queue_deadline')
   if due[1] and number_of(due[1], now_ms + 1) <= now_ms then return 'its deadline passed while it waited' end
   if due[2] and number_of(due[2], now_ms + 1) <= now_ms then return 'no worker took it within its queue_timeout' end
 end
 
 -- End a held request whose deadline (as its hash has it) has passed. Returns whether it was so.
-local function end_running(queue, id, execution, incarnation, deadline)
+local function end_running(queue, id, execution, incarnation, deadline, counted_from)
+  if counted_from and set_deadlines_back(id, counted_from) then deadline = redis.call('HGET', KEY.job .. id, 'deadline') end
   if not deadline or number_of(deadline, now_ms + 1) > now_ms then return false end
   local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
   local started = seconds_of(redis.call('HGET', KEY.job .. id, 'claimed'))
@@ -593,9 +637,12 @@ local function end_running(queue, id, execution, incarnation, deadline)
   return true
 end
 
--- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it.
+-- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it. Returns how many were
+-- looked at, at most `limit`.
 local function end_late(queue, limit)
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.deadlines .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)) do
+  if limit < 1 then return 0 end
+  local due = redis.call('ZRANGEBYSCORE', KEY.deadlines .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  for _, id in ipairs(due) do
     redis.call('ZREM', KEY.deadlines .. queue, id)
     local job = redis.call('HMGET', KEY.job .. id, 'status', 'execution')
     local waits = job[1] ~= 'finished' and job[1] ~= 'failed' and job[1] ~= 'canceled' and job[1] ~= 'stopped'
@@ -610,6 +657,7 @@ local function end_late(queue, limit)
       end
     end
   end
+  return #due
 end
 
 -- Progress gives the budget back: at least 1 s of stepping, and a checkpoint beyond the best of all earlier
@@ -789,9 +837,32 @@ local function settle_canceled(id)
   hint(redis.call('HGET', name, 'client'), id, 'end')
 end
 
+-- A worker of RQ's own that was given a request puts it where none of them looks, RQ's scheduled registry, and notes it
+-- (workers/envelope.py). It has waited its turn, so it goes to the front again. Returns how many entries were looked at.
+local function take_bounced(queue, limit)
+  local ids = redis.call('SRANDMEMBER', KEY.bounced .. queue, limit)
+  for _, id in ipairs(ids) do
+    local job = redis.call('HMGET', KEY.job .. id, 'created_at', 'status', 'task')
+    if job[1] and job[2] == 'scheduled' and job[3] then
+      -- RQ writes the status before it writes the registry: what stands only in the first is not there yet.
+      if redis.call('ZREM', KEY.scheduled .. queue, id) == 1 then
+        redis.call('SREM', KEY.bounced .. queue, id)
+        redis.call('HSET', KEY.job .. id, 'status', 'queued')
+        redis.call('LPUSH', KEY.queue .. queue, id)
+        count('bounced', queue)
+      end
+    elseif not job[1] or job[2] ~= 'started' then
+      redis.call('SREM', KEY.bounced .. queue, id)
+      forget(id)
+    end
+  end
+  return #ids
+end
+
 -- Move due retries, and delayed requests whose time has come, to the back of their queue: they neither overtake fresh work nor starve behind it.
--- Returns how many were moved.
+-- Returns how many were looked at, at most `limit`, and how many were moved.
 local function promote(queue, limit)
+  if limit < 1 then return 0, 0 end
   local due = redis.call('ZRANGEBYSCORE', KEY.retries .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
   local moved = 0
   for _, id in ipairs(due) do
@@ -813,7 +884,7 @@ local function promote(queue, limit)
     end
   end
   if moved > 0 then ring(queue) end
-  return moved
+  return #due, moved
 end
 
 -- Make a state the checkpoint's: the state itself, or, with chunks > 0, those that are being written.
@@ -846,10 +917,39 @@ local function pulse(timeout_ms, pulse_ms)
   local known = at > 0 and since > 0 and at <= now_ms
   local gap = known and now_ms - at or 0
   if not known or gap > limit then since = now_ms end
+  if at > now_ms + 1000 then
+    -- The server's clock was set back. What stands in Redis with the old one's times lies too far ahead until then.
+    redis.call('HSET', KEY.pulse, 'back_until', int(at + 60000))
+  elseif at > 0 and gap > limit then
+    redis.call('HSET', KEY.pulse, 'away_from', int(at), 'away_to', now_text)
+  end
   -- At most twice the limit, and forgotten within a few sweeps: what an outage of an hour leaves is over with its grace.
   widest = math.max(math.min(gap, 2 * limit, 2 * timeout_ms), math.floor(widest * 7 / 8))
   redis.call('HSET', KEY.pulse, 'at', int(now_ms), 'since', int(since), 'gap', int(widest))
-  return now_ms - since >= timeout_ms, limit - pulse_ms
+  return now_ms - since >= timeout_ms, limit - pulse_ms, since
+end
+
+-- Whether the server's clock was set back lately: see pulse().
+local function set_back()
+  return now_ms < number_of(redis.call('HGET', KEY.pulse, 'back_until'))
+end
+
+-- Checkpoints written before this moment (ms) are older than ttl_ms. The last time in which nobody swept does not count: it was
+-- an outage, in which no request could go on, or a step ahead of the server's clock, in which no time passed.
+local function stale_before(ttl_ms)
+  local cut = now_ms - ttl_ms
+  local away = redis.call('HMGET', KEY.pulse, 'away_from', 'away_to')
+  local from, to = number_of(away[1]), number_of(away[2])
+  if from == 0 or to > now_ms or cut >= to then return cut end
+  return cut - (to - from)
+end
+
+-- A page of a sorted set or list, another one in each period of so many ms: all members come once in size / n of them.
+local function some_of(name, size, period_ms, command, count)
+  local number = redis.call(count or 'ZCARD', name)
+  if number == 0 then return {} end
+  local place = math.floor(now_ms / period_ms) % math.ceil(number / size) * size
+  return redis.call(command or 'ZRANGE', name, int(place), int(place + size - 1))
 end
 
 -- Append outputs at an absolute offset and store a state, for an execution known to be current.

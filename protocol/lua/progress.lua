@@ -31,7 +31,7 @@ for _ = 1, tonumber(arg()) do
   local fingerprint, stepped = arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
-    'worker_name', 'claimed', 'started_at')
+    'worker_name', 'claimed', 'started_at', 'counted_from')
   if not owns(execution, job[1], job[11]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
@@ -61,7 +61,7 @@ for _ = 1, tonumber(arg()) do
         leases.send()
         points.send()
       end
-      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6]) and 'deadline' or 'ok'
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6], job[12]) and 'deadline' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)
     end

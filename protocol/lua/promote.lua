@@ -1,14 +1,68 @@
 -- Move retries and delayed requests that are due to the end of their queues, and end what waits past its deadline.
 --
--- ARGV limit         per queue, at most 128
+-- ARGV limit         in all queues together, at most 128
 -- EACH queue: queue  queue names
 --
--- Returns  how many were moved, as text
+-- Returns  how many were moved, as text, then '1' if there may be more to do
+--
+-- Beside that, for a few of each queue: a request that somebody's tool has put back after its end loses the TTL of that end,
+-- or it would expire while it waits.
+--
+-- When the server's clock was set back, retries, delays and deadlines lie too far ahead. They are found a page at a time, until
+-- the old clock's time is reached: a retry, or a delay, counts again from now; so does a deadline that was given in seconds.
+-- One that was given as a date stays. So nothing is late by more than it was to wait at first.
 local limit = math.min(tonumber(arg()), 128)
-local moved = 0
+local moved, left, back = 0, limit, set_back()
+
+-- Whether an entry of a queue's list is of a request that has ended and is to run again.
+local function keep_requeued(queue, ids)
+  for _, id in ipairs(ids) do
+    local name = KEY.job .. id
+    if redis.call('TTL', name) >= 0 then
+      local v = redis.call('HMGET', name, 'task', 'last', 'claimed', 'started_at', 'enqueued_at', 'entered', 'created_at')
+      local registry = ENDED[string.match(v[2] or '', ':(%a+)$')]
+      local job = { claimed = v[3] or nil, started_at = v[4] or nil, enqueued_at = v[5] or nil, entered = v[6] or nil,
+        created_at = v[7] or nil }
+      local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
+      if v[1] and registry and not redis.call('ZSCORE', KEY.ended .. queue, id) and (not stands or enqueued_again(job)) then
+        for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+      end
+    end
+  end
+end
+
+-- Count again from now what a clock that was set back has put too far ahead.
+local function set_back_times(queue)
+  for _, id in ipairs(some_of(KEY.retries .. queue, 64, 500)) do
+    local since = number_of(redis.call('HGET', KEY.job .. id, 'aside_at'))
+    if since > now_ms then
+      local wait = number_of(redis.call('ZSCORE', KEY.retries .. queue, id)) - since
+      redis.call('ZADD', KEY.retries .. queue, int(now_ms + math.max(0, wait)), id)
+      redis.call('HSET', KEY.job .. id, 'aside_at', now_text)
+    end
+  end
+  for _, id in ipairs(some_of(KEY.deadlines .. queue, 64, 500)) do
+    if set_deadlines_back(id, redis.call('HGET', KEY.job .. id, 'counted_from')) then watch_deadline(queue, id) end
+  end
+  for _, id in ipairs(some_of(KEY.leases .. queue, 64, 500)) do
+    local job = redis.call('HMGET', KEY.job .. id, 'holder', 'task', 'step_ms', 'timeout')
+    local lease = number_of(redis.call('HGET', KEY.incarnation .. (job[1] or ''), 'lease'), 30000)
+    local length = job[2] and lease_length(job[3], lease) or plain_lease(number_of(job[4], 180))
+    if number_of(redis.call('ZSCORE', KEY.leases .. queue, id)) > now_ms + length then
+      redis.call('ZADD', KEY.leases .. queue, int(now_ms + length), id)
+    end
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.suspects .. queue, '(' .. now_text, '+inf', 'LIMIT', 0, 64)) do
+    redis.call('ZADD', KEY.suspects .. queue, now_text, id)
+  end
+end
+
 for _ = 1, tonumber(arg()) do
   local queue = arg()
-  end_late(queue, limit)
-  moved = moved + promote(queue, limit)
+  if back then set_back_times(queue) end
+  left = left - end_late(queue, left)
+  local looked, here = promote(queue, left)
+  left, moved = left - looked, moved + here
+  keep_requeued(queue, redis.call('LRANGE', KEY.queue .. queue, -8, -1))
 end
-return int(moved)
+return { int(moved), left < 1 and '1' or '0' }

@@ -40,6 +40,7 @@ for _ = 1, tonumber(arg()) do
     end
     if answer == 'queued' and redis.call('LPOS', KEY.queue .. queue, id, 'MAXLEN', 1000) then answer = 'already' end
     if answer == 'queued' then
+      leave_registries(queue, id) -- RQ's clean-up may have failed it
       history(id, 'readmitted', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason)
       to_front(queue, id)
       count('readmitted', queue)

@@ -155,7 +155,16 @@ if incarnation ~= '' then
 end
 
 -- A sweep. Its pulse first: the next one learns from it whether time went on as it should.
-local judged, slack = pulse(timeout_ms, pulse_ms)
+local judged, slack, since = pulse(timeout_ms, pulse_ms)
+-- What lies further ahead than any heartbeat sets it was set by a clock that has been set back. Of the living it is right
+-- with their next one; of the dead, it counts from now.
+for _, holder in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, int(now_ms + math.max(timeout_ms, 5000) + 1000), '+inf', 'LIMIT', 0, 16)) do
+  local longest = number_of(redis.call('HGET', KEY.incarnation .. holder, 'timeout'), timeout_ms)
+  if tonumber(redis.call('ZSCORE', KEY.beats, holder)) > now_ms + longest + 1000 then
+    redis.call('ZADD', KEY.beats, int(now_ms + longest), holder)
+  end
+end
+
 if not judged then return answer('0') end
 
 local silent = redis.call('ZRANGEBYSCORE', KEY.beats, '-inf', int(now_ms - slack), 'LIMIT', 0, 16)
@@ -168,6 +177,14 @@ for _, holder in ipairs(silent) do
   reap_incarnation(holder, kind, reason, exception, charge, crash, loss)
 end
 local crowd = {}
+
+-- Whether a step of a request whose lease ran out has had its whole time since the sweeps go on without a gap: in an outage
+-- nobody can be heard, and when the server's clock steps ahead no time has passed.
+local function heard(job, since)
+  local lease = number_of(redis.call('HGET', KEY.incarnation .. (job[2] or ''), 'lease'), 30000)
+  local length = job[5] and lease_length(job[6], lease) or plain_lease(number_of(job[7], 180))
+  return now_ms - since >= length
+end
 
 -- How many were in flight on a worker when it hung: as many as it held before this sweep took the first of them, or an
 -- earlier sweep, if that was a moment ago; the leases of one hang do not all end at once.
@@ -184,33 +201,41 @@ local function in_flight(holder)
   return held
 end
 
+-- One bound for all queues together; those of which nobody may be judged yet do not use up what others need.
+local looked, spared = 0, 0
 for _ = 1, tonumber(arg()) do
   local queue = arg()
-  local expired = redis.call('ZRANGEBYSCORE', KEY.leases .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  local expired = {}
+  if looked + taken < limit and spared < 128 then
+    expired = redis.call('ZRANGEBYSCORE', KEY.leases .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  elseif looked + taken >= limit then
+    left = '1'
+  end
   if #expired == limit then left = '1' end -- there may be more
   for _, id in ipairs(expired) do
-    if taken >= limit then
+    if looked + taken >= limit then
       left = '1'
       break
     end
-    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name', 'origin')
-    if job[4] ~= queue or not runs(id, job[1], job[2]) then
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name', 'origin', 'task', 'step_ms', 'timeout')
+    local holder = job[2] or ''
+    local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms
+    if job[4] ~= queue or not runs(id, job[1], holder) then
       -- Nobody holds it there: the job was deleted while it ran, and its id perhaps used again, or a claim was cut short.
       redis.call('ZREM', KEY.leases .. queue, id)
       forget(id)
-    else
-      local holder = job[2] or ''
-      local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms
-      if now_ms - beat > timeout_ms / 2 then
-        -- With a short lease, a lost host shows here before its heartbeat runs out. That is no hang.
-        reap_one(id, job[1], holder, job[3] or '', kind, reason, exception, { charge = charge, crash = crash, loss = loss,
-          flight = in_flight(holder) })
-      else
-        reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
-          hang_exception, { charge = '0', crash = '1', loss = '0', flight = in_flight(holder) })
-      end
-      -- RQ may have ended a plain job whose lease stayed behind.
+      looked = looked + 1
+    elseif now_ms - beat > timeout_ms / 2 then
+      -- With a short lease, a lost host shows here before its heartbeat runs out. That is no hang.
+      reap_one(id, job[1], holder, job[3] or '', kind, reason, exception, { charge = charge, crash = crash, loss = loss,
+        flight = in_flight(holder) })
+      redis.call('ZREM', KEY.leases .. queue, id) -- RQ may have ended a plain job whose lease stayed behind
+    elseif heard(job, since) then
+      reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
+        hang_exception, { charge = '0', crash = '1', loss = '0', flight = in_flight(holder) })
       redis.call('ZREM', KEY.leases .. queue, id)
+    else
+      spared = spared + 1
     end
   end
 end

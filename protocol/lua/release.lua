@@ -15,6 +15,7 @@
 -- Returns  per request 'queued', 'scheduled', 'canceled', 'failed' (too many executions without progress),
 --          'already' or 'lost'
 --
+-- A fingerprint is known by queue: a worker of other queues that has the model can never take the request.
 -- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
 -- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
 local incarnation, worker, reason, delay, alive_ms = arg(), arg(), arg(), arg(), arg()
@@ -56,8 +57,7 @@ for i = #rows, 1, -1 do
     local gone, executions = false, number_of(redis.call('HGET', name, 'executions'))
     local times = executions
     if fingerprint ~= '' then
-      local seen = redis.call('ZSCORE', KEY.fingerprints, fingerprint)
-      gone = not seen or now_ms - tonumber(seen) > tonumber(alive_ms)
+      gone = not shown(queue, fingerprint, tonumber(alive_ms))
       -- It waits for a worker that lives but is busy: however often it is handed back until then, it is not failed.
       if not gone then
         redis.call('HSET', name, 'executions', int(math.max(0, executions - 1)))

@@ -8,10 +8,14 @@
 -- Returns  per request 'ok', 'lost', 'cancel' or 'deadline', as progress does
 local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
+-- For the sweep: how long the leases of this worker are.
+if redis.call('EXISTS', KEY.incarnation .. incarnation) == 1 then
+  redis.call('HSET', KEY.incarnation .. incarnation, 'lease', int(lease_ms))
+end
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms', 'worker_name', 'claimed',
-    'started_at')
+    'started_at', 'counted_from')
   if not owns(execution, job[1], job[9]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   else
@@ -27,7 +31,7 @@ for _ = 1, tonumber(arg()) do
     if stopped then
       answers[#answers + 1] = 'cancel'
     else
-      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[5]) and 'deadline' or 'ok'
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[5], job[10]) and 'deadline' or 'ok'
     end
   end
 end

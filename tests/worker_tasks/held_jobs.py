@@ -1,9 +1,12 @@
-"""A plain job that waits until its test lets it go on."""
+"""Jobs and workers of RQ's own that take their time, for tests that come in between."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+
+from rq import Worker
 
 
 def hold(folder: str, word: str) -> str:
@@ -13,3 +16,11 @@ def hold(folder: str, word: str) -> str:
     while not Path(folder, f"{word}.goes").exists() and time.monotonic() < until:
         time.sleep(0.01)
     return word
+
+
+class SlowStock(Worker):
+    """RQ's own worker, whose horse has a request for a minute before it looks what it is."""
+
+    def prepare_job_execution(self, *args: Any, **options: Any) -> None:
+        super().prepare_job_execution(*args, **options)
+        time.sleep(60)
