@@ -160,3 +160,17 @@ def test_a_worker_that_cannot_sign_off_leaves_it_to_its_guardian(server_binary: 
         assert lab.store.workers() == []
         assert lab.nothing_held()
         assert lab.connection.exists(key("worker", worker.name), key("beats")) == 0
+
+
+def test_a_worker_that_ends_by_an_error_of_its_own_claims_nothing_more(lab: Lab) -> None:
+    """Its courier has left before it signs off: nobody is lost with it, and it was not "declared dead"."""
+    for _ in range(2):
+        lab.submit("Untimely", max_retries=0)
+    names = [lab.submit("count", {"n": 2}) for _ in range(8)]
+    worker = lab.worker(wait=False)
+    assert worker.end() == 1
+    assert "ArithmeticError" in worker.log
+    assert "declared dead" not in worker.log
+    assert lab.nothing_held()
+    for name in names:
+        assert [kind for _, kind in lab.events(name) if kind] == []

@@ -97,10 +97,22 @@ class Courier:
         """True once it may hold something."""
         return self._thread is not None
 
-    def join(self) -> None:
-        """Wait for the end of the thread."""
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end of the thread; False if it has not come after so many seconds."""
         assert self._thread is not None
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def end(self) -> bool:
+        """Have it leave before this worker signs off: what it claimed afterwards would be lost with the process.
+
+        The loop must not step any more. False if the thread does not end within the time that leaving may take.
+        """
+        if self._thread is None:
+            return True
+        self.holdings.parked.set()
+        self.holdings.stop()
+        return self.join(2 * GIVE_UP + self.patience)
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -208,9 +220,14 @@ class Courier:
     # --- outages, a false death, and the end -------------------------------------------------------
 
     def _rejoin(self) -> None:
-        """Declared dead: all that this incarnation held runs elsewhere. Go on under a new one."""
+        """Declared dead: all that this incarnation held runs elsewhere. Go on under a new one, unless it is to end."""
         holdings = self.holdings
         with holdings.lock:
+            if holdings.stopping:
+                for name in list(holdings.held):
+                    holdings.let_go(name)
+                holdings.handbacks.clear()
+                return
             self.line.log.warning(
                 "Worker %s was declared dead (no heartbeat reached Redis in time); %d request(s) dropped, rejoining",
                 self.line.worker,

@@ -60,6 +60,8 @@ class EngineLoop:
     watchdog: Watchdog = field(default_factory=Watchdog)
     hung: Callable[[str], None] = lambda why: None
     """Called when this process can run nothing any more and must be replaced."""
+    between: Callable[[], None] = lambda: None
+    """Called in every turn, outside of the task's code: what a step may have changed of the process is made good."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     find: Callable[[str], AnyTask] = resolve
     fitness: Fitness = field(init=False)
@@ -110,6 +112,7 @@ class EngineLoop:
     def turn(self) -> None:
         """Read the mail, which is waited for if there is nothing else to do, and step once."""
         self._tick()
+        self.between()
         self._read_mail()
         self._tick()
         engine = self._engine
@@ -325,6 +328,7 @@ class EngineLoop:
             if not batch.computing:
                 break
             self._tick()
+            self.between()
             for letter in self.holdings.mailbox.take(wait=True):
                 if isinstance(letter, Drop):
                     self._drop(letter.id)

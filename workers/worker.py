@@ -149,6 +149,7 @@ class Worker(PlainEnds):
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
         watcher = SignalWatcher(self._stop_signal)
+        loop.between = watcher.renew
         clean = False  # out of order, it is missed: the pool goes on expecting it
         try:
             watcher.install()
@@ -162,6 +163,7 @@ class Worker(PlainEnds):
                     self._depart(courier)
                     _exit_at_once(status)
                 sys.exit(status)
+            watcher.renew()
             if courier.holdings.settings.spare:
                 self._stand_by(courier, companion)
             companion.tell(ready=True)
@@ -182,6 +184,8 @@ class Worker(PlainEnds):
             clean = not loop.exit_code
         finally:
             watcher.remove()
+            if not courier.end():
+                self.log.error("Worker %s: its courier does not end; leaving without it", self.name)
             self._depart(courier, clean=clean)
         if loop.left_behind:
             self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)

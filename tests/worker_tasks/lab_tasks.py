@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import logging
 import os
@@ -222,6 +223,31 @@ class Batch(BatchTask):
 
     def drop(self, request_id: str) -> None:
         self.running.pop(request_id, None)
+
+
+class Untimely(BatchTask):
+    """Has no answer to how long a step may take: an error in the worker's own code, where it catches none."""
+
+    slots = 2
+    admitted = False
+
+    def load(self) -> None:
+        atexit.register(time.sleep, 1.0)  # the end of a process with a device takes longer
+
+    @property
+    def step_timeout(self) -> float | None:  # type: ignore[override]
+        if self.admitted:
+            raise ArithmeticError("not a task's method")
+        return None
+
+    def admit(self, request: Request) -> None:
+        self.admitted = True
+
+    def step(self) -> Iterable[Step]:
+        return []
+
+    def drop(self, request_id: str) -> None:
+        pass
 
 
 class Broken(BatchTask):
