@@ -19,6 +19,7 @@ from . import statuses
 from .device_memory import does_not_fit, empty_caches, forget, free_bytes
 from .engines import Engine, Waiting
 from .fitness import Fitness
+from .forks import foreign
 from .holdings import Holdings
 from .members import Members
 from .room import Verdict
@@ -88,7 +89,8 @@ class Admissions:
         limit = engine.size.limit
         self.holdings.limit("memory", limit if limit < engine.size.slots else None)
         try:
-            places = engine.places()
+            with foreign:
+                places = engine.places()
         except RAISED as error:
             self.log.exception("%s: cannot tell what memory is free", engine.path)
             self.fitness.judge(error)
@@ -103,12 +105,13 @@ class Admissions:
         verdict = Verdict.ADMIT
         self.before(engine, claim)
         try:
-            needed = engine.batch.memory_needed(entry.request.payload)
-            verdict = engine.judge(needed)
+            with foreign:
+                needed = engine.batch.memory_needed(entry.request.payload)
+                verdict = engine.judge(needed)
             if verdict is Verdict.WAIT:
                 return False
             if verdict is Verdict.ADMIT:
-                with logs.running(claim.id, claim.execution):
+                with logs.running(claim.id, claim.execution), foreign:
                     engine.batch.admit(entry.request)
         except RAISED as error:
             failed = error
@@ -141,7 +144,8 @@ class Admissions:
         """Bytes free once everything was let go that can be; ``None`` if nobody can tell."""
         try:
             empty_caches()
-            free = engine.batch.memory_free()
+            with foreign:
+                free = engine.batch.memory_free()
             return free_bytes() if free is None else free
         except RAISED as error:
             self.log.exception("%s: cannot tell what memory is free", engine.path)

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any, cast
 
+from .forks import foreign, in_child
 from .generators import no_step
 from .members import Member, Members, log
 from .tasks import Request, Step, Task
@@ -30,6 +31,7 @@ class AsyncBatch(Members):
 
     def __init__(self, task: Task, news: Callable[[], None] = lambda: None) -> None:
         super().__init__(task, news)
+        in_child(self._forked)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked: float | None = None
         """Since when the event loop has been asked whether it runs (monotonic seconds)."""
@@ -46,6 +48,11 @@ class AsyncBatch(Members):
         elif now - self._asked > step_timeout:
             return f"its event loop has been blocked for {now - self._asked:.1f} s"
         return ""
+
+    def _forked(self) -> None:
+        # A child that awaits would run its parent's other requests as well, with their sockets.
+        if self._loop is not None:
+            self._loop.stop()
 
     def _answer(self) -> None:
         self._asked = None
@@ -71,7 +78,8 @@ class AsyncBatch(Members):
         asyncio.set_event_loop(loop)
         while self._loop is loop:
             try:
-                loop.run_forever()
+                with foreign:
+                    loop.run_forever()
             except BaseException:
                 # asyncio lets KeyboardInterrupt and SystemExit of any task through: one that a request has started.
                 log.exception("%r raised in a task of its own; its event loop goes on", self.task)
@@ -110,7 +118,8 @@ def _cancel(tasks: list[asyncio.Task[None]]) -> None:
 async def _advance(generator: Running) -> Step:
     """The next step of a generator; its end and what it raises are steps too."""
     try:
-        step: Any = await anext(generator)
+        with foreign:
+            step: Any = await anext(generator)
     except StopAsyncIteration:
         return Step(result=None)
     except BaseException as error:  # nobody else would hear of a KeyboardInterrupt or CancelledError
@@ -118,7 +127,8 @@ async def _advance(generator: Running) -> Step:
     if isinstance(step, Step) and not step.ends:
         return step
     try:
-        await generator.aclose()
+        with foreign:
+            await generator.aclose()
     except BaseException as error:
         return Step(error=error)
     return step if isinstance(step, Step) else Step(error=no_step(step))
@@ -126,13 +136,15 @@ async def _advance(generator: Running) -> Step:
 
 async def _close(generator: Running, identifier: str) -> None:
     try:
-        await generator.aclose()
+        with foreign:
+            await generator.aclose()
     except BaseException:
         log.exception("the generator of %s raised while it was closed", identifier)
 
 
 def _generator(task: Task, request: Request) -> Running:
-    generator: object = task(request)
+    with foreign:
+        generator: object = task(request)
     if not inspect.isasyncgen(generator):
         raise TypeError(f"{task!r} returned a {type(generator).__name__}, not an async generator")
     return cast("Running", generator)

@@ -20,6 +20,7 @@ from typing import Any
 import redis
 
 from ..protocol.settings import PREFIX, Settings
+from .forks import in_child
 from .watchdog import Page
 
 PIPE_SIZE = 256 * 1024
@@ -39,7 +40,7 @@ class Guarded(Enum):
     """Redis holds a newer protocol than this worker speaks."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Companion:
     """Keeps one guardian process beside this worker.
 
@@ -73,8 +74,18 @@ class Companion:
         return self._process.pid if self._process else None
 
     def __post_init__(self) -> None:
-        # A child that a task forks would report its own crash as this worker's.
-        os.register_at_fork(after_in_child=faulthandler.disable)
+        in_child(self._forked)
+
+    def _forked(self) -> None:
+        # A child that a task forks would report its own crash as this worker's, and keep the pipe open after its end.
+        faulthandler.disable()
+        pipes = [self.crash_file]
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
+            pipes.append(self._process.stdin.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for pipe in pipes:
+            os.dup2(nowhere, pipe, inheritable=False)
+        os.close(nowhere)
 
     def watch(self, incarnation: str) -> None:
         """Have this incarnation guarded, in place of any earlier one."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any, cast
 
 from ..protocol import logs
+from .forks import foreign
 from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
 
 log = logging.getLogger("rq.worker")
@@ -43,7 +44,7 @@ class GeneratorBatch(BatchTask):
     def drop(self, request_id: str) -> None:
         generator = self._running.pop(request_id, None)
         if generator is not None:
-            with logs.running(request_id, self._executions.pop(request_id)):
+            with logs.running(request_id, self._executions.pop(request_id)), foreign:
                 generator.close()
 
 
@@ -58,7 +59,8 @@ def begin(task: Task, request: Request) -> Running | Step:
 def advance(generator: Running) -> Step:
     """The next step of a generator; its end and what it raises are steps too."""
     try:
-        step: Any = next(generator)
+        with foreign:
+            step: Any = next(generator)
     except StopIteration as stop:
         return Step(result=stop.value)
     except RAISED as error:
@@ -67,7 +69,8 @@ def advance(generator: Running) -> Step:
         return step
     # It is over, by what it has yielded. What its finally blocks raise counts, as after a return.
     try:
-        generator.close()
+        with foreign:
+            generator.close()
     except RAISED as error:
         return Step(error=error)
     return step if isinstance(step, Step) else Step(error=no_step(step))
@@ -81,13 +84,15 @@ def no_step(value: object) -> TypeError:
 def close(generator: Running, identifier: str) -> None:
     """Close the generator of a request that nobody wants any more."""
     try:
-        generator.close()
+        with foreign:
+            generator.close()
     except BaseException:
         log.exception("the generator of %s raised while it was closed", identifier)
 
 
 def _generator(task: Task, request: Request) -> Running:
-    generator: object = task(request)  # annotated, but nobody has checked the user's promise
+    with foreign:
+        generator: object = task(request)  # annotated, but nobody has checked the user's promise
     if not inspect.isgenerator(generator):
         raise TypeError(
             f"{task!r} returned a {type(generator).__name__}, not a generator: a task yields at least one Step"

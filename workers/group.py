@@ -26,6 +26,7 @@ from ..protocol.errors import SettingsError, UnknownTask
 from ..protocol.settings import Settings
 from .collectives import CollectiveFailed, Collectives, serve
 from .followers import Follower, wait
+from .forks import foreign
 from .membership import Membership, Outcome, Report, Verdict, judge
 from .rank import digest
 from .tasks import NOTHING, RAISED, BatchTask, Request, Step, path_of
@@ -150,7 +151,8 @@ class Group(BatchTask):
         leader = Report()
         try:
             if whole:
-                steps = list(self.batch.step())
+                with foreign:
+                    steps = list(self.batch.step())
                 leader = Report(digest=digest(steps))
         except CollectiveFailed as error:
             leader = Report(broken=str(error))
@@ -317,7 +319,8 @@ class Group(BatchTask):
             follower.ready = False
         self._order("form", epoch, self._store.port)
         self.collectives.form(epoch, self._store)
-        self.batch.meet()
+        with foreign:
+            self.batch.meet()
         self._wait_answers(self.timeout)
         for rank, follower in self.followers.items():
             _raise_from(follower, self._number)

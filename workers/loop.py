@@ -20,6 +20,7 @@ from .claimer import NO_CHECKPOINT
 from .device_memory import forget
 from .engines import Engine, Waiting
 from .fitness import Fitness
+from .forks import foreign
 from .generators import as_batch
 from .holdings import Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
@@ -229,9 +230,10 @@ class EngineLoop:
         self.holdings.loading(self.settings.load_timeout)
         self.watchdog.tick(self.settings.load_timeout)
         try:
-            batch = as_batch(self.find(path), lambda: self.holdings.mailbox.put(News()))
-            batch.load()
-            engine = Engine(path, batch, batch.fingerprint())
+            with foreign:
+                batch = as_batch(self.find(path), lambda: self.holdings.mailbox.put(News()))
+                batch.load()
+                engine = Engine(path, batch, batch.fingerprint())
         finally:
             self._tick()
             self.holdings.loading(0)
@@ -248,7 +250,8 @@ class EngineLoop:
         self.holdings.stepping = True
         self.watchdog.tick(self.holdings.longest_step())
         try:
-            steps = [_checked(step) for step in engine.batch.step()]
+            with foreign:
+                steps = [_checked(step) for step in engine.batch.step()]
         except Unfit as error:
             self.fitness.judge(error)
             return
@@ -384,7 +387,8 @@ class EngineLoop:
     def _probe(self, engine: Engine) -> bool | None:
         self.watchdog.tick(engine.step_timeout(self.settings))
         try:
-            return engine.batch.probe()
+            with foreign:
+                return engine.batch.probe()
         except RAISED as error:
             self.log.exception("%s raised while it probed itself", engine.path)
             self.fitness.judge(error)
@@ -416,7 +420,8 @@ class EngineLoop:
         engine.left(identifier)
         seconds = engine.batch.stepping_for(identifier) if isinstance(engine.batch, Members) else 0.0
         try:
-            engine.batch.drop(identifier)
+            with foreign:
+                engine.batch.drop(identifier)
         except RAISED as error:
             self.log.exception("%s raised while it dropped %s", engine.path, identifier)
             self.fitness.judge(error)

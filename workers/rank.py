@@ -23,6 +23,7 @@ from typing import Any
 from ..protocol import logs
 from ..protocol.codec import pack
 from .collectives import CollectiveFailed, Collectives, reach
+from .forks import at_home, foreign
 from .tasks import NOTHING, RAISED, BatchTask, Step, resolve
 from .wire import Wire
 
@@ -75,7 +76,8 @@ class Follower:
 
     def _report(self, number: int, word: str, action: Callable[[], Any]) -> None:
         try:
-            outcome = action()
+            with foreign:
+                outcome = action()
         except CollectiveFailed as error:
             log.warning("rank %d: %s", self.group.rank, str(error).partition("\n")[0])
             # Whoever waits for this rank in the same collective is let go by the end of its connections.
@@ -132,6 +134,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    at_home(True)
     wire = Wire(socket.socket(fileno=int(sys.argv[1])), timeout=60.0)
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
     try:

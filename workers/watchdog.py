@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from .forks import in_child
+
 LOOK: Final = 0.1
 """Seconds between two looks of the guardian at the counters."""
 
@@ -80,6 +82,10 @@ class Counter:
         self._words[self._at + 1] = math.ceil(allowed * 1000)
         self._words[self._at] += 1
 
+    def part(self) -> None:
+        """Tick memory of one's own from now on, which nobody reads."""
+        self._words = memoryview(bytearray(_SIZE)).cast("Q")
+
     def read(self) -> Reading:
         """How it stands."""
         return Reading(self._words[self._at], self._words[self._at + 1] / 1000)
@@ -93,6 +99,13 @@ class Page:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         words = memoryview(mmap.mmap(fd, _SIZE, access=access)).cast("Q")
         self.loop, self.courier = Counter(words, 0), Counter(words, 2)
+        if writable:
+            in_child(self._forked)
+
+    def _forked(self) -> None:
+        # Whatever a forked child ticks must not hide that its parent hangs.
+        self.loop.part()
+        self.courier.part()
 
     @classmethod
     def create(cls) -> Page:

@@ -44,6 +44,7 @@ from .companion import Companion, Guarded, private_connection
 from .courier import Courier
 from .dependents import Dependents
 from .fitness import status_after
+from .forks import at_home, end_if_forked
 from .health import UNFIT_SIGNAL
 from .holdings import Holdings
 from .line import Line
@@ -152,6 +153,7 @@ class Worker(PlainEnds):
         loop.between = watcher.renew
         clean = False  # out of order, it is missed: the pool goes on expecting it
         try:
+            at_home(True)
             watcher.install()
             companion.watch(courier.incarnation)
             try:
@@ -187,6 +189,7 @@ class Worker(PlainEnds):
             if not courier.end():
                 self.log.error("Worker %s: its courier does not end; leaving without it", self.name)
             self._depart(courier, clean=clean)
+            at_home(False)
         if loop.left_behind:
             self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
         if loop.left_behind or loop.fitness.device_error is not None:
@@ -381,6 +384,16 @@ class Worker(PlainEnds):
             )
         courier.claimer.claimed -= 1  # --max-jobs counts it when it is claimed as what it is
         self.log.info("Worker %s: job %s calls the task %s and is a request now", self.name, claim.id, task)
+
+    def _finalize_success(self, job: Job, queue: Any, execution: Execution, return_value: Any) -> None:
+        """RQ's end of a job that has returned; a child that the job has forked ends here instead."""
+        end_if_forked()
+        super()._finalize_success(job, queue, execution, return_value)
+
+    def _finalize_failure(self, job: Job, queue: Any, execution: Execution, exc_info: Any) -> None:
+        """RQ's end of a job that has raised; a child that the job has forked ends here instead."""
+        end_if_forked(exc_info[1])
+        super()._finalize_failure(job, queue, execution, exc_info)
 
     def cleanup_execution(self, job: Job, pipeline: Any, execution: Execution | None = None) -> None:
         """RQ's end of an execution, and the end of our lease in the same transaction."""
