@@ -53,7 +53,7 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "perdure.protocol.errors": (
                 "PerdureError", "UsageError", "InvalidRequest", "UnknownTask", "PayloadTooLarge",
                 "IdempotencyConflict", "SettingsError", "RequestFailed", "DeadlineExceeded", "RequestCanceled",
-                "OutputsRestarted", "TryAgainLater", "QueueFull", "Degraded", "UnknownRequest", "RedisUnavailable",
+                "OutputsRestarted", "OutputsLost", "TryAgainLater", "QueueFull", "Degraded", "UnknownRequest", "RedisUnavailable",
                 "DurabilityUnavailable", "SnapshotError", "ProtocolMismatch",
             ),
         },

@@ -1,7 +1,8 @@
 """Reading an output log: each output once and in order, also when the request began again.
 
 The log is a list of entries ``(epoch, offset, outputs)``. It only grows, until the request restarts from
-zero: then it is deleted, and one of the next epoch begins. The reader knows nothing of Redis: it is fed.
+zero: then it is deleted, and one of the next epoch begins. Or its Redis forgets the last second of it: see
+:mod:`~perdure.protocol.output_log`. The reader knows nothing of Redis: it is fed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Final
 
 import msgpack
 
-from ..protocol.errors import OutputsRestarted, PerdureError
+from ..protocol.errors import OutputsLost, OutputsRestarted, PerdureError
+from ..protocol.output_log import Page, Place
 
 _DIGEST: Final = 16
 """Bytes kept of every output that was read, to compare it when it comes again."""
@@ -34,6 +36,14 @@ class OutputReader:
         self._epoch = -1
         self._position = 0
         self._digests = bytearray()
+        self._place = Place()
+        self._known: int | None = None
+        """The epoch of what Redis has lost, until one of a later epoch shows that the request began again since."""
+
+    @property
+    def place(self) -> Place:
+        """Where in the log to read the next page."""
+        return self._place if self._place.entry == self.entry else Place(self.entry)
 
     @property
     def count(self) -> int:
@@ -44,8 +54,38 @@ class OutputReader:
         """Take note of the request's epoch; True if it is a new one, whose log has to be read from its start."""
         if epoch <= self._epoch:
             return False
-        self._epoch, self.entry, self._position = epoch, 0, 0
+        self._begin(epoch)
+        if self._known is not None and epoch > self._known:
+            self._known = None
         return True
+
+    def compare(self, epoch: int) -> bool:
+        """Compare with the epoch that the request's record has now. It grows; True if it was set back, as Redis has lost
+        data: then the log has to be read from its start.
+        """
+        if epoch >= self._epoch:
+            return False
+        self._lose()
+        self._epoch = epoch
+        return True
+
+    def take(self, page: Page) -> list[Any]:
+        """:meth:`feed` for a page that was read at :attr:`place`; of a lost one nothing is new, and all is read again."""
+        if page.lost:
+            self._lose()
+            return []
+        fresh = self.feed(page.entries)
+        if self.entry == page.next.entry:
+            self._place = page.next
+        return fresh
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self.entry, self._position, self._place = epoch, 0, 0, Place()
+
+    def _lose(self) -> None:
+        """What was read is not what the log has: read it from its beginning, and compare."""
+        self._known = max(self._epoch, self._known or 0)
+        self._begin(-1)
 
     def feed(self, entries: Iterable[tuple[int, int, list[Any]]]) -> list[Any]:
         """Take entries that were read at :attr:`entry`; return what is new to the caller.
@@ -99,6 +139,7 @@ class OutputReader:
 
     def _diverge(self) -> None:
         if not self._restarts:
-            raise OutputsRestarted(self._id, self.count)
+            raise (OutputsRestarted if self._known is None else OutputsLost)(self._id, self.count)
         self._digests.clear()
         self._start = self._position = self.entry = 0
+        self._place = Place()

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from ..protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
+from ..protocol.output_log import Page, Place
 from ..protocol.records import Checkpoint, Details, Event, FailureKind, RequestRecord
 from ..protocol.states import State
 from ..protocol.store import Store
@@ -27,9 +28,6 @@ from .timeline import complete
 STREAM_SILENCE: Final = 1.0
 RESULT_SILENCE: Final = 5.0
 """Seconds without a hint after which the keys are read anyhow."""
-
-PAGE: Final = 256
-"""Entries of the output log that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +152,13 @@ def outputs(identifier: str) -> Question[list[Any]]:
     reader.notice((yield from fetched(identifier)).epoch)
     found: list[Any] = []
     while True:
-        entries = yield Call(_page(identifier, reader.entry))
-        if not entries:
-            return found
-        found += reader.feed(entries)
-        if reader.entry == 0:  # it began again while we read, so do we
+        place = reader.place
+        page: Page = yield Call(_page(identifier, place))
+        found += reader.take(page)
+        if reader.entry < place.entry or page.lost:  # it began again while we read, so do we
             reader, found = OutputReader(identifier, restarts=True), []
+        elif not page.more and reader.place == page.next:
+            return found
 
 
 def cancel(identifier: str, reason: str) -> Question[bool]:
@@ -270,7 +269,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                 asked = time.monotonic()
                 record = yield from fetched(identifier, deadline + limit)
                 deadline += _away(asked)
-                if reader.notice(record.epoch):
+                if reader.notice(record.epoch) or reader.compare(record.epoch):
                     continue
                 if record.ended:
                     if (yield from _close(reader, identifier, limit, deadline, patience)):
@@ -290,16 +289,17 @@ def _away(asked: float) -> float:
     return took if took > STREAM_SILENCE else 0.0
 
 
-def _drain(reader: OutputReader, identifier: str, limit: float, deadline: float) -> Question[bool]:
-    """Give what the log has and the reader has not; returns whether there was anything."""
+def _drain(
+    reader: OutputReader, identifier: str, limit: float, deadline: float, *, check: bool = False
+) -> Question[bool]:
+    """Give what the log has and the reader has not; returns whether there was anything. ``check`` as for a page."""
     moved = False
     while True:
-        entry = reader.entry
-        entries = yield Call(_page(identifier, entry), deadline)
-        for output in reader.feed(entries):
+        page: Page = yield Call(_page(identifier, reader.place, check=check), deadline)
+        for output in reader.take(page):
             moved = True
             yield Give(output)
-        if len(entries) < PAGE and reader.entry == entry + len(entries):
+        if not page.more and reader.place == page.next:
             return moved
         # The caller may have taken its time over them.
         deadline = time.monotonic() + limit
@@ -308,9 +308,9 @@ def _drain(reader: OutputReader, identifier: str, limit: float, deadline: float)
 def _close(reader: OutputReader, identifier: str, limit: float, deadline: float, patience: float) -> Question[bool]:
     """Give the rest after the end was seen; returns False if it goes on after all. Raises how it ended."""
     # What was written before the end is there now; and a request that was requeued meanwhile has not ended.
-    yield from _drain(reader, identifier, limit, deadline)
+    yield from _drain(reader, identifier, limit, deadline, check=True)
     record = yield from fetched(identifier, max(deadline, time.monotonic() + patience))
-    if not record.ended or reader.notice(record.epoch):
+    if not record.ended or reader.notice(record.epoch) or reader.compare(record.epoch):
         return False
     if problem := (yield from error(record)):
         raise problem
@@ -326,8 +326,8 @@ def _sleep(watch: Watch, silence: float, deadline: float) -> Question[bool]:
     return True
 
 
-def _page(identifier: str, entry: int) -> Callable[[Store], list[tuple[int, int, list[Any]]]]:
-    return partial(Store.outputs, identifier=identifier, entry=entry, limit=PAGE)
+def _page(identifier: str, place: Place, *, check: bool = False) -> Callable[[Store], Page]:
+    return partial(Store.output_page, identifier=identifier, place=place, check=check)
 
 
 def _state(record: RequestRecord) -> str:

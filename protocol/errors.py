@@ -13,6 +13,7 @@
     │   └── DeadlineExceeded      ... because its deadline had passed
     ├── RequestCanceled           the request was canceled or stopped
     ├── OutputsRestarted          the outputs began again from zero
+    │   └── OutputsLost           ... because Redis has lost what it had confirmed
     ├── TryAgainLater             not accepted now; nothing was stored
     │   ├── QueueFull
     │   └── Degraded
@@ -128,6 +129,25 @@ class OutputsRestarted(PerdureError):
         return type(self), (self.request_id, self.offset)
 
 
+class OutputsLost(OutputsRestarted):
+    """Redis has lost outputs that were read already, and others were put out in their place.
+
+    So it is after a failover to a replica that lagged, or from a file that was restored, with a task whose outputs are
+    not reproducible. ``offset`` is how many outputs the reader had; some of the first of them may still be right. Start
+    over with ``stream()``, or read on with ``stream(restarts=True)``.
+    """
+
+    def __init__(self, request_id: str, offset: int) -> None:
+        PerdureError.__init__(
+            self,
+            f"Redis has lost data (a failover, or a restored file?): of the {offset} outputs of request {request_id} that "
+            "were read, some are gone, and others were put out in their place; "
+            "stream(restarts=True) reads the new ones from the start",
+        )
+        self.request_id = request_id
+        self.offset = offset
+
+
 class TryAgainLater(PerdureError):
     """Not accepted now; nothing was stored. Send it again after ``retry_after`` seconds."""
 
@@ -171,12 +191,15 @@ class Degraded(TryAgainLater):
 
 
 class UnknownRequest(PerdureError, LookupError):
-    """There is no request with this id: none was submitted, or its time to be kept is over. Check the id."""
+    """There is no request with this id: none was submitted, it was deleted, its time to be kept is over, or Redis has lost it.
+
+    Check the id. One that was accepted is gone if Redis forgot its last second: submit it again.
+    """
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"there is no request {request_id}: none was submitted with this id, or it ended so long ago that it is "
-            "no longer kept"
+            f"there is no request {request_id}: none was submitted with this id, it was deleted, it ended so long ago that "
+            "it is no longer kept, or Redis has lost it (a failover, or a restored file?)"
         )
         self.request_id = request_id
 

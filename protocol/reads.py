@@ -10,9 +10,10 @@ from typing import Any
 
 import redis
 
-from .codec import RestrictedPickle, unpack, unpack_exception, unpack_result
+from .codec import RestrictedPickle, unpack_exception, unpack_result
 from .keys import key
 from .mode import DEGRADED, Mode
+from .output_log import Outputs, Page, Place, read_page, unpack_entry
 from .packed_state import unpack_state
 from .records import Checkpoint, Details, Event, RequestRecord, whole
 
@@ -168,19 +169,18 @@ class Reads:
     def outputs(self, identifier: str, *, entry: int = 0, limit: int = 512) -> list[tuple[int, int, list[Any]]]:
         """Entries ``entry …`` of the output log, each ``(epoch, offset, outputs)``; at most ``limit`` entries."""
         raw: Any = self.connection.lrange(key("output", identifier), entry, entry + limit - 1)
-        return [(int(epoch), int(offset), list(values)) for epoch, offset, values in map(unpack, raw)]
+        return [unpack_entry(item) for item in raw]
+
+    def output_page(self, identifier: str, place: Place, *, check: bool = False) -> Page:
+        """Read on in the output log: see :func:`~.output_log.read_page`."""
+        return read_page(self.connection, identifier, place, check=check)
 
     def all_outputs(self, identifier: str) -> list[Any]:
         """All outputs of the newest epoch, read in pages."""
-        result: list[Any] = []
-        epoch, entry = -1, 0
-        while page := self.outputs(identifier, entry=entry):
-            entry += len(page)
-            for number, offset, values in page:
-                if number != epoch:
-                    epoch, result = number, []
-                result[offset:] = values
-        return result
+        whole = Outputs()
+        while whole.take(self.output_page(identifier, whole.place)):
+            pass
+        return whole.values
 
     def state(self, identifier: str) -> tuple[Any, bool]:
         """The checkpoint's state and whether it is sound (its CRC fits); ``(None, True)`` if there is none.

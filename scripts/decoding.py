@@ -17,6 +17,7 @@ import redis
 
 from ..protocol.codec import unpack_exception
 from ..protocol.inspection import kind_of_key
+from ..protocol.output_log import unpack_entry
 from ..protocol.records import Event
 from .reading import clock
 
@@ -26,7 +27,7 @@ READ_MOST: Final = 1024 * 1024
 SHOWN: Final = 64
 """Bytes shown of what nobody can read, and constants of a pickle."""
 
-_MSGPACK: Final = {("job", "payload"), ("job", "payload_aside"), ("output", "")}
+_MSGPACK: Final = {("job", "payload"), ("job", "payload_aside")}
 _PICKLES: Final = {("job", "data"), ("job", "meta")}
 
 
@@ -140,6 +141,8 @@ def decode(what: str, field: str, value: bytes) -> Any:
     """One value: ``what`` is the kind of its key, ``field`` its place in a hash or a stream."""
     if (what, field) in _MSGPACK:
         return _values(value)
+    if (what, field) == ("output", ""):
+        return _entry(value)
     if (what, field) in _PICKLES:
         return constants(value)
     if (what, field) == ("checkpoint", "state"):
@@ -168,6 +171,14 @@ def _text(value: bytes) -> Any:
     except UnicodeDecodeError:
         return {"bytes": len(value), "begin": value[:SHOWN].hex()}
     return text
+
+
+def _entry(value: bytes) -> Any:
+    """An entry of an output log, without its token."""
+    try:
+        return list(unpack_entry(value))
+    except (ValueError, TypeError):
+        return _values(value)
 
 
 def _values(value: bytes) -> Any:

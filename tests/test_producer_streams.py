@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fakeredis
+import msgpack
 import pytest
 import redis
 
@@ -29,13 +30,16 @@ from perdure.protocol.codec import pack, pack_result
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
     InvalidRequest,
+    OutputsLost,
     OutputsRestarted,
     PerdureError,
     RedisUnavailable,
     RequestCanceled,
     RequestFailed,
+    UnknownRequest,
 )
 from perdure.protocol.keys import key
+from perdure.protocol.output_log import FIRST, LOST, MOST, Outputs, Place, pack_entry, unpack_entry
 from perdure.protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
@@ -62,9 +66,13 @@ class Hands:
         self.held.update(claim.id for claim in claims)
         return claims
 
-    def put(self, claim: Claim, offset: int, *outputs: Any) -> None:
+    def put(self, claim: Claim, offset: int, *outputs: Any, old: bool = False) -> None:
+        """``old``: as a release did that knew of no tokens."""
         self.seq += 1
-        blob = pack([claim.epoch, offset, outputs], limit=10**6, what="output")
+        if old:
+            blob = pack([claim.epoch, offset, outputs], limit=10**6, what="output")
+        else:
+            blob = pack_entry(claim.epoch, offset, outputs)
         progress = Progress(
             id=claim.id, execution=claim.execution, seq=self.seq, offset=offset, outputs=len(outputs), blob=blob,
             state=None, fingerprint="",
@@ -344,6 +352,205 @@ def test_a_failed_request_that_is_requeued_goes_on(client: Client, hands: Hands,
     hands.finish(again, 2, "ab")
     assert list(handle.stream()) == ["a", "b"]
     assert handle.result() == "ab"
+
+
+# --- a Redis that forgot its last second ---------------------------------------------------------
+
+
+class Memory:
+    """What Redis knew of a request at some moment; it can be made to know no more than that again."""
+
+    KINDS = ("output", "checkpoint", "job", "results")
+
+    def __init__(self, connection: redis.Redis, identifier: str) -> None:
+        self.connection = connection
+        self.names = [key(kind, identifier) for kind in self.KINDS]
+        self.values = [connection.dump(name) for name in self.names]
+
+    def return_(self) -> None:
+        with self.connection.pipeline() as pipe:
+            for name, value in zip(self.names, self.values, strict=True):
+                pipe.delete(name)
+                if value is not None:
+                    pipe.restore(name, 0, value)
+            pipe.execute()
+
+
+LARGE = "x" * 5000
+"""More than what a reader reads again with each page."""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["tokens", "without"])
+@pytest.mark.parametrize("size", ["", LARGE], ids=["small", "large"])
+def test_equal_outputs_after_a_rollback_are_skipped(
+    client: Client, hands: Hands, connections: Any, size: str, old: bool
+) -> None:
+    """Whatever the entries in which they come again."""
+    handle = client.submit(PATH, 1)
+    reading, late = Reading(handle), Reading(handle, start=2)
+    (claim,) = hands.claim()
+    words = [f"{number}{size}" for number in range(8)]
+    hands.put(claim, 0, words[0], old=old)
+    before = Memory(connections[1], handle.id)
+    hands.put(claim, 1, words[1], old=old)
+    hands.put(claim, 2, words[2], old=old)
+    hands.put(claim, 3, words[3], words[4], old=old)
+    assert (reading.take(5), late.take(3)) == (words[:5], words[2:5])
+    before.return_()
+    hands.put(claim, 1, words[1], words[2], words[3], old=old)
+    hands.put(claim, 4, words[4], old=old)
+    hands.put(claim, 5, words[5], words[6], old=old)
+    assert (reading.take(2), late.take(2)) == (words[5:7], words[5:7])
+    hands.put(claim, 7, words[7], old=old)
+    hands.finish(claim, 8)
+    assert ended(reading.rest()) == ended(late.rest()) == words[7:]
+    assert handle.outputs() == list(handle.stream()) == words
+
+
+@pytest.mark.parametrize("size", ["", LARGE], ids=["small", "large"])
+def test_other_outputs_after_a_rollback_are_told(client: Client, hands: Hands, connections: Any, size: str) -> None:
+    """Also when the last entry that was read is equal to the one that stands in its place now."""
+    handle = client.submit(PATH, 1)
+    strict, lax = Reading(handle), Reading(handle, restarts=True)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    before = Memory(connections[1], handle.id)
+    hands.put(claim, 1, "b")
+    hands.put(claim, 2, "c" + size)
+    assert strict.take(3) == lax.take(3) == ["a", "b", "c" + size]
+    before.return_()
+    hands.put(claim, 1, "B")
+    hands.put(claim, 2, "c" + size)
+    hands.put(claim, 3, "d")
+    (error,) = strict.rest()
+    assert isinstance(error, OutputsLost)
+    assert error.offset == 3
+    assert "Redis has lost data" in str(error)
+    assert lax.take(4) == ["a", "B", "c" + size, "d"]
+    hands.finish(claim, 4)
+    assert ended(lax.rest()) == []
+
+
+@pytest.mark.parametrize("size", ["", LARGE], ids=["small", "large"])
+def test_entries_that_are_equal_by_chance_are_no_proof(hands: Hands, client: Client, size: str) -> None:
+    """What stands at the place that was read last is equal in everything but its token; what stands before is not."""
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    for offset, word in enumerate(("a", "b", "c" + size)):
+        hands.put(claim, offset, word)
+    reader = OutputReader(handle.id)
+    assert reader.take(hands.store.output_page(handle.id, reader.place)) == ["a", "b", "c" + size]
+    # Nobody reads while it is rolled back and grows again.
+    hands.store.connection.delete(key("output", handle.id), key("checkpoint", handle.id))
+    for offset, word in enumerate(("a", "B", "c" + size, "d")):
+        hands.put(claim, offset, word)
+    page = hands.store.output_page(handle.id, reader.place)
+    assert page.lost
+    assert reader.take(page) == []
+    with pytest.raises(OutputsLost):
+        reader.take(hands.store.output_page(handle.id, reader.place))
+
+
+@pytest.mark.parametrize("size", ["", LARGE], ids=["small", "large"])
+def test_a_rollback_after_which_less_is_put_out_is_told(
+    client: Client, hands: Hands, connections: Any, size: str
+) -> None:
+    handle = client.submit(PATH, 1)
+    strict, lax = Reading(handle), Reading(handle, restarts=True)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    before = Memory(connections[1], handle.id)
+    hands.put(claim, 1, "b" + size)
+    assert strict.take(2) == lax.take(2) == ["a", "b" + size]
+    before.return_()
+    hands.finish(claim, 1)
+    assert isinstance(strict.rest()[-1], OutputsLost)
+    assert ended(lax.rest()) == ["a"]
+
+
+def test_a_rollback_to_before_a_restart(client: Client, hands: Hands, connections: Any) -> None:
+    """The epoch grows, but for a store that forgets."""
+    handle = client.submit(PATH, 1)
+    same, other = Reading(handle), Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a", "b")
+    before = Memory(connections[1], handle.id)
+    again = hands.restart(claim)
+    hands.put(again, 0, "a", "b", "c")
+    assert same.take(3) == other.take(3) == ["a", "b", "c"]
+    before.return_()
+    hands.put(claim, 2, "c", "d")
+    assert same.take(1) == other.take(1) == ["d"]
+    hands.finish(claim, 4)
+    assert ended(same.rest()) == ended(other.rest()) == []
+
+
+def test_an_end_that_was_lost_comes_again(client: Client, hands: Hands, connections: Any) -> None:
+    """A reader that has seen it has all there was; who asks later waits for the new one."""
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    before = Memory(connections[1], handle.id)
+    hands.put(claim, 1, "b")
+    hands.finish(claim, 2, "first")
+    assert (handle.result(), list(handle.stream())) == ("first", ["a", "b"])
+    before.return_()
+    assert not handle.done()
+    reading = Reading(handle)
+    assert reading.take(1) == ["a"]
+    hands.put(claim, 1, "B")
+    hands.store.connection.hset(key("job", handle.id), "last", "")
+    hands.finish(claim, 2, "second")
+    assert ended(reading.rest()) == ["B"]
+    assert handle.result() == "second"
+
+
+def test_a_submit_that_was_lost_is_told(client: Client, hands: Hands, connections: Any) -> None:
+    before = Memory(connections[1], "gone")
+    handle = client.submit(PATH, 1, id="gone")
+    reading = Reading(handle)
+    (claim,) = hands.claim()
+    hands.put(claim, 0, "a")
+    assert reading.take(1) == ["a"]
+    before.return_()
+    error = reading.rest()[-1]
+    assert isinstance(error, UnknownRequest)
+    assert "or Redis has lost it" in str(error)
+    with pytest.raises(UnknownRequest, match="Redis has lost it"):
+        handle.result()
+
+
+def test_an_older_release_reads_the_log_and_each_entry_is_one_of_its_kind() -> None:
+    """It cuts the token off, whatever the epoch."""
+    for epoch in (0, 1, 7, 1000, 2**20, 2**40):
+        one, other = pack_entry(epoch, 3, ["a"]), pack_entry(epoch, 3, ["a"])
+        assert one != other
+        read, offset, outputs = msgpack.unpackb(one, raw=False, strict_map_key=False, use_list=True)
+        assert (int(read), int(offset), list(outputs)) == (epoch, 3, ["a"]) == unpack_entry(other)
+    with pytest.raises(ValueError):
+        unpack_entry(b"\xc1")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["tokens", "without"])
+def test_a_log_is_read_in_pages_that_are_bounded(client: Client, hands: Hands, connections: Any, old: bool) -> None:
+    """A few entries of a large one at once; of one that is small as a whole, many."""
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    outputs = list(range(2 * MOST))
+    for offset in outputs:
+        hands.put(claim, offset, offset, old=old)
+    whole, sizes = Outputs(), []
+    while True:
+        page = hands.store.output_page(handle.id, whole.place)
+        sizes.append(len(page.entries))
+        if not whole.take(page):
+            break
+    assert whole.values == outputs
+    assert sizes[0] == FIRST
+    connections[1].delete(key("output", handle.id))
+    assert hands.store.output_page(handle.id, whole.place) is LOST
+    assert whole.take(LOST)
+    assert (whole.values, whole.place) == ([], Place())
 
 
 def log(epoch: int, *outputs: Any, size: int = 1) -> list[tuple[int, int, list[Any]]]:

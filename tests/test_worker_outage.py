@@ -8,16 +8,19 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rq import Worker as StockWorker
 
+from perdure.producer import Client
 from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.scripts import load
+from perdure.protocol.settings import Settings
 from perdure.scripts.server import Server
 
-from .worker_kit import Lab, eventually, gone, laboratory, later, send
+from .worker_kit import LONG, Lab, eventually, gone, laboratory, later, send
 
 
 class Proxy:
@@ -238,3 +241,29 @@ def test_a_worker_that_is_too_old_for_what_stands_in_redis_stops(lab: Lab) -> No
     eventually(lambda: gone(guardian))
     assert (lab.waiting(), lab.record(one).attempt) == ([one], 0)
     assert lab.nothing_held()
+
+
+@pytest.mark.slow
+def test_a_store_that_forgets_its_last_second_three_times(lab: Lab) -> None:
+    """As after a failover to a replica that lags: workers hand back and go on, open streams give each output once."""
+    lab.reaper()
+    for _ in range(2):
+        lab.worker(wait=False)
+    with Client(lab.url, settings=Settings()) as client, ThreadPoolExecutor(4) as pool:
+        handles = [client.submit("lab_tasks.many", {"n": 150, "sleep": 0.01}, queue="gpu") for _ in range(4)]
+        streams = [pool.submit(lambda handle: list(handle.stream(timeout=LONG)), handle) for handle in handles]
+        for number in (10, 30, 50):
+            for handle in handles:
+                lab.moved(handle.id, number)
+            before = {name: lab.connection.dump(name) for name in lab.connection.keys("rq:*")}
+            for handle in handles:
+                lab.moved(handle.id, number + 10)
+            with lab.connection.pipeline() as pipe:
+                pipe.delete(*lab.connection.keys("rq:*"))
+                for name, value in before.items():
+                    if value is not None:
+                        pipe.restore(name, 0, value, replace=True)
+                pipe.execute()
+        for handle, stream in zip(handles, streams, strict=True):
+            lab.check(handle.id, 150)
+            assert stream.result(LONG) == list(range(150))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..protocol.codec import pack, pack_result
+from ..protocol.output_log import pack_entry
 from ..protocol.packed_state import CHUNK, PackedState, pack_state
 from ..protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from ..protocol.settings import Settings
@@ -237,5 +238,4 @@ class Holding:
         return self.ended
 
     def _blob(self) -> bytes:
-        # The parts were checked one by one; their sum is bounded by the courier's buffer.
-        return pack([self.claim.epoch, self.offset, self.pending], limit=2**31, what="output") if self.pending else b""
+        return pack_entry(self.claim.epoch, self.offset, self.pending) if self.pending else b""

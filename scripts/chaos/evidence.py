@@ -12,6 +12,7 @@ import redis
 
 from ...protocol.codec import unpack, unpack_result
 from ...protocol.keys import PREFIX, key
+from ...protocol.output_log import unpack_entry
 from ...protocol.records import Event
 from . import journal
 from .load import STEPS, TEXTS
@@ -204,6 +205,6 @@ def _registries(connection: redis.Redis) -> dict[str, list[str]]:
 
 def _outputs(log: Sequence[bytes]) -> list[Any]:
     """The outputs of the newest epoch, every entry as it stands: one that was stored twice shows twice."""
-    entries = [unpack(item) for item in log]
+    entries = [unpack_entry(item) for item in log]
     newest = max((epoch for epoch, _, _ in entries), default=0)
     return [output for epoch, _, outputs in entries if epoch == newest for output in outputs]
