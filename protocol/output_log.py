@@ -23,7 +23,7 @@ import redis
 from .codec import pack, unpack
 from .keys import key
 
-FIRST: Final = 16
+FIRST: Final = 8
 """Entries that are read at once as long as it is not known how large the log is: one may have megabytes."""
 
 MOST: Final = 512
@@ -31,6 +31,9 @@ MOST: Final = 512
 
 SMALL: Final = 32 * 1024 * 1024
 """Bytes of a log up to which it counts as small."""
+
+PAGE: Final = 256 * 1024
+"""Bytes that a page of a small log should have: what is made of them takes some milliseconds."""
 
 SHORT: Final = 4096
 """Bytes of an entry up to which it is read again with those behind it, to see that it is still there."""
@@ -151,14 +154,16 @@ def read_page(connection: redis.Redis, identifier: str, place: Place, *, check: 
 
 def _next_limit(connection: redis.Redis, name: str, place: Place, raw: Sequence[bytes]) -> int:
     """How many entries to read next, so that a page stays small."""
-    if len(raw) < place.limit or place.limit == MOST:
+    if len(raw) < place.limit or place.limit > FIRST:
         return place.limit
     try:
         # All of it, not a sample; a log of a hundred thousand outputs has some hundred nodes.
         size: Any = connection.memory_usage(name, samples=0)
     except redis.ResponseError:
         size = None  # this server does not know the command, or does not allow it
-    return MOST if size is not None and size <= SMALL else FIRST
+    if size is None or size > SMALL:
+        return FIRST
+    return max(FIRST, min(MOST, PAGE * len(raw) // max(1, sum(map(len, raw)))))
 
 
 def _mark(raw: bytes) -> bytes:

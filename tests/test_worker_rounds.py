@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from perdure.protocol.keys import SCHEMA, key
+from perdure.protocol.output_log import Page, Place
 from perdure.protocol.records import Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
@@ -90,6 +91,41 @@ def test_what_leads_nowhere_is_skipped_without_waiting(bench: Bench) -> None:
         bench.claim()
     assert list(bench.holdings.held) == ["live"]
     assert calls(connection, "blpop") == before + 1
+
+
+def test_long_logs_are_read_while_all_else_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request's checkpoint and its end are stored between two pages, and what has less to be read comes first."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    other = Hand(bench.pool, "w2")
+    bench.pool.submit("long", "short", "fresh")
+    long, short = other.claim(2).claims
+    for number in range(40):
+        other.step(long, [f"{number}{'x' * 30_000}"], offset=number, seq=number + 1)
+    other.step(short, ["s"])
+    for claim in (short, long):
+        other.release(claim)
+    bench.letters()
+    read, seen = Store.output_page, []
+
+    def page(self: Store, identifier: str, place: Place, *, check: bool = False) -> Page:
+        if identifier == "long":
+            record = self.fetch("a")
+            assert record is not None
+            seen.append((record.status, len(self.all_outputs("a"))))
+            if len(seen) == 1:
+                bench.offer("a", Step(1, 1))
+            elif len(seen) == 2:
+                bench.offer("a", Step(result="there"))
+        return read(self, identifier, place, check=check)
+
+    monkeypatch.setattr(Store, "output_page", page)
+    bench.claim()
+    assert len(seen) >= 4
+    assert seen[:3] == [(State.STARTED, 0), (State.STARTED, 1), (State.FINISHED, 1)]
+    assert [letter.request.id for letter in bench.letters()] == ["fresh", "short", "long"]
+    assert list(bench.holdings.held) == ["long", "short", "fresh"]
 
 
 def test_a_loop_that_stands_still_gets_nothing_more(bench: Bench) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..protocol.keys import key
 from ..protocol.logs import about
+from ..protocol.output_log import Outputs
 from ..protocol.records import Claim
 from ..protocol.store import Store
 from .holding import Holding
@@ -56,7 +57,7 @@ class Claimer:
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
-    """Called now and then while a long checkpoint is read."""
+    """Called now and then while a long log or state is read: it does for all others what is due."""
     ledger: Ledger | None = None
     _idle_since: float = field(default_factory=time.monotonic)
     _degraded: bool = False
@@ -148,7 +149,8 @@ class Claimer:
                 holdings.held[claim.id] = Holding.of(claim)
                 holdings.task = claim.task
                 self.claimed += 1
-        waiting = list(claims)
+        # Those that begin come first, then what has least to be read.
+        waiting = sorted(claims, key=lambda claim: claim.offset if claim.seq or claim.offset else -1)
         try:
             while waiting:
                 # Those that begin are handed over together; what goes on from a checkpoint has to be read before.
@@ -186,7 +188,7 @@ class Claimer:
         state: bytes | None = None
         try:
             if claim.offset:
-                outputs = self.store.all_outputs(claim.id)
+                outputs = self._outputs(claim)
                 if len(outputs) != claim.offset:
                     return f"the checkpoint names {claim.offset} outputs, but {len(outputs)} are stored"
             if claim.seq:
@@ -206,6 +208,13 @@ class Claimer:
             state=state, queue=claim.queue,
         )  # fmt: skip
         return Admission(claim, request)
+
+    def _outputs(self, claim: Claim) -> list[Any]:
+        """What it has put out. Page by page: a log may have a hundred thousand outputs, and others must not wait for it."""
+        whole = Outputs()
+        while whole.take(self.store.output_page(claim.id, whole.place)):
+            self.between()
+        return whole.values
 
     def _notice(self, *, degraded: bool) -> None:
         """Say when the pool's mode has changed; the script itself gives a worker of a degraded pool less."""

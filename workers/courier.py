@@ -213,9 +213,12 @@ class Courier:
             holdings.urgent = False
 
     def _between(self) -> None:
-        """Called by the claimer while it reads a long state: all leases are to live on meanwhile."""
+        """Called by the claimer while it reads a long log or state: what else is held is to go on meanwhile."""
+        self._tick()
         self.holdings.excuse()
+        self.checkpoints.store()
         self.renewals.renew()
+        self.endings.end()
 
     # --- outages, a false death, and the end -------------------------------------------------------
 
