@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from .log_writer import unblock
+
 FIELDS: Final = ("request", "execution", "worker", "device")
 
 _TEXT: Final = "%(asctime)s %(name)s %(message)s"
@@ -87,12 +89,13 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def configure(log_format: str, *, date_format: str | None = "%H:%M:%S", **context: str) -> None:
-    """Set up the logs of a process of ours, from INFO on, to standard error."""
+    """Set up the logs of a process of ours, from INFO on, to standard error; a reader that stops keeps nobody waiting."""
     if not _wants_json(log_format):
         logging.basicConfig(level=logging.INFO, format=_TEXT, datefmt=date_format)
-        return
-    _to_root(context)
-    logging.getLogger().setLevel(logging.INFO)
+    else:
+        _to_root(context)
+        logging.getLogger().setLevel(logging.INFO)
+    unblock()
 
 
 def take_over(log_format: str, **context: str) -> None:

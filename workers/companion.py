@@ -21,6 +21,7 @@ import redis
 
 from ..protocol.settings import PREFIX, Settings
 from .forks import in_child
+from .kin import MARK
 from .watchdog import Page
 
 PIPE_SIZE = 256 * 1024
@@ -62,6 +63,8 @@ class Companion:
     """Descriptor on which faulthandler writes: at any time the pipe to the guardian, if there is one. It stays open,
     so that what was once told to write on it never writes into another file that got its number.
     """
+    token: str = ""
+    """By which the worker's kin is known (:mod:`.kin`)."""
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -177,6 +180,7 @@ class Companion:
                 "ready": self.ready,
                 "drains": True,
                 "page": self.page.fd,
+                "token": self.token,
             }
         )
         self._report_crashes()
@@ -219,7 +223,8 @@ def _widen(process: subprocess.Popen[bytes]) -> None:
 
 def _environment(settings: Settings) -> dict[str, str]:
     """The environment of this process with exactly these settings; the server comes through the pipe."""
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name != "RQ_REDIS_URL"}
+    left_out = ("RQ_REDIS_URL", MARK)
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name not in left_out}
     return rest | settings.replace(redis_url="").environment()
 
 

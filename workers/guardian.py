@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import redis
 
 from ..protocol import logs
+from ..protocol.log_writer import flush
 from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -34,6 +36,7 @@ from ..recovery.cgroups import OomKills
 from ..recovery.deaths import Death, exit_status
 from ..recovery.failures import POLICIES
 from .companion import Guarded, rebuild
+from .kin import LAST, Kin
 from .sweeper import Sweeper
 from .vitals import Vitals
 from .watchdog import Lookout, Page
@@ -67,6 +70,8 @@ class Guardian:
     ready: bool | str
     drains: bool = False
     """Whether the worker knows the signal that its device is unfit."""
+    token: str = ""
+    """By which the worker's kin is known."""
     page: int = -1
     """Descriptor of the memory with the worker's counters."""
     pipe: int = 0
@@ -83,6 +88,7 @@ class Guardian:
     """What the worker itself says of a hang: every slot of a task is taken by a step that does not end."""
     _lookout: Lookout = field(init=False)
     _oom: OomKills = field(init=False)
+    _kin: Kin = field(init=False)
     _verdict: Guarded = Guarded.WELL
     _news: bool = False
     _vitals: Vitals = field(init=False)
@@ -105,6 +111,8 @@ class Guardian:
         self._oom = OomKills.of(self.pid)
         page = Page.create() if self.page < 0 else Page(self.page, writable=False)
         self._lookout = Lookout(page, self.pid, pidfd, lambda why: self.log.error("%s hangs: %s", self._who(), why))
+        self._kin = Kin(self.token, self.page)
+        self._lookout.spot = self._spot
         self._vitals.health.hung = lambda: self._lookout.found
         self._lookout.start()
         try:
@@ -118,7 +126,13 @@ class Guardian:
         while True:
             ready, _, _ = select.select(handles, [], [], max(0.0, due - time.monotonic()))
             if ready and self._worker_gone(ready):
-                return 0 if self._clean else self._reap()
+                if self._clean:
+                    return 0
+                funeral = threading.Thread(target=self._end_kin, name="kin", daemon=True)
+                funeral.start()  # beside what it held, which waits for nothing
+                status = self._reap()
+                funeral.join(2 * LAST)
+                return status
             if self._hung:
                 why, self._hung = self._hung, ""
                 self._lookout.end(why)
@@ -199,6 +213,17 @@ class Guardian:
         )
         return death.kind, f"{self._who()} {death.reason}", death.stacks
 
+    def _spot(self) -> None:
+        if self.token:
+            self._kin.spot(self.pid, [os.getpid()])
+
+    def _end_kin(self) -> None:
+        """End what the worker's tasks have started: it is gone, and nobody else knows of them."""
+        if self.token and self._lookout.gone:
+            number = self._kin.end()
+            if number:
+                self.log.warning("%s has left %d process(es) behind; ended", self._who(), number)
+
     def _who(self) -> str:
         return f"worker {self.worker} (pid {self.pid} on {self.host})"
 
@@ -261,7 +286,10 @@ def main() -> int:
     # A beat that is on its way counts once a slow server comes to it: to give it up and connect again only costs time.
     timeout = max(1.0, settings.heartbeat_timeout)
     connection = rebuild(config.pop("connection"), timeout=timeout, acknowledged=timeout / 2)
-    return Guardian(store=Store(connection, settings), settings=settings, **config).run()
+    status = Guardian(store=Store(connection, settings), settings=settings, **config).run()
+    if not flush():
+        os._exit(status)  # nobody reads what it has printed
+    return status
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ from .forks import in_child
 LOOK: Final = 0.1
 """Seconds between two looks of the guardian at the counters."""
 
+SPOT: Final = 10
+"""Looks at the counters to one at the worker's children."""
+
 MARGIN: Final = 0.5
 """Seconds beyond what is allowed after which a standstill is a hang; a quarter of what is allowed, if that is less,
 so that it is always found before the lease runs out at one and a half times."""
@@ -99,6 +102,7 @@ class Page:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         words = memoryview(mmap.mmap(fd, _SIZE, access=access)).cast("Q")
         self.loop, self.courier = Counter(words, 0), Counter(words, 2)
+        self._words = words  # a forked child keeps it mapped, by which it is known as one
         if writable:
             in_child(self._forked)
 
@@ -171,6 +175,8 @@ class Lookout:
         self.done, self._done = os.pipe()
         self._page, self._pid, self._pidfd, self._warn = page, pid, pidfd, warn
         self._watch = Watch()
+        self.spot: Callable[[], object] = lambda: None
+        """Called about once a second, and before the worker is ended: its children are to be remembered."""
         self._stopping = False
         self._lock = threading.Lock()
 
@@ -187,6 +193,11 @@ class Lookout:
         """Whether the guardian was stopped itself a moment ago, and its worker perhaps with it."""
         return time.monotonic() - self._watch.stopped_at < 2 * GAP
 
+    @property
+    def gone(self) -> bool:
+        """Whether the worker's process has ended."""
+        return self._gone(0)
+
     def end(self, why: str) -> None:
         """End the worker: it hangs. Takes up to ``STACKS + LAST`` seconds; a second call does nothing."""
         with self._lock:
@@ -194,6 +205,7 @@ class Lookout:
                 return  # what has ended by itself did not hang
             self.found = why
         self._warn(why)
+        self.spot()
         if not stopped(self._pid):  # else it could not write its stacks
             self._send(signal.SIGABRT)
             self._gone(STACKS)
@@ -202,7 +214,11 @@ class Lookout:
         os.write(self._done, b"!")
 
     def _run(self) -> None:
+        looks = 0
         while not (self._stopping or self.found or self._gone(LOOK)):
+            looks += 1
+            if looks % SPOT == 0:
+                self.spot()
             why = self._watch.look(time.monotonic(), self._page.loop.read(), self._page.courier.read())
             if why:
                 self.end(why)

@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import redis
@@ -34,6 +34,7 @@ from ..protocol.connection import keep_alive
 from ..protocol.deployment import look_at
 from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, served
+from ..protocol.log_writer import flush, unblock
 from ..protocol.packed_state import check_compression
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
@@ -47,6 +48,7 @@ from .fitness import status_after
 from .forks import at_home, end_if_forked
 from .health import UNFIT_SIGNAL
 from .holdings import Holdings
+from .leaving import Leaving
 from .line import Line
 from .loop import EngineLoop
 from .mailbox import Mailbox
@@ -83,7 +85,10 @@ class Worker(PlainEnds):
         self._scheduler: SchedulerProcess | None = None
         self._dependents: Dependents | None = None
         self._notices: Notices | None = None
+        self._leaving: Leaving | None = None
         self._signals: list[float] = []
+        self._blocked: list[Callable[[], None]] = []
+        """What makes the handlers of logs as they were before."""
 
     # --- RQ's entry ----------------------------------------------------------------------------------
 
@@ -120,6 +125,8 @@ class Worker(PlainEnds):
         keep_alive(self.connection)
         logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
+        # From here on: a reader of this process' output who stops must stop nothing else.
+        self._blocked = [unblock()]
         for finding in findings:
             self.log.warning("Worker %s: %s", self.name, finding)
         self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
@@ -137,7 +144,7 @@ class Worker(PlainEnds):
             patience=_timeout(settings),
         )  # fmt: skip
         loop = EngineLoop(
-            holdings, settings, self._run_plain, lambda shown: companion.tell(fingerprints=shown),
+            holdings, settings, self._run_plain, self._loaded,
             Watchdog(page.loop, companion.crash_file), companion.give_up,
         )  # fmt: skip
         self._companion, self._courier, self._loop = companion, courier, loop
@@ -146,7 +153,19 @@ class Worker(PlainEnds):
         self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
         self._notices = Notices(own[1], self.job_class, self.serializer, self._exc_handlers, self.log)
         claimer.settled = self._notices.settled
-        return self._run(loop, courier, companion)
+        self._leaving = leaving = Leaving(page.fd, lambda: [] if companion.pid is None else [companion.pid])
+        companion.token = leaving.kin.token
+        status = 1
+        try:
+            worked = self._run(loop, courier, companion)
+            status = 0
+            return worked
+        finally:
+            leaving.ready(status := loop.exit_code or status)
+            if not flush():
+                self._exit_at_once(status)  # nobody reads what it prints: the interpreter would wait for them
+            for restore in reversed(self._blocked):
+                restore()
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
         watcher = SignalWatcher(self._stop_signal)
@@ -160,10 +179,10 @@ class Worker(PlainEnds):
                 loop.preload()
             except RAISED as error:
                 self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
-                status = status_after(error) or 1
+                loop.exit_code = status = status_after(error) or 1
                 if status == UNFIT_DEVICE:
                     self._depart(courier)
-                    _exit_at_once(status)
+                    self._exit_at_once(status)
                 sys.exit(status)
             watcher.renew()
             if courier.holdings.settings.spare:
@@ -193,7 +212,7 @@ class Worker(PlainEnds):
         if loop.left_behind:
             self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
         if loop.left_behind or loop.fitness.device_error is not None:
-            _exit_at_once(loop.exit_code)
+            self._exit_at_once(loop.exit_code)
         if loop.exit_code:
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0
@@ -246,8 +265,7 @@ class Worker(PlainEnds):
             return
         self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
         self._depart(courier, clean=not courier.failed and not loop.exit_code)
-        logging.shutdown()
-        os._exit(1 if courier.failed else loop.exit_code)
+        self._exit_at_once(1 if courier.failed else loop.exit_code)
 
     def _schedule(self, burst: bool, logging_level: str | None) -> None:
         """RQ's scheduler for our queues; as with RQ, a burst has due jobs moved once, before it begins."""
@@ -258,6 +276,12 @@ class Worker(PlainEnds):
         self._scheduler = SchedulerProcess(self.connection, uuid.uuid4().hex, names, self.serializer, logging_level)
         self._scheduler.start()
 
+    def _loaded(self, fingerprints: list[str]) -> None:
+        """Another task has been loaded, which may have set up logs of its own."""
+        assert self._companion is not None
+        self._blocked.append(unblock())
+        self._companion.tell(fingerprints=fingerprints)
+
     def _tended(self) -> Guarded:
         """What runs beside this worker, looked after in every round of the courier."""
         assert self._companion is not None
@@ -266,6 +290,13 @@ class Worker(PlainEnds):
         return self._companion.tend()
 
     # --- stopping ------------------------------------------------------------------------------------
+
+    def _exit_at_once(self, status: int) -> NoReturn:
+        """Without the end of the interpreter: it would wait for a step, or call a device that may never answer."""
+        if self._leaving is not None:
+            self._leaving.end_kin()
+        flush()
+        os._exit(status)
 
     def _install_signal_handlers(self) -> None:
         """Not RQ's: those raise in the middle of whatever runs, and what was just claimed would be lost."""
@@ -290,8 +321,7 @@ class Worker(PlainEnds):
                 # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
                 courier.settle_idle()
                 self._depart(courier)
-                logging.shutdown()
-                os._exit(self._loop.exit_code)
+                self._exit_at_once(self._loop.exit_code)
         elif now - self._signals[0] >= COLD_AFTER and number != UNFIT_SIGNAL:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.holdings.stop(cold=True)
@@ -414,12 +444,6 @@ def check_rq(settings: Settings) -> None:
             f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
             "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run all the same"
         )
-
-
-def _exit_at_once(status: int) -> NoReturn:
-    """Without the end of the interpreter: it would wait for a step, or call a device that may never answer."""
-    logging.shutdown()
-    os._exit(status)
 
 
 def _timeout(settings: Settings) -> float:
