@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from perdure.protocol.codec import pack
+from perdure.protocol.errors import InvalidRequest
 from perdure.protocol.records import NewRequest, RequestRecord
 from perdure.protocol.settings import Settings
 from perdure.workers import engines, statuses
@@ -466,3 +467,62 @@ def test_members_are_left_alone_after_an_error_of_the_device(connection: redis.R
     assert closed == []
     assert isinstance(turns.engine.batch, Members)
     turns.engine.batch.close()
+
+
+class Checked(Device):
+    """Asks of its payload what an invalid one cannot answer, before anything has refused it."""
+
+    def memory_needed(self, payload: Any) -> int | None:
+        return int(payload["n"]) * 1000
+
+    def memory_free(self) -> int | None:
+        return 100_000
+
+    def admit(self, request: Request) -> None:
+        if not isinstance(request.payload.get("n"), int):
+            raise InvalidRequest("n is a whole number", "n")
+        super().admit(request)
+
+
+class CheckedFirst(Checked):
+    """Has a check of its own: an answer to what is no number must not be taken for one."""
+
+    def check(self, payload: Any) -> None:
+        if not 0 <= payload.get("n", -1) <= 10**6:
+            raise InvalidRequest("n is from 0 to 1,000,000", "n")
+
+
+@pytest.mark.parametrize(
+    ("task", "payload", "kind", "reason"),
+    [
+        (Checked, {"n": "many"}, "INVALID_REQUEST", "n is a whole number"),
+        (Checked, {}, "INVALID_REQUEST", "n is a whole number"),
+        (CheckedFirst, {"n": 10**9}, "INVALID_REQUEST", "n is from 0 to 1,000,000"),
+    ],
+)
+def test_what_is_invalid_is_refused_before_its_memory_is_asked_for(
+    connection: redis.Redis, task: type[Checked], payload: Any, kind: str, reason: str
+) -> None:
+    """The client hears what is wrong with its payload, once, and not what `memory_needed` made of it."""
+    turns = Turns(connection, task())
+    turns.submit_all({"bad": payload, "good": {"n": 2}})
+    turns.run("bad", "good")
+    record = turns.record("bad")
+    assert (record.status, record.error_kind) == ("failed", kind)
+    assert record.error_reason.startswith(reason)
+    counted(turns, "good", n=2)
+
+
+def test_a_memory_that_cannot_be_told_fails_as_before(connection: redis.Redis) -> None:
+    """The payload is what the task takes: it is its own error, and the request has left the engine again."""
+
+    class Confused(Device):
+        def memory_needed(self, payload: Any) -> int | None:
+            raise ArithmeticError("of its own")
+
+    task = Confused()
+    turns = Turns(connection, task)
+    turns.submit_all({"bad": {"n": 1}})
+    turns.until(lambda: turns.record("bad").attempt)
+    assert task.running == {}
+    assert "of its own" in turns.reasons("bad")[0][1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..protocol import logs
+from ..protocol.errors import InvalidRequest
 from ..protocol.records import Claim, FailureKind
 from ..recovery.failures import classify
 from . import statuses
@@ -106,7 +107,11 @@ class Admissions:
         self.before(engine, claim)
         try:
             with foreign:
-                needed = engine.batch.memory_needed(entry.request.payload)
+                engine.batch.check(entry.request.payload)
+                try:
+                    needed = engine.batch.memory_needed(entry.request.payload)
+                except RAISED as error:
+                    raise self._refusal(engine, entry, error) from None
                 verdict = engine.judge(needed)
             if verdict is Verdict.WAIT:
                 return False
@@ -128,6 +133,20 @@ class Admissions:
                 engine.batch.limit(claim.id, claim.step_timeout)
             self.holdings.accept(claim, engine.fingerprint)
         return not self.fitness.left
+
+    def _refusal(self, engine: Engine, entry: Waiting, error: BaseException) -> BaseException:
+        """Why a request is not admitted whose memory could not be told: it may be one that the task itself refuses."""
+        if classify(error) is not FailureKind.UNKNOWN or isinstance(error, Unfit):
+            return error
+        try:
+            with logs.running(entry.claim.id, entry.claim.execution):
+                engine.batch.admit(entry.request)
+        except InvalidRequest as refusal:
+            return refusal
+        except RAISED:
+            return error
+        engine.batch.drop(entry.claim.id)
+        return error
 
     def _fail(self, engine: Engine, claim: Claim, error: BaseException, needed: int | None) -> None:
         if classify(error) is FailureKind.GPU_OOM:

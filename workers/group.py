@@ -132,6 +132,9 @@ class Group(BatchTask):
     def prepare(self, payload: Any) -> Any:
         return self.batch.prepare(payload)
 
+    def check(self, payload: Any) -> None:
+        self.batch.check(payload)
+
     def admit(self, request: Request) -> None:
         if self._joined:
             self.batch.admit(request)

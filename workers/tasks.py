@@ -158,6 +158,12 @@ class BatchTask:
         """
         return payload
 
+    def check(self, payload: Any) -> None:
+        """Check a stored payload in the worker, before anything else is asked about it.
+
+        Raises :class:`InvalidRequest`. What :meth:`memory_needed` makes of an invalid payload is no answer to its client.
+        """
+
     def memory_needed(self, payload: Any) -> int | None:
         """Bytes of device memory that a request takes as long as it is admitted; ``None`` if nobody can tell.
 
