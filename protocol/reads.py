@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import redis
@@ -21,6 +22,10 @@ _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
     "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded", "stretched",
 )  # fmt: skip
+
+
+HISTORY_PAGE = 128
+"""Lines of a history that are read at once; one has at most some ten kilobytes."""
 
 
 class Reads:
@@ -255,13 +260,17 @@ class Reads:
 
     def history(self, identifier: str) -> list[Event]:
         """What happened to a request, oldest first; its ordinary course is not in it."""
-        lines: Any = self.connection.lrange(key("history", identifier), 0, -1)
         events = []
-        for line in lines:
-            try:
-                events.append(Event.parse(line))
-            except ValueError:
-                pass  # nobody of ours wrote it
+        # In pages: a line may have the stacks of a crash.
+        for start in count(0, HISTORY_PAGE):
+            lines: Any = self.connection.lrange(key("history", identifier), start, start + HISTORY_PAGE - 1)
+            for line in lines:
+                try:
+                    events.append(Event.parse(line))
+                except ValueError:
+                    pass  # nobody of ours wrote it
+            if len(lines) < HISTORY_PAGE:
+                break
         return events
 
 

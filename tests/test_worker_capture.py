@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK, unpack_state
-from perdure.protocol.records import Claim, Failure
+from perdure.protocol.records import Claim, Failure, Progress
 from perdure.protocol.settings import Settings
+from perdure.protocol.states import State
+from perdure.protocol.store import Store
 from perdure.workers import holding as module
 from perdure.workers import uploads
 from perdure.workers.holding import Holding
@@ -53,11 +55,15 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.sampled_from(["killed", "failed", "finished"]))
-@settings(max_examples=80, deadline=None)
-def test_what_is_stored_at_any_moment_fits_together(steps, end):
-    """For each moment at which a worker may be killed: all outputs up to the stored state, none beyond a later one."""
+@given(STEPS, st.sampled_from(["killed", "failed", "finished"]), st.sampled_from([1, 3, module.MAX_CALL]))
+@settings(max_examples=120, deadline=None)
+def test_what_is_stored_at_any_moment_fits_together(steps, end, most):
+    """For each moment at which a worker may be killed: all outputs up to the stored state, none beyond a later one.
+
+    Also when what was put out goes to Redis in several calls, of ``most`` bytes of outputs where that can be.
+    """
     large, module.LARGE = module.LARGE, 50
+    usual, module.MAX_CALL = module.MAX_CALL, most
     try:
         holding, outputs, kept = new(), 0, -1
         last_state, outputs_at, states = -1, {-1: 0}, []
@@ -87,11 +93,13 @@ def test_what_is_stored_at_any_moment_fits_together(steps, end):
             assert outputs >= outputs_at[kept]
         if end == "finished":
             holding.add(Step(result="done"), DUE)
-            if holding.next_progress() is not None:
+            while holding.next_progress() is not None:
                 outputs, kept = taken(holding, outputs, kept)
+                assert kept >= (states[outputs - 1] if outputs else -1), "an output without its state"
+            assert holding.finishing
             assert outputs + holding.next_finish(DUE).outputs == put_out
     finally:
-        module.LARGE = large
+        module.LARGE, module.MAX_CALL = large, usual
 
 
 def taken(holding: Holding, outputs: int, kept: int) -> tuple[int, int]:
@@ -247,3 +255,52 @@ def test_a_worker_without_the_library_hands_a_compressed_state_back(
     bench.claim()
     assert bench.pool.store.state(identifier) == (["z" * 5000], True)
     assert bench.holdings.held[identifier].claim.offset == 1
+
+
+def test_many_outputs_of_one_step_are_stored_in_several_calls(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them carries more than one output above its bytes, and those of others go on between them."""
+    monkeypatch.setattr(module, "MAX_CALL", 1000)
+    sent: list[tuple[str, int]] = []
+    progress = Store.progress
+
+    def noted(self: Store, incarnation: str, rows: list[Progress]) -> list[str]:
+        sent.extend((row.id, len(row.blob)) for row in rows)
+        return progress(self, incarnation, rows)
+
+    monkeypatch.setattr(Store, "progress", noted)
+    bench.pool.submit("a", "b")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.claim()
+    bench.offer("a", *[Step(output=f"{number}{'x' * 300}") for number in range(30)], Step(result="done"))
+    for number in range(20):
+        bench.offer("b", Step(output=number, state=number))
+        bench.round()
+    assert bench.pool.status("a") is State.FINISHED
+    assert [output[:2] for output in bench.pool.store.all_outputs("a")] == [f"{n}xx"[:2] for n in range(30)]
+    assert len(bench.pool.store.outputs("a")) == 10
+    assert max(size for _, size in sent) < 1100
+    assert bench.pool.store.all_outputs("b") == list(range(20))
+
+
+def test_too_much_that_can_only_be_stored_together_fails_its_request_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the numbers: how much it was, and what the limit is."""
+    monkeypatch.setattr(module, "MAX_TOGETHER", 1000)
+    bench.holdings.settings = bench.settings.replace(max_payload=900)
+    bench.pool.submit("a", "b")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.claim()
+    rows = [Step("x" * 300, number, "a") for number in range(5)] + [Step("fine", 1, "b")]
+    executions = {name: bench.holdings.held[name].claim.execution for name in ("a", "b")}
+    assert bench.holdings.offer(rows, executions) == ["a"]
+    for _ in range(3):
+        bench.round()
+    record = bench.pool.store.fetch("a")
+    assert record is not None
+    assert (record.status, record.error_kind) == ("failed", "INVALID_REQUEST")
+    assert "4 outputs" in record.error_reason
+    assert "1,212 bytes, more than the 1,000" in record.error_reason
+    assert bench.pool.store.all_outputs("b") == ["fine"]

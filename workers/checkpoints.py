@@ -52,6 +52,9 @@ class Checkpoints:
             rows = [row for item in holdings.held.values() if (row := item.next_progress(due=due))]
             if due and (rows or not self._last):
                 self._last = now
+            if any(item.splits for item in holdings.held.values()):
+                self.hasten()  # the rest goes out in the rounds that follow, without waiting
+                holdings.excuse()
         try:
             for chunk in chunks(self.uploads.advance(rows), _size):
                 self._send(chunk)

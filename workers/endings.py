@@ -22,7 +22,12 @@ class Endings:
         """Send finishes and failures whose outputs are all stored."""
         line, holdings = self.line, self.line.holdings
         with holdings.lock:
-            ready = [item for item in holdings.held.values() if item.leaving and not item.flight and not item.canceling]
+            # What one call cannot carry goes out in several before: see Holding.next_progress.
+            ready = [
+                item
+                for item in holdings.held.values()
+                if item.leaving and not item.flight and not item.canceling and not item.splits
+            ]
             finishes = [item.next_finish(holdings.settings) for item in ready if not isinstance(item.ended, Failure)]
             failures = [item.ended for item in ready if isinstance(item.ended, Failure) and not item.unsent]
         for chunk in chunks(finishes, lambda row: len(row.blob) + len(row.result)):
