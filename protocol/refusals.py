@@ -58,3 +58,29 @@ def memory_full(error: redis.ResponseError) -> bool:
     """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
     # Redis 6.2 puts the error of a call within a script into the text of another one.
     return isinstance(error, redis.exceptions.OutOfMemoryError) or "-OOM " in str(error)
+
+
+_PASSING = (
+    redis.exceptions.BusyLoadingError, redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError,
+    redis.exceptions.MasterDownError, redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError,
+    redis.exceptions.NoScriptError, redis.exceptions.NoPermissionError, redis.exceptions.AuthenticationError,
+)  # fmt: skip
+_PASSING_CODES = (
+    "BUSY",
+    "LOADING",
+    "READONLY",
+    "NOREPLICAS",
+    "MISCONF",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "NOAUTH",
+)
+
+
+def passing(error: redis.RedisError) -> bool:
+    """Whether an error says something of the server, which may change, and nothing of the call."""
+    if isinstance(error, _PASSING):
+        return True
+    text = str(error)
+    return text.startswith(_PASSING_CODES) or any(f"-{code} " in text for code in (*_PASSING_CODES, "OOM"))

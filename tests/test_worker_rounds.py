@@ -17,6 +17,8 @@ from perdure.protocol.records import Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
+from perdure.workers import courier as courier_module
+from perdure.workers import line as line_module
 from perdure.workers.claimer import Claimer, Limits
 from perdure.workers.companion import Guarded
 from perdure.workers.courier import Courier
@@ -278,6 +280,83 @@ def test_an_end_that_is_ready_wins_over_a_cancel(bench: Bench) -> None:
     bench.round()
     assert bench.pool.status("a") is State.FINISHED
     assert (bench.pool.store.result("a"), bench.pool.store.all_outputs("a")) == ("there", [0])
+
+
+# --- what Redis does not take --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [redis.ConnectionError("reset"), redis.ResponseError("ERR Protocol error")])
+@pytest.mark.parametrize("script", ["progress", "finish"])
+def test_a_call_that_is_never_taken_ends_its_request_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: redis.RedisError, script: str
+) -> None:
+    """Whether it is refused or cut off: its batch-mates go on, and the reason has the numbers."""
+    monkeypatch.setattr(line_module, "REFUSAL_PAUSE", 0.0)
+    real = getattr(Store, script)
+
+    def taken(self: Store, incarnation: str, *rest: Any) -> list[str]:
+        if any(b"BAD" in row.blob for row in rest[-1]):
+            raise error
+        return real(self, incarnation, *rest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Store, script, taken)
+    bench.pool.submit("a", "bad", "c")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.claim()
+    end = [Step(result="done")] if script == "finish" else []
+    bench.offer("bad", Step("BAD"), *end)
+    for number in range(12):
+        for name in ("a", "c"):
+            if name in bench.holdings.held:
+                bench.offer(name, Step(number, number), *([Step(result="well")] if number == 9 else []))
+        bench.round()
+    record = bench.pool.store.fetch("bad")
+    assert record is not None
+    assert (record.status, record.error_kind) == ("failed", "INVALID_REQUEST")
+    assert "5 calls of" in record.error_reason
+    for name in ("a", "c"):
+        assert bench.pool.store.all_outputs(name) == list(range(10))
+        assert bench.pool.status(name) is State.FINISHED
+    assert not bench.holdings.held
+
+
+def test_a_server_that_cannot_take_anything_now_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of itself (a script runs, no replicas) is held against no request, and neither is an outage."""
+    bench.pool.submit("a")
+    bench.claim()
+    bench.offer("a", Step("x"))
+    real, ping = Store.progress, redis.Redis.ping
+    for text in ("BUSY Redis is busy", "NOREPLICAS Not enough good replicas", "MISCONF Redis is configured to save"):
+        monkeypatch.setattr(Store, "progress", raising(redis.ResponseError(text)))
+        for _ in range(7):
+            bench.round()
+    monkeypatch.setattr(Store, "progress", raising(redis.ConnectionError("gone")))
+    monkeypatch.setattr(redis.Redis, "ping", raising(redis.ConnectionError("gone")))
+    for _ in range(7):
+        bench.round()
+    monkeypatch.setattr(redis.Redis, "ping", ping)
+    monkeypatch.setattr(Store, "progress", real)
+    bench.round()
+    assert bench.pool.store.all_outputs("a") == ["x"]
+    assert bench.pool.status("a") is State.STARTED
+
+
+def test_a_call_that_is_nobodys_and_never_taken_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot ask for work is replaced; it does not stand still without a word."""
+    monkeypatch.setattr(courier_module, "REFUSALS", 4)
+    monkeypatch.setattr(Store, "claim", raising(redis.ResponseError("WRONGTYPE Operation against a key")))
+    for _ in range(3):
+        bench.round()
+    with pytest.raises(RuntimeError, match="4 calls in succession"):
+        bench.round()
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
 
 
 # --- the guardian's verdict --------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import redis
 
@@ -13,7 +12,6 @@ from ..protocol.logs import about
 from ..protocol.packed_state import stored
 from ..protocol.records import Progress
 from ..protocol.refusals import memory_full
-from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from .line import Line
 from .uploads import Uploads
 
@@ -30,7 +28,7 @@ class Checkpoints:
     """Redis was at its maxmemory at the last checkpoint."""
 
     def __post_init__(self) -> None:
-        self.uploads = Uploads(self.line.store, self._hear)
+        self.uploads = Uploads(self.line, self._hear)
 
     def hasten(self) -> None:
         """The next checkpoint is due at once."""
@@ -56,8 +54,7 @@ class Checkpoints:
                 self.hasten()  # the rest goes out in the rounds that follow, without waiting
                 holdings.excuse()
         try:
-            for chunk in chunks(self.uploads.advance(rows), _size):
-                self._send(chunk)
+            self.line.send(self.uploads.advance(rows), _size, self._call, self._settle)
         except redis.ResponseError as error:
             if not memory_full(error):
                 raise
@@ -65,7 +62,7 @@ class Checkpoints:
         else:
             self._full = self._full and not rows
 
-    def _send(self, rows: Sequence[Progress]) -> None:
+    def _call(self, rows: Sequence[Progress]) -> list[str]:
         holdings = self.line.holdings
         with holdings.lock:
             mine = [holdings.current(row.id, row.execution) for row in rows]
@@ -80,6 +77,10 @@ class Checkpoints:
                     holding.sendings -= 1  # refused before it wrote anything
             raise
         self.line.ledger.answered(time.monotonic() - began)
+        return answers
+
+    def _settle(self, rows: Sequence[Progress], answers: list[str]) -> None:
+        holdings = self.line.holdings
         with holdings.lock:
             for row, answer in zip(rows, answers, strict=True):
                 self._hear(row, answer)
@@ -115,17 +116,3 @@ class Checkpoints:
 def _size(row: Progress) -> int:
     state = stored(row.state)
     return len(row.blob) + (0 if state.chunks else state.length)
-
-
-def chunks(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterable[list[Any]]:
-    """Split rows by the limits of one call; one row alone may exceed the bytes."""
-    part: list[Any] = []
-    total = 0
-    for row in rows:
-        if part and (len(part) >= MAX_REQUESTS or total + size(row) > MAX_BYTES):
-            yield part
-            part, total = [], 0
-        part.append(row)
-        total += size(row)
-    if part:
-        yield part

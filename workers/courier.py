@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import redis
 
+from ..protocol.refusals import passing
 from ..protocol.store import Store
 from .checkpoints import Checkpoints
 from .claimer import Claimer
@@ -34,6 +35,10 @@ GIVE_UP = 5.0
 
 RECONNECT = 60.0
 """Seconds that a try to reach Redis may take during an outage: asking for its address has no timeout of ours."""
+
+REFUSALS = 20
+"""Rounds in succession that a call has ended which is no single request's, and which Redis does not take while it answers
+others; then the worker ends."""
 
 LOOK = 0.1
 """Seconds after which a courier that has nothing to store looks at what else there is to do."""
@@ -61,6 +66,7 @@ class Courier:
     renewals: Renewals = field(init=False)
     endings: Endings = field(init=False)
     _outage: float | None = None
+    _refusals: int = 0
     _thread: threading.Thread | None = None
     _idle: threading.Lock = field(default_factory=threading.Lock)
 
@@ -175,10 +181,12 @@ class Courier:
                 self._rejoin()
             self.line.ledger.flush(self.store, self.incarnation)
         except (redis.ConnectionError, redis.TimeoutError) as error:
+            self._count_refusal(error)
             self._ride_out(error)
         except redis.ResponseError as error:
             # BUSY, LOADING and the like pass; a broken script would repeat itself, so it is shown each time.
             self.line.log.error("Redis refused a call: %s", error)
+            self._count_refusal(error)
             self._ride_out(error)
         else:
             self._in_contact()
@@ -242,7 +250,20 @@ class Courier:
             self.line.incarnation = uuid.uuid4().hex
         self.rejoined(self.incarnation)
 
+    def _count_refusal(self, error: redis.RedisError) -> None:
+        """End the worker when a call that is no single request's is refused or cut off for ever, while others are answered.
+
+        Where nothing is sent back and forth any more, requests would stand still without a word.
+        """
+        if passing(error) or not self.line.answers():
+            self._refusals = 0
+            return
+        self._refusals += 1
+        if self._refusals >= REFUSALS:
+            raise RuntimeError(f"Redis did not take {REFUSALS} calls in succession, and answered others") from error
+
     def _in_contact(self) -> None:
+        self._refusals = 0
         now = time.monotonic()
         if self._outage is not None:
             self.line.log.warning("Redis is back after %.1f s", now - self._outage)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..protocol.logs import about
 from ..protocol.records import Failure, Finish
 from ..protocol.scripts import MAX_REQUESTS
-from .checkpoints import chunks
 from .line import Line
 
 
@@ -30,11 +29,14 @@ class Endings:
             ]
             finishes = [item.next_finish(holdings.settings) for item in ready if not isinstance(item.ended, Failure)]
             failures = [item.ended for item in ready if isinstance(item.ended, Failure) and not item.unsent]
-        for chunk in chunks(finishes, lambda row: len(row.blob) + len(row.result)):
-            self._settle(chunk, line.store.finish(line.incarnation, line.worker, chunk))
-        for start in range(0, len(failures), MAX_REQUESTS):
-            part = failures[start : start + MAX_REQUESTS]
-            self._settle(part, line.store.fail(line.incarnation, line.worker, part))
+        line.send(
+            finishes, lambda row: len(row.blob) + len(row.result),
+            lambda part: line.store.finish(line.incarnation, line.worker, part), self._settle,
+        )  # fmt: skip
+        line.send(
+            failures, lambda row: len(row.reason) + len(row.traceback),
+            lambda part: line.store.fail(line.incarnation, line.worker, part), self._settle,
+        )  # fmt: skip
 
     def _settle(self, rows: Sequence[Finish | Failure], answers: list[str]) -> None:
         line, holdings = self.line, self.line.holdings

@@ -74,6 +74,8 @@ class Holding:
     """How often ``flight`` was sent without an answer: as long as it was not, it may be taken apart."""
     refused: int = 0
     """How many calls in succession Redis has not taken that stored or ended this, although it answered others."""
+    quiet: float = 0.0
+    """Until when it is left alone after such a call (monotonic seconds)."""
     behind: list[Any] = field(default_factory=list)
     behind_sizes: list[int] = field(default_factory=list)
     behind_size: int = 0
@@ -249,6 +251,10 @@ class Holding:
     def cancel(self) -> None:
         """It was canceled: nothing of it is wanted any more."""
         self.canceling = True
+        self.drop()
+
+    def drop(self) -> None:
+        """Nothing of what is not stored yet is to be stored."""
         self.flight, self.result, self.ended = None, NOTHING, None
         self._take(len(self.pending), with_state=True)
         self.flying, self.flying_sizes, self.sendings = [], [], 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..protocol.packed_state import stored
 from ..protocol.records import Chunk, Progress
-from ..protocol.store import Store
+from .line import Line
 
 BUDGET = 0.05
 """Seconds of one round; the chunk on its way is waited for."""
@@ -23,7 +23,7 @@ BUDGET = 0.05
 class Uploads:
     """The large states of one worker that are on their way."""
 
-    store: Store
+    line: Line
     heard: Callable[[Progress, str], None]
     """Called with what Redis says of a request that cannot go on."""
     busy: bool = False
@@ -67,9 +67,13 @@ class Uploads:
             id=row.id, execution=row.execution, seq=row.seq, total=state.chunks, number=number + 1,
             data=state.pieces[number],
         )  # fmt: skip
-        (answer,) = self.store.write_chunks([chunk])
-        if answer != "ok":
-            self.heard(row, answer)
-            return False
-        self._written[row.execution, row.seq] = number + 1
-        return True
+        answers: list[str] = []
+        self.line.send(
+            [chunk], lambda chunk: len(chunk.data), self.line.store.write_chunks, lambda _, heard: answers.extend(heard)
+        )
+        if answers == ["ok"]:
+            self._written[row.execution, row.seq] = number + 1
+            return True
+        if answers:
+            self.heard(row, answers[0])
+        return False

@@ -28,6 +28,9 @@ from ...protocol.packed_state import PackedState, pack_state, unpack_state
 from ...protocol.records import NewRequest, Progress
 from ...protocol.settings import Settings
 from ...protocol.store import Store
+from ...workers.holdings import Holdings
+from ...workers.line import Line
+from ...workers.mailbox import Mailbox
 from ...workers.tasks import NOTHING, Request
 from ...workers.text import Generate
 from ...workers.uploads import Uploads
@@ -163,7 +166,7 @@ def _write(store: Store, identifier: str, state: PackedState) -> float:
         id=claim.id, execution=claim.execution, seq=1, offset=0, outputs=0, blob=b"", state=state, fingerprint=""
     )
     began = _clock()
-    uploads = Uploads(store, _refused)
+    uploads = Uploads(Line(store, "benchmark", Holdings(store.settings, Mailbox())), _refused)
     while not uploads.advance([row]):
         pass
     if store.progress(incarnation, [row]) != ["ok"]:
