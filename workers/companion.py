@@ -65,6 +65,8 @@ class Companion:
     """
     token: str = ""
     """By which the worker's kin is known (:mod:`.kin`)."""
+    guardians: list[int] = field(default_factory=list)
+    """Process ids of the last guardians: one that was abandoned still works when this process ends."""
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -166,6 +168,7 @@ class Companion:
             start_new_session=True,
             env=_environment(self.settings),
         )
+        self.guardians = [*self.guardians[-3:], self._process.pid]
         _widen(self._process)
         self._write(
             {

@@ -45,6 +45,9 @@ LAST_EFFORT = 60.0
 """Seconds that a guardian whose worker is gone tries to reach Redis; afterwards the heartbeat has long run out
 and any reaper does the same."""
 
+MOMENT = 0.05
+"""Seconds between the end of the worker's pipe and that of its process, at most."""
+
 PAUSE = 0.1
 """Seconds between two tries of a call that Redis did not answer."""
 
@@ -148,7 +151,6 @@ class Guardian:
     def _worker_gone(self, ready: list[int]) -> bool:
         """Read what the worker says; True at its end."""
         ended = ready != [self.pipe]  # the process ended, or cannot be ended
-        self._look_at_end()
         data = b""
         # Its last words may still stand in the pipe.
         while select.select([self.pipe], [], [], 0)[0]:
@@ -156,7 +158,10 @@ class Guardian:
             self._hear(data)
             if not (ended and data):
                 break
-        return ended or not data or self._clean
+        over = ended or not data or self._clean
+        if over and not self._clean:
+            self._look_at_end()
+        return over
 
     def _hear(self, data: bytes) -> None:
         """Take in what the worker wrote: a message on each line, or what faulthandler writes."""
@@ -199,7 +204,7 @@ class Guardian:
 
     def _look_at_end(self) -> None:
         """Read with what the worker has ended, as long as its parent has not asked for it."""
-        if self._status is None:
+        if self._status is None and self._lookout.gone(MOMENT):
             self._status = exit_status(self.pid)
 
     def _evidence(self) -> tuple[FailureKind, str, str]:
@@ -219,7 +224,7 @@ class Guardian:
 
     def _end_kin(self) -> None:
         """End what the worker's tasks have started: it is gone, and nobody else knows of them."""
-        if self.token and self._lookout.gone:
+        if self.token and self._lookout.gone(LAST):
             number = self._kin.end()
             if number:
                 self.log.warning("%s has left %d process(es) behind; ended", self._who(), number)

@@ -66,7 +66,7 @@ class Kin:
             ended |= fresh
         deadline = time.monotonic() + LAST
         for handle in ended.values():
-            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            _ended(handle, max(0.0, deadline - time.monotonic()))
             os.close(handle)
         return len(ended)
 
@@ -168,8 +168,10 @@ def _hold(pid: int) -> int:
         return -1
 
 
-def _ended(handle: int) -> bool:
-    return bool(select.select([handle], [], [], 0)[0])
+def _ended(handle: int, timeout: float = 0.0) -> bool:
+    look = select.poll()  # select() takes no descriptor beyond 1,023
+    look.register(handle, select.POLLIN)
+    return bool(look.poll(timeout * 1000))
 
 
 def _kill(handle: int) -> None:

@@ -45,7 +45,10 @@ class Leaving:
     _before: frozenset[int] = field(default_factory=lambda: frozenset(below(os.getpid())))
     """Processes that this one has started for itself."""
     _status: int | None = None
-    """With what the process is to exit; ``None`` while the worker works, or where nothing was left."""
+    """With what the process is to exit; ``None`` while the worker works."""
+    _hurries: bool = False
+    """Something was left that may keep the process."""
+    _nowhere: int = -1
     _pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
@@ -68,15 +71,15 @@ class Leaving:
             thread for thread in threading.enumerate()
             if thread not in self._threads and not thread.daemon and thread is not threading.current_thread()
         ]  # fmt: skip
-        if left or self.kin.seen or _hooks() != self._hooks or _hooks() < 0:
-            self._status = status
+        self._status = status
+        self._hurries = bool(left or self.kin.seen or _hooks() != self._hooks or _hooks() < 0)
 
     def end_kin(self) -> None:
         """End what the tasks have started and left; the process leaves."""
         self.kin.end(self.spared())
 
     def _begin(self) -> None:
-        if self._status is None or os.getpid() != self._pid:
+        if not self._hurries or os.getpid() != self._pid:
             return
         threading.Thread(target=self._bound, name="leaving", daemon=True).start()
         # A thread of C: it needs no lock of the interpreter.
@@ -104,8 +107,6 @@ class Leaving:
             flush()
         finally:
             os._exit(self._status or 0)
-
-    _nowhere: int = -1
 
 
 def _flush_output() -> None:

@@ -193,10 +193,9 @@ class Lookout:
         """Whether the guardian was stopped itself a moment ago, and its worker perhaps with it."""
         return time.monotonic() - self._watch.stopped_at < 2 * GAP
 
-    @property
-    def gone(self) -> bool:
-        """Whether the worker's process has ended."""
-        return self._gone(0)
+    def gone(self, timeout: float) -> bool:
+        """Whether the worker's process has ended, which is waited for: its files are closed a moment before."""
+        return self._gone(timeout)
 
     def end(self, why: str) -> None:
         """End the worker: it hangs. Takes up to ``STACKS + LAST`` seconds; a second call does nothing."""
