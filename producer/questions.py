@@ -196,8 +196,9 @@ def _end_of(
     while True:
         while not watch.look:
             if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
+                state = yield from _state(record)
                 raise TimeoutError(
-                    f"request {record.id} has not ended within {seconds:g} s: it is {_state(record)}. It goes on; wait "
+                    f"request {record.id} has not ended within {seconds:g} s: it is {state}. It goes on; wait "
                     f"again with result(), or look at it with: perdure show {record.id}"
                 )
         watch.look = False
@@ -277,8 +278,9 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                     deadline, watch.look = time.monotonic() + limit, True
                     continue
             if not (yield from _sleep(watch, STREAM_SILENCE, deadline)):
+                state = yield from _state(record)
                 raise TimeoutError(
-                    f"request {identifier} has put out nothing new for {limit:g} s: it is {_state(record)}. It goes "
+                    f"request {identifier} has put out nothing new for {limit:g} s: it is {state}. It goes "
                     f"on; read on with stream(start={reader.count}), or look at it with: perdure show {identifier}"
                 )
 
@@ -330,9 +332,14 @@ def _page(identifier: str, place: Place, *, check: bool = False) -> Callable[[St
     return partial(Store.output_page, identifier=identifier, place=place, check=check)
 
 
-def _state(record: RequestRecord) -> str:
+def _state(record: RequestRecord) -> Question[str]:
+    """Where it stands, and why nothing moves if its workers say so; for an error, so that no other one takes its place."""
     if record.execution:
         return f"running on {record.worker}"
+    try:
+        trouble: str = yield Call(lambda store: store.trouble(record.queue, record.task), time.monotonic())
+    except Exception:
+        trouble = ""
     if record.status is State.QUEUED:
-        return f"waiting in the queue {record.queue} (does a worker serve it?)"
-    return f"{record.status} in the queue {record.queue}"
+        return f"waiting in the queue {record.queue} ({trouble or 'does a worker serve it?'})"
+    return f"{record.status} in the queue {record.queue}" + (f" ({trouble})" if trouble else "")

@@ -68,6 +68,8 @@ class Census:
     checkpoint_age: float
     pulse_age: float | None
     unfit: Sequence[str]
+    unable: int
+    """Living workers that could not load some task."""
     """Devices that are not to be used."""
     server: Mapping[str, Any]
     """Fields of INFO; empty where this user may not ask."""
@@ -119,10 +121,11 @@ class Surveyor:
             pipe.zrange(key("checkpoints"), 0, 0, withscores=True)
             pipe.hget(key("pulse"), "at")
             pipe.hlen(key("unfit"))
+            pipe.zcount(key("unable"), f"({now}", "+inf")
             replies = pipe.execute()
         rows = [replies[place : place + _PER_QUEUE] for place in range(0, _PER_QUEUE * len(queues), _PER_QUEUE)]
         aside = replies[_PER_QUEUE * len(queues) : (_PER_QUEUE + 3) * len(queues)]
-        alive, unready, mode, stored, oldest, pulse, devices = replies[-7:]
+        alive, unready, mode, stored, oldest, pulse, devices, unable = replies[-8:]
         ages = self._ages([row[0] for row in rows], now)
         found = {}
         for place, (queue, row) in enumerate(zip(queues, rows, strict=True)):
@@ -146,6 +149,7 @@ class Surveyor:
             checkpoint_age=max(0.0, (now - oldest[0][1]) / 1000) if oldest else 0.0,
             pulse_age=max(0.0, (now - whole(pulse)) / 1000) if pulse else None,
             unfit=self._unfit(devices, left_out),
+            unable=unable,
             server=self._server(),
             left_out=left_out,
         )

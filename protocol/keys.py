@@ -80,6 +80,7 @@ NAMES: Final[dict[str, str]] = {
     "isolating": f"{OURS}isolating",
     "beats": f"{OURS}beats",
     "unready": f"{OURS}unready",
+    "unable": f"{OURS}unable",
     "incarnation": f"{OURS}incarnation:",
     "held": f"{OURS}held:",
     "supervisors": f"{OURS}supervisors",

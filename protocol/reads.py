@@ -17,6 +17,7 @@ from .mode import DEGRADED, Mode
 from .output_log import Outputs, Page, Place, read_page, unpack_entry
 from .packed_state import unpack_state
 from .records import Checkpoint, Details, Event, RequestRecord, whole
+from .words import WorkerWord, trouble
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
@@ -68,10 +69,43 @@ class Reads:
                     "health": fields.get("health", ""),
                     "task": fields.get("task", ""),
                     "slots": whole(fields.get("slots")) or None,
+                    "unable": [
+                        {
+                            "task": item.task,
+                            "kind": item.kind,
+                            "seconds": round(now - item.since, 3),
+                            "reason": item.reason,
+                        }
+                        for item in WorkerWord.inabilities(fields.get("unable", ""))
+                    ],
                     "held": sorted(item.decode(errors="replace") for item in held),
                 }
             )
         return result
+
+    def words(self) -> tuple[list[WorkerWord], float]:
+        """What all living workers say of what they cannot load, and the server's time; no words if none has any trouble."""
+        seconds, micros = self.connection.time()
+        now = seconds + micros / 1e6
+        if not self.connection.zcount(key("unable"), f"({now * 1000:.0f}", "+inf"):
+            return [], now
+        beats: Any = self.connection.zrangebyscore(key("beats"), f"({now * 1000:.0f}", "+inf")
+        names = [raw.decode(errors="replace") for raw in beats]
+        with self.connection.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hmget(key("incarnation", name), "worker", "queues", "ready", "started", "unable")
+            rows = pipe.execute()
+        texts = [[(value or b"").decode(errors="replace") for value in row] for row in rows]
+        return [
+            WorkerWord(
+                name, worker, queues.split(","), ready == "spare", whole(started) / 1000, WorkerWord.inabilities(unable)
+            )
+            for name, (worker, queues, ready, started, unable) in zip(names, texts, strict=True)
+        ], now
+
+    def trouble(self, queue: str, task: str) -> str:
+        """Why requests of a task wait in a queue, if workers could not load it; else an empty text."""
+        return trouble(self.words()[0], queue, task)
 
     def mode(self) -> Mode:
         """Whether the pool is degraded, and how many workers were counted last."""

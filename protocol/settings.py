@@ -51,6 +51,14 @@ class Settings:
         default=20.0, metadata={"help": "seconds one step may take; a lease lasts 1.5 times as long"}
     )
     load_timeout: float = field(default=600.0, metadata={"help": "seconds that loading a task's model may take"})
+    missing_timeout: float = field(
+        default=60.0,
+        metadata={"help": "seconds after which requests end whose module or task no worker of their queue has"},
+    )
+    unloadable_timeout: float = field(
+        default=900.0,
+        metadata={"help": "the same for a task that no worker of their queue can load: weights, a licence, a device"},
+    )
     checkpoint_interval: float = field(
         default=0.1, metadata={"help": "seconds between checkpoints of a running request"}
     )
@@ -147,7 +155,8 @@ class Settings:
     )
 
     _POSITIVE: ClassVar[tuple[str, ...]] = (
-        "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval", "checkpoint_ttl",
+        "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "missing_timeout", "unloadable_timeout",
+        "checkpoint_interval", "checkpoint_ttl",
         "retry_base", "retry_cap", "reap_interval", "response_timeout", "result_ttl", "failure_ttl", "max_crashes",
         "max_crashes_total", "max_executions", "max_payload", "max_state", "slots", "ranks", "health_interval",
     )  # fmt: skip

@@ -42,7 +42,11 @@ ENDED: Final = frozenset({State.FINISHED, State.FAILED, State.CANCELED, State.ST
 # state -> {next state: the scripts that make the move}
 TRANSITIONS: Final[dict[State, dict[State, tuple[str, ...]]]] = {
     State.CREATED: {State.QUEUED: ("enqueue",), State.SCHEDULED: ("enqueue",)},
-    State.QUEUED: {State.STARTED: ("claim",), State.FAILED: ("promote", "claim"), State.CANCELED: ("cancel",)},
+    State.QUEUED: {
+        State.STARTED: ("claim",),
+        State.FAILED: ("promote", "claim", "give_up"),
+        State.CANCELED: ("cancel",),
+    },
     State.SCHEDULED: {
         State.QUEUED: ("promote", "claim"),
         State.FAILED: ("promote", "claim"),

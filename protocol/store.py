@@ -120,9 +120,11 @@ class Store(Reads):
         resume: bool = True,
         max_bytes: int = 8 * 1024 * 1024,
         first_beat: float = 0.0,
+        unable: Iterable[str] = (),
     ) -> Claims:
         """Take up to ``free`` requests of ``task``, or of whatever comes first when ``task`` is empty.
 
+        ``unable``: tasks that this worker leaves to others for now.
         ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer than
         the heartbeat timeout.
         """
@@ -136,6 +138,7 @@ class Store(Reads):
             "queue": [{"queue": queue} for queue in queues],
             "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
             "known": [{"id": identifier} for identifier in known],
+            "unable": [{"left": path} for path in unable],
         }
         script = load("claim")
         reply: list[bytes] = script(self.connection, values, groups)
@@ -218,11 +221,13 @@ class Store(Reads):
         reason: str,
         delay: float = 0.0,
         fingerprints: Sequence[str] = (),
+        unable: bool = False,
     ) -> list[str]:
         """Hand ``(id, execution)`` back in the order of their claims; ``delay`` in seconds.
 
         ``fingerprints`` (one per request, or none) are those of checkpoints that the caller could not
-        match. Returns per request ``queued``, ``scheduled``, ``canceled``, ``failed``, ``already``, ``lost``.
+        match. ``unable``: the task could not be loaded here, which counts to no limit of executions.
+        Returns per request ``queued``, ``scheduled``, ``canceled``, ``failed``, ``already``, ``lost``.
         """
         shown = fingerprints or [""] * len(requests)
         rows = [
@@ -232,7 +237,7 @@ class Store(Reads):
         values = {
             "incarnation": incarnation, "worker": worker, "reason": reason, "delay": delay,
             "alive_ms": in_ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
-            "exception": pack_exception(reason),
+            "exception": pack_exception(reason), "unable": int(unable),
         }  # fmt: skip
         return list(self._call("release", values, {"request": rows}))
 
@@ -278,11 +283,13 @@ class Store(Reads):
         fingerprints: Iterable[str] = (),
         unfit: str = "",
         health: str = "",
+        unable: Sequence[Mapping[str, Any]] = (),
     ) -> Pulse:
         """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
         to be told, ``unfit`` if its device is not to be used.
 
-        ``health`` is the URL of its health pages.
+        ``health`` is the URL of its health pages. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each
+        task that it could not load.
         """
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
@@ -295,6 +302,15 @@ class Store(Reads):
         groups = {
             "queue": [{"queue": queue} for queue in queues],
             "model": [{"fingerprint": fingerprint} for fingerprint in fingerprints],
+            "inability": [
+                {
+                    "task": row["task"],
+                    "kind": row["kind"],
+                    "age_ms": max(0, round(row["age"] * 1000)),
+                    "reason": " ".join(row["reason"].split())[:MAX_UNFIT],
+                }
+                for row in unable
+            ],
         }
         status, due = self._call("heartbeat", values, groups)
         return Pulse(status, due == "1")
@@ -367,6 +383,19 @@ class Store(Reads):
             if more != "1":
                 break
         return moved
+
+    def give_up(
+        self, queue: str, task: str, *, kind: str, reason: str, workers: Iterable[str], limit: int = MAX_REQUESTS
+    ) -> int:
+        """End waiting requests of a task that these incarnations, all that serve the queue, could not load.
+
+        Returns how many were ended by this call, -1 if it is not so any more.
+        """
+        values = {
+            "queue": queue, "task": task, "kind": kind, "reason": reason, "exception": pack_exception(f"{kind}: {reason}"),
+            "limit": limit,
+        }  # fmt: skip
+        return int(self._call("give_up", values, {"worker": [{"incarnation": name} for name in workers]}))
 
     def expire(self, queues: Sequence[str], *, limit: int = MAX_REQUESTS) -> int:
         """Delete stale checkpoints and what is left of requests that are gone; returns how many checkpoints.

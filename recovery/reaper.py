@@ -25,6 +25,7 @@ from ..protocol.store import Store
 from .degradation import Degradation
 from .failures import POLICIES, describe
 from .strays import find, take_back
+from .unserved import unserved
 
 log = logging.getLogger("perdure.reaper")
 
@@ -33,6 +34,9 @@ EXPIRE_INTERVAL: Final = 10.0
 
 MAX_ROUNDS: Final = 16
 """Calls of ``reap`` in one sweep. What is left after them is taken by the next sweep."""
+
+UNSERVED_INTERVAL: Final = 0.5
+"""Seconds between two looks at what workers cannot load."""
 
 LOOKED: Final = 500
 """Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a run
@@ -54,6 +58,7 @@ class Reaper:
         self.settings = settings
         self.name = name or f"reaper-{socket.gethostname()}-{os.getpid()}"
         self._expired_at = -EXPIRE_INTERVAL
+        self._asked_at = -UNSERVED_INTERVAL
         self._degradation = Degradation(store, settings, self.name)
         self._outages = 0
 
@@ -85,6 +90,9 @@ class Reaper:
             if not swept.left:
                 break
         store.promote(queues, rounds=MAX_ROUNDS)
+        if time.monotonic() - self._asked_at >= UNSERVED_INTERVAL:
+            self._asked_at = time.monotonic()
+            self._give_up()
         self._degradation.watch()
         if expire is None:
             expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL
@@ -95,6 +103,17 @@ class Reaper:
             if stale:
                 log.info("%s: deleted %d stale checkpoints", self.name, stale)
         return reaped
+
+    def _give_up(self) -> None:
+        """End requests whose task no worker of their queue could load for long enough."""
+        words, now = self.store.words()
+        settings = self.settings
+        for item in unserved(words, now, missing=settings.missing_timeout, broken=settings.unloadable_timeout):
+            if not item.due:
+                continue
+            ended = self.store.give_up(item.queue, item.task, kind=item.kind, reason=item.reason, workers=item.workers)
+            if ended > 0:
+                log.warning("%s: %d requests ended: %s", self.name, ended, item.reason)
 
     def _take_back(self, queues: Sequence[str]) -> None:
         """Have requests wait again that a worker of RQ's own was killed with: nobody else looks where it left them."""

@@ -94,6 +94,7 @@ METRICS: Final[Mapping[str, Described]] = {
     "perdure_workers": _gauge("Living workers: ready, or loading (which a spare does too).", "state"),
     "perdure_workers_expected": _gauge("Workers that there should be: the configured capacity, or the most of the last hour."),
     "perdure_degraded_mode": _gauge("1 for the mode that the pool is in: normal or degraded.", "mode"),
+    "perdure_workers_unable": _gauge("Workers that could not load some task; 'perdure workers' says which, and why."),
     "perdure_circuit_open": _gauge("1 for each device that is not to be used; 'perdure workers' says why.", "gpu"),
     "perdure_reaper_pulse_age_seconds": _gauge("Since the last sweep of any reaper or guardian."),
     "perdure_redis_up": _gauge("Whether Redis answered this scrape."),
@@ -173,6 +174,7 @@ def samples(census: Census) -> dict[str, Samples]:
     found["perdure_workers"] = [(("ready",), census.ready), (("loading",), census.loading)]
     found["perdure_workers_expected"] = [((), census.expected)]
     found["perdure_degraded_mode"] = [(("degraded",), census.degraded), (("normal",), not census.degraded)]
+    found["perdure_workers_unable"] = [((), census.unable)]
     found["perdure_circuit_open"] = [((place,), 1) for place in census.unfit]
     if census.pulse_age is not None:
         found["perdure_reaper_pulse_age_seconds"] = [((), census.pulse_age)]

@@ -217,6 +217,10 @@ def judge_pool(
         if worker["dead_in"] < 0:
             what = f"worker {worker['worker']} on {worker['host']} has been silent for {duration(worker['age'])}"
             found.append(Finding(Level.WARN, what, "it is dead, and a sweep takes its requests", "perdure reaper"))
+        for lack in worker["unable"]:
+            what = f"worker {worker['worker']} could not load {lack['task']}"
+            change = "install there what is missing; it tries again by itself"
+            found.append(Finding(Level.WARN, what, lack["reason"], change))
         if worker["unfit"]:
             what = f"worker {worker['worker']} leaves its device"
             found.append(Finding(Level.WARN, what, worker["unfit"], "repair the device, or take it out"))

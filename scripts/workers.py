@@ -11,6 +11,7 @@ import redis
 from ..protocol.connection import connect, explain, resolve_url
 from ..protocol.store import Store
 from .console import json_option, one_line, print_json, print_table, read_settings, url_option
+from .reading import duration
 
 
 @click.command(
@@ -45,6 +46,9 @@ def workers(as_json: bool, url: str | None) -> None:
     for item in items:
         if item["unfit"]:
             click.secho(one_line(f"{item['name']} leaves its device: {item['unfit']}"), fg="red")
+        for lack in item["unable"]:
+            text = f"{item['name']} could not load {lack['task']} ({duration(lack['seconds'])} ago): {lack['reason']}"
+            click.secho(one_line(text), fg="red")
     for entry in unfit:
         at = datetime.fromtimestamp(entry["at"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         text = f"{entry['device']} on {entry['host']} is not used: {entry['reason']} ({entry['worker']}, {at})"
@@ -71,13 +75,14 @@ def as_item(worker: dict[str, Any]) -> dict[str, Any]:
         "slots": worker["slots"],
         "task": worker["task"] or None,
         "unfit": worker["unfit"] or None,
+        "unable": worker["unable"],
         "health": worker["health"] or None,
     }
 
 
 def row(item: dict[str, Any]) -> list[object]:
     beat = "-" if item["beat_age"] is None else f"{item['beat_age']:.1f} s"
-    state = "leaving" if item["unfit"] else "yes" if item["ready"] else "no"
+    state = "leaving" if item["unfit"] else "no" if not item["ready"] else "not for all" if item["unable"] else "yes"
     overdue = " late" if item["dead_in"] < 0 else ""
     return [
         item["name"], item["host"], item["pid"], item["device"], state, ",".join(item["queues"]), beat + overdue,

@@ -28,6 +28,7 @@ NOT_MODELLED = {
     "weigh": "counts workers; moves no request",
     "measure": "adds to the counters; moves no request",
     "declare": "says that the pool is degraded; moves no request",
+    "give_up": "ends requests whose task nobody can load; the model has one task, which all can",
     "readmit": "takes back what a stock worker of RQ's was killed with; the model has only ours",
 }
 """Scripts that the model leaves out, with the reason."""
@@ -49,6 +50,7 @@ NOT_MOVED = {
     # A claim promotes first; then it moves what is queued.
     ("scheduled", "failed", "claim"),
     ("started", "queued", "readmit"),
+    ("queued", "failed", "give_up"),
 }
 
 UNREACHED = {

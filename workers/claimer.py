@@ -53,6 +53,8 @@ class Claimer:
     limits: Limits
     resume: bool
     log: logging.Logger
+    unable: Callable[[], list[str]] = list
+    """Tasks that this worker could not load, and leaves to others for now."""
     claimed: int = 0
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
@@ -83,6 +85,7 @@ class Claimer:
             known=known,
             resume=self.resume,
             first_beat=FIRST_BEAT,
+            unable=self.unable(),
         )
         if answer.status == "reaped":
             return False
@@ -227,10 +230,12 @@ class Claimer:
 
     def _nothing_found(self, status: str) -> None:
         idle = time.monotonic() - self._idle_since
-        if self.limits.burst and status in ("ok", "suspended"):
+        unable = self.unable() if status == "blocked" else []
+        if self.limits.burst and (status in ("ok", "suspended") or unable):
             if not self.settled():
                 return
-            self.log.info("Worker %s: done, quitting", self.worker)
+            left = f"; what waits for {', '.join(unable)} is left, which it could not load" if unable else ""
+            self.log.info("Worker %s: done, quitting%s", self.worker, left)
             self.holdings.stop()
         elif self.limits.max_idle_time is not None and idle >= self.limits.max_idle_time:
             self.log.info("Worker %s: idle for %d seconds, quitting", self.worker, idle)

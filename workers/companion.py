@@ -57,6 +57,8 @@ class Companion:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     fingerprints: list[str] = field(default_factory=list)
     ready: bool | str = False
+    unable: list[dict[str, Any]] = field(default_factory=list)
+    """Tasks that this worker could not load: task, kind, reason, and since when by the monotonic clock."""
     page: Page = field(default_factory=Page.create)
     """The counters of the engine loop and the courier; the guardian reads them."""
     crash_file: int = field(default_factory=lambda: os.open(os.devnull, os.O_WRONLY))
@@ -110,15 +112,25 @@ class Companion:
             self._start()
         return Guarded.WELL
 
-    def tell(self, *, fingerprints: list[str] | None = None, ready: bool | str | None = None) -> None:
-        """The fingerprints that this worker can continue, and whether it claims now (``"spare"``: once it is told to)."""
+    def tell(
+        self,
+        *,
+        fingerprints: list[str] | None = None,
+        ready: bool | str | None = None,
+        unable: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to), and what
+        it could not load.
+        """
         if fingerprints is not None:
             self.fingerprints = fingerprints
         if ready is not None:
             self.ready = ready
+        if unable is not None:
+            self.unable = unable
         with self._lock:
             self._report_crashes()  # what was just loaded may have turned it elsewhere
-        self._send({"fingerprints": self.fingerprints, "ready": self.ready})
+        self._send({"fingerprints": self.fingerprints, "ready": self.ready, "unable": self.unable})
 
     def abandon(self) -> None:
         """Leave without the word that the end is clean: the guardian reaps as soon as Redis answers."""
@@ -181,6 +193,7 @@ class Companion:
                 "device": self.device,
                 "fingerprints": self.fingerprints,
                 "ready": self.ready,
+                "unable": self.unable,
                 "drains": True,
                 "page": self.page.fd,
                 "token": self.token,

@@ -71,6 +71,8 @@ class Guardian:
     device: str
     fingerprints: list[str]
     ready: bool | str
+    unable: list[dict[str, Any]] = field(default_factory=list)
+    """Tasks that the worker could not load; see :class:`.companion.Companion`."""
     drains: bool = False
     """Whether the worker knows the signal that its device is unfit."""
     token: str = ""
@@ -143,6 +145,7 @@ class Guardian:
             if time.monotonic() >= due or self._news:
                 self._news = False
                 self._vitals.health.claims = self.ready is True
+                self._vitals.health.unable = self.unable
                 due = time.monotonic() + (self.settings.heartbeat if self._beat() else PAUSE)
                 self._vitals.health.act()
                 if self._verdict is not Guarded.WELL:
@@ -176,6 +179,7 @@ class Guardian:
             self._hung = message.get("hung", self._hung)
             self.fingerprints = message.get("fingerprints", self.fingerprints)
             self.ready = message.get("ready", self.ready)
+            self.unable = message.get("unable", self.unable)
             self._news = True
 
     def _beat(self) -> bool:
@@ -191,6 +195,7 @@ class Guardian:
                 host=self.host,
                 ready=self.ready,
                 fingerprints=self.fingerprints,
+                unable=[{**row, "age": time.monotonic() - row["since"]} for row in self.unable],
                 **self._vitals.beat(),
             )
         except redis.RedisError:

@@ -175,6 +175,8 @@ class Health:
     checks: list[Watched]
     claims: bool = False
     """Whether the worker says that it does."""
+    unable: list[dict[str, Any]] = field(default_factory=list)
+    """Tasks that the worker could not load, with ``task`` and ``reason``."""
     hung: Callable[[], str] = lambda: ""
     """Why the worker is thought to hang, or an empty text."""
     drains: bool = False
@@ -223,6 +225,9 @@ class Health:
             return Shown(State.FAIL, dead or "it leaves because of its device", now)
         if not self.claims:
             return Shown(State.FAIL, "it claims nothing: it still loads, or is leaving", now)
+        if self.unable:
+            said = "; ".join(f"{row['task']}: {row['reason']}" for row in self.unable)
+            return Shown(State.DEGRADED, f"it claims, but leaves to others what it could not load: {said}", now)
         return Shown(State.OK, "it claims", now)
 
     def _gone(self) -> bool:

@@ -37,6 +37,8 @@ class Handback:
     reason: str
     delay: float = 0.0
     fingerprint: str = ""
+    unable: bool = False
+    """Its task could not be loaded here."""
 
 
 @dataclass(slots=True)
@@ -253,12 +255,16 @@ class Holdings:
                     self.urgent = True
             self.lock.notify_all()
 
-    def hand_back(self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "") -> None:
-        """Release a request that this worker cannot run; ``delay`` in seconds before another may."""
+    def hand_back(
+        self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "", unable: bool = False
+    ) -> None:
+        """Release a request that this worker cannot run; ``delay`` in seconds before another may. ``unable``: it could not
+        load its task.
+        """
         with self.lock:
             self._sign_of_life()
             if holding := self.current(claim.id, claim.execution):
-                self.handbacks.append(Handback(holding, reason, delay, fingerprint))
+                self.handbacks.append(Handback(holding, reason, delay, fingerprint, unable))
             self.urgent = True
             self.lock.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..protocol.codec import unpack
-from ..protocol.errors import InvalidRequest, PerdureError, UnknownTask
+from ..protocol.errors import InvalidRequest
 from ..protocol.packed_state import unpack_state
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
@@ -28,6 +29,7 @@ from .members import Members
 from .soundness import Blame
 from .statuses import HUNG, UNFIT
 from .tasks import RAISED, AnyTask, Request, Step, resolve
+from .unable import BROKEN, Unable
 from .unfit import Unfit
 from .watchdog import WAIT, Watchdog
 
@@ -65,6 +67,7 @@ class EngineLoop:
     """Called in every turn, outside of the task's code: what a step may have changed of the process is made good."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     find: Callable[[str], AnyTask] = resolve
+    unable: Unable = field(default_factory=Unable)
     fitness: Fitness = field(init=False)
     left_behind: bool = False
     """Threads of requests still run at the end, and must not be met by the end of the interpreter."""
@@ -175,15 +178,8 @@ class EngineLoop:
         self._drop(claim.id)  # if it was lost and claimed again before its old execution had left the engine
         try:
             engine = self._engine_for(claim.task)
-        except UnknownTask as error:
-            self.holdings.fail(claim.id, claim.execution, _unknown(error))
-            return
         except RAISED as error:
-            self.log.exception("cannot load %s; its requests are handed back", claim.task)
-            reason = f"a worker could not load {claim.task}: {type(error).__name__}: {error}"
-            delay = 0.0 if isinstance(error, Unfit) else CANNOT_RUN_DELAY  # it is this process alone
-            self.holdings.hand_back(claim, reason=reason, delay=delay)
-            self.fitness.judge(error)
+            self._cannot_load(claim, error)
             return
         if claim.seq and claim.fingerprint != engine.fingerprint:
             reason = f"another model began it (fingerprint {claim.fingerprint[:12]}, here {engine.fingerprint[:12]})"
@@ -208,6 +204,17 @@ class EngineLoop:
         engine.waiting[claim.id] = Waiting(claim, request)
         engine.changed = True
 
+    def _cannot_load(self, claim: Claim, error: BaseException) -> None:
+        """Leave the task to others for a while. That nobody can is found by a sweep (:mod:`perdure.recovery.unserved`)."""
+        found = self.unable.failed(claim.task, error)
+        self.log.error(
+            "cannot load %s (%s); its requests are handed back, and left to others for %.0f s", claim.task, found.reason,
+            found.until - time.monotonic(), exc_info=error if found.kind == BROKEN else None,
+        )  # fmt: skip
+        reason = f"a worker could not load {claim.task}: {found.reason}"
+        self.holdings.hand_back(claim, reason=reason, delay=0.0, unable=True)
+        self.fitness.judge(error)
+
     def _run_plain(self, claim: Claim) -> None:
         self.watchdog.rest()  # it runs by RQ's rules, under RQ's timeout
         try:
@@ -229,6 +236,8 @@ class EngineLoop:
         began = time.monotonic()
         self.holdings.loading(self.settings.load_timeout)
         self.watchdog.tick(self.settings.load_timeout)
+        if path in self.unable.found:
+            importlib.invalidate_caches()  # a module may have been put there since
         try:
             with foreign:
                 batch = as_batch(self.find(path), lambda: self.holdings.mailbox.put(News()))
@@ -238,6 +247,7 @@ class EngineLoop:
             self._tick()
             self.holdings.loading(0)
         self._engines[path] = engine
+        self.unable.loaded(path)
         self.log.info("loaded %s in %.1f s, %d slot(s)", path, time.monotonic() - began, batch.slots)
         self.shown([item.fingerprint for item in self._engines.values() if item.fingerprint])
         if self._engine is None:
@@ -448,10 +458,6 @@ class EngineLoop:
             self.fitness.leave(HUNG)
 
 
-class CannotImport(PerdureError):
-    """The task's module cannot be imported here. Charged and tried again, unlike a task that is not there."""
-
-
 def _unpacked(request: Request) -> Request:
     """The request with its payload and its state as values.
 
@@ -482,14 +488,3 @@ def _checked(step: object) -> Step:
 def _without_error(step: Step) -> Step:
     """What a step has put out before its error."""
     return Step(step.output, step.state, step.request_id)
-
-
-def _unknown(error: UnknownTask) -> Exception:
-    """How an unknown task ends a request: at once if the module is there and lacks it, else after retries.
-
-    A module that cannot be imported may be one that this worker has not been given yet (a rolling
-    upgrade): the request is tried a few times, elsewhere too, before it is a dead letter.
-    """
-    if isinstance(error.__cause__, ImportError):
-        return CannotImport(str(error))
-    return InvalidRequest(str(error), "task")

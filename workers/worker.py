@@ -60,6 +60,7 @@ from .signals import SignalWatcher
 from .standby import StandBy
 from .statuses import UNFIT_DEVICE
 from .tasks import RAISED
+from .unable import Unable
 from .watchdog import Watchdog
 
 TESTED_RQ = ("3.0",)
@@ -146,7 +147,9 @@ class Worker(PlainEnds):
         loop = EngineLoop(
             holdings, settings, self._run_plain, self._loaded,
             Watchdog(page.loop, companion.crash_file), companion.give_up,
+            unable=Unable(lambda rows: companion.tell(unable=rows)),
         )  # fmt: skip
+        claimer.unable = loop.unable.left_alone
         self._companion, self._courier, self._loop = companion, courier, loop
         own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
         names = self.queue_names()

@@ -15,6 +15,7 @@
 -- EACH task: path        a task that the worker has loaded ...
 -- EACH task: slots       ... and how many of it the worker runs at once
 -- EACH known: id         requests that the worker knows it holds
+-- EACH unable: left       tasks that it could not load, and leaves to others for now
 --
 -- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of: id, execution, queue, kind ('request' | 'plain'), task, payload, attempt,
 --          seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s; plain jobs), step timeout of its
@@ -39,7 +40,7 @@ local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg
 local task, free, ttl_ms, resume, max_bytes, stem = arg(), arg(), arg(), arg(), arg(), arg()
 timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
 max_bytes = tonumber(max_bytes)
-local queues, slots_of, known = {}, {}, {}
+local queues, slots_of, known, unable = {}, {}, {}, {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   queues[#queues + 1] = queue
@@ -51,6 +52,10 @@ end
 for _ = 1, tonumber(arg()) do
   local id = arg()
   known[id] = true
+end
+for _ = 1, tonumber(arg()) do
+  local left = arg()
+  unable[left] = true
 end
 
 if reaped(incarnation) then return { 'reaped', '0', '0', now_text } end
@@ -375,7 +380,9 @@ local function give_suspects(queue)
   for _, id in ipairs(redis.call('ZRANGE', name, 0, 127)) do
     local job = redis.call('HMGET', KEY.job .. id, 'task', 'company')
     local allowed = math.min(company, number_of(job[2], 1))
-    if task == '' or not job[1] or job[1] == task then
+    if unable[job[1] or ''] then
+      aside = aside + 1
+    elseif task == '' or not job[1] or job[1] == task then
       if used > 0 and used + 1 > allowed then break end
       local found
       if passed_over(id, queue, true) then
@@ -440,7 +447,8 @@ for _, queue in ipairs(queues) do
   local drained, back, popped, page, place = false, {}, 0, {}, 0
   while used < limit and bytes < max_bytes do
     if scanned >= 128 then
-      status = 'more'
+      -- If all that was looked at is left to others, to look again at once would find the same.
+      status = #back < popped and 'more' or 'blocked'
       break
     end
     place = place + 1
@@ -454,7 +462,7 @@ for _, queue in ipairs(queues) do
     local id = page[place]
     local job, later = runnable(id, queue)
     local path = job and job.task
-    if later then
+    if later or (path and unable[path] and not job.company) then
       back[#back + 1] = id
     elseif not job or waits_apart(id, queue, job) then
       -- It leaves the queue.

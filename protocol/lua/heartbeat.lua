@@ -14,6 +14,10 @@
 -- ARGV health       URL of its health pages; '' for none
 -- EACH queue: queue         the worker's queues
 -- EACH model: fingerprint   fingerprints of the tasks that it has loaded
+-- EACH inability: task      tasks that it could not load: dotted path ...
+-- EACH inability: kind      ... 'missing' (the module, or the task in it) or 'broken' (loading it raised) ...
+-- EACH inability: age_ms    ... since how many ms ...
+-- EACH inability: reason    ... and why, in one line
 --
 -- Returns  'ok' | 'reaped' (declared dead: start a new incarnation) | 'newer' (Redis holds a newer protocol),
 --          then '1' if no reaper has swept lately and the caller should; one guardian is asked at a time, another one when
@@ -72,6 +76,19 @@ for _ = 1, tonumber(arg()) do
   end
   if #rows > 0 then redis.call('ZADD', KEY.fingerprints, unpack(rows)) end
   redis.call('EXPIRE', KEY.fingerprints, DAY)
+end
+
+local unable = {}
+for _ = 1, tonumber(arg()) do
+  local task, kind, age_ms, reason = arg(), arg(), arg(), arg()
+  unable[#unable + 1] = table.concat({ task, kind, int(now_ms - tonumber(age_ms)), reason }, '\t')
+end
+if #unable > 0 then
+  redis.call('HSET', record, 'unable', table.concat(unable, '\n'))
+  redis.call('ZADD', KEY.unable, dead_at, incarnation)
+  redis.call('EXPIRE', KEY.unable, DAY)
+elseif redis.call('HDEL', record, 'unable') == 1 then
+  redis.call('ZREM', KEY.unable, incarnation)
 end
 
 local name = KEY.worker .. worker

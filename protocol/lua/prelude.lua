@@ -801,7 +801,7 @@ local function begin_anew(id, queue, verdict)
   for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
   redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel',
     'error_kind', 'error_reason', 'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at', 'interrupted',
-    'started_at') -- RQ's requeue has emptied it; without it nobody takes the request for a new job that waits to be claimed
+    'raised', 'started_at') -- RQ's requeue has emptied it; without it nobody takes the request for a new job that waits to be claimed
   redis.call('HSET', name, 'attempt', '0', 'retries_left', redis.call('HGET', name, 'max_retries') or '0', 'last', '')
   history(id, 'requeued', '', '', redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', 'was ' .. verdict)
   count('requeued', queue)
@@ -819,7 +819,8 @@ local function become_plain(id, queue)
   redis.call('HDEL', KEY.job .. id, 'task', 'payload', 'nonce', 'digest', 'client', 'attempt', 'max_retries', 'execution',
     'holder', 'claimed', 'last', 'epoch', 'entered', 'executions', 'crashes', 'crashes_total', 'losses', 'waits', 'best_offset',
     'best_seq', 'cancel', 'error_kind', 'error_reason', 'deadline', 'queue_deadline', 'step_ms', 'company', 'suspected',
-    'failed_on', 'passed_at', 'interrupted', 'trace', 'degraded', 'payload_aside', 'stretched')
+    'failed_on', 'passed_at', 'interrupted', 'trace', 'degraded', 'payload_aside', 'stretched', 'raised', 'aside_at', 'counted_from',
+    'dated')
   history(id, 'requeued', '', '', '0', '', 'another job was enqueued under its id')
   count('requeued', queue)
 end

@@ -123,6 +123,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   end
   redis.call('DEL', KEY.held .. holder)
   redis.call('ZREM', KEY.unready, holder)
+  redis.call('ZREM', KEY.unable, holder)
   if redis.call('ZREM', KEY.beats, holder) == 1 and clean == '1' then expect_one_less(record) end
   if worker ~= '' then
     -- A successor may already use the name: only the registration of this incarnation goes, or one that nobody

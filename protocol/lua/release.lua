@@ -7,6 +7,7 @@
 --                   model); 0 puts them in front of their queue at once
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
+-- ARGV unable       '1' if the task could not be loaded here: that counts to no limit, and nothing of it is a failure
 -- ARGV exception    traceback for that dead letter, as RQ's result stream holds it
 -- EACH request: id           request id, in the order in which they were claimed
 -- EACH request: execution    the caller's execution
@@ -19,7 +20,7 @@
 -- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
 -- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
 local incarnation, worker, reason, delay, alive_ms = arg(), arg(), arg(), arg(), arg()
-local max_executions, exception = arg(), arg()
+local max_executions, unable, exception = arg(), arg(), arg()
 local rows, answers = {}, {}
 for i = 1, tonumber(arg()) do
   local id, execution, fingerprint = arg(), arg(), arg()
@@ -63,6 +64,10 @@ for i = #rows, 1, -1 do
         redis.call('HSET', name, 'executions', int(math.max(0, executions - 1)))
         times = add(name, 'waits', 1)
       end
+    end
+    if unable == '1' then
+      executions = math.max(0, executions - 1)
+      redis.call('HSET', name, 'executions', int(executions))
     end
     if executions >= tonumber(max_executions) and (fingerprint == '' or gone) then
       bury(queue, id, execution, worker, started, 'UNKNOWN', 'executed ' .. max_executions .. ' times without progress; last: ' .. reason, exception)

@@ -17,11 +17,11 @@ const QUEUES = [
   { title: "Failed/s", class: "n wide", value: rate("failed") },
 ];
 
-const READY = { ready: ["started", "ready"], loading: ["scheduled", "loading"], leaving: ["failed", "leaving"], late: ["failed", "silent"] };
+const READY = { ready: ["started", "ready"], loading: ["scheduled", "loading"], leaving: ["failed", "leaving"], late: ["failed", "silent"], partly: ["scheduled", "not for all"] };
 
 function standing(item) {
   if (item.dead_in < 0) return "late";
-  return item.unfit ? "leaving" : item.ready ? "ready" : "loading";
+  return item.unfit ? "leaving" : !item.ready ? "loading" : (item.unable || []).length ? "partly" : "ready";
 }
 
 const WORKERS = [
@@ -126,6 +126,9 @@ function notes(frame) {
   const note = (kind, ...text) => found.push(h("p", { class: `note ${kind}` }, h("span", { "aria-hidden": "true" }, "▲ "), ...text));
   const { mode, server } = frame;
   if (mode.degraded) note("bad", `The pool is degraded: ${mode.live} of ${mode.expected} workers, since `, clock(mode.since), ". It refuses low priority and asks less of itself until they are back.");
+  for (const item of frame.workers) {
+    for (const lack of item.unable || []) note("bad", `${item.name} could not load ${lack.task}: ${lack.reason}`);
+  }
   for (const item of frame.unfit) note("bad", `${item.device} on ${item.host} is not used: ${item.reason} (${item.worker}, `, clock(item.at), ")");
   for (const item of frame.quarantined) note("bad", `${item.place} of ${item.host} is quarantined: ${item.reason || "it ended again and again"}. ${item.release ? `To try it again: ${item.release}` : ""}`);
   const unserved = frame.queues.filter((item) => item.waiting && !item.workers).map((item) => item.name);
