@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterable
@@ -242,7 +243,24 @@ def test_prepare_is_asked_as_at_submit() -> None:
         resume_at_every_step(Right, -1)
 
 
-def test_without_fakeredis_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lupa", None)
-    with pytest.raises(ImportError, match=r'pip install "perdure\[testing\]"'):
-        resume_at_every_step(right, 1)
+WITHOUT = """
+import sys
+sys.modules["lupa"] = None
+from perdure.workers import Step, task
+from perdure.workers.testing import resume_at_every_step
+
+@task
+def one(request):
+    yield Step(output=1)
+
+try:
+    resume_at_every_step(one)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_fakeredis_it_says_what_to_install() -> None:
+    """In a process of its own: fakeredis that was imported without lupa knows no scripts until its process ends."""
+    said = subprocess.check_output([sys.executable, "-c", WITHOUT], text=True, timeout=60)
+    assert 'pip install "perdure[testing]"' in said
