@@ -27,6 +27,11 @@ class FakeDriver:
         """For a process that is to see these devices, besides ``PYTHONPATH``."""
         return {"FAKE_NVML": str(self.file)}
 
+    @property
+    def watched(self) -> Path:
+        """Is there once a process waits for events; those before are not heard of."""
+        return self.file.with_suffix(".watched")
+
     def devices(self, *facts: dict[str, Any]) -> None:
         """Have exactly these devices."""
         self.state["devices"] = list(facts)

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -85,18 +86,28 @@ def watch(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Devic
     """A watch over the fake driver's first device, with its real process."""
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made = DeviceWatch("cuda:0", logging.getLogger("test"))
     processes: list[subprocess.Popen[bytes]] = []
-    start = subprocess.Popen
+    over = threading.Event()
+    start = made._started
 
-    def remembered(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-        processes.append(start(*arguments, **options))
-        return processes[-1]
+    def remembered() -> subprocess.Popen[bytes] | None:
+        if over.is_set():
+            # A watch goes on for as long as its process lives, but with nothing to watch.
+            return subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = start()
+        assert process is not None
+        processes.append(process)
+        return process
 
-    monkeypatch.setattr(subprocess, "Popen", remembered)
-    yield DeviceWatch("cuda:0", logging.getLogger("test"))
+    monkeypatch.setattr(device_watch, "AGAIN", 0.01)
+    monkeypatch.setattr(made, "_started", remembered)
+    yield made
+    over.set()
     for process in processes:
         process.kill()
         process.wait()
+    eventually(lambda: "device" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_change_is_heard_at_once_when_the_driver_reports_it(driver: FakeDriver, watch: DeviceWatch) -> None:
@@ -104,6 +115,7 @@ def test_a_change_is_heard_at_once_when_the_driver_reports_it(driver: FakeDriver
     watch.start(3600)
     eventually(lambda: watch.shown().state is State.OK)
     assert watch.identity == "NVIDIA H200 GPU-00000000"
+    eventually(driver.watched.exists)
     driver.set(events=[[8, 31]])
     eventually(lambda: watch.shown().state is State.DEGRADED)
     assert watch.condemned == ""

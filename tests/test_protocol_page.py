@@ -20,7 +20,7 @@ from perdure.protocol.states import TRANSITIONS
 
 from . import lua_kit
 from .page_kit import ROOT, blocks, commands, matches, names, rows, run, section
-from .worker_kit import Lab, eventually
+from .worker_kit import LONG, Lab, eventually
 
 PAGE = ROOT / "docs" / "protocol.md"
 TTLS = {
@@ -196,7 +196,9 @@ def test_every_key_of_a_pool_at_work_is_as_the_page_says(lab: Lab) -> None:
     worker = lab.worker(queues=("other",))
     late = lab.submit("count", {"n": 1}, delay=600.0, deadline=700.0)
     failed = lab.submit("boom", {}, max_retries=0)
-    large = lab.submit("laden", {"n": 60, "sleep": 0.05, "bytes": 3 << 20}, queue="other")
+    goes = lab.folder / "goes"
+    payload = {"n": 60, "sleep": 0.05, "bytes": 3 << 20, "goes": str(goes)}
+    large = lab.submit("laden", payload, queue="other")
     lab.moved(large, 3)
     eventually(lambda: lab.connection.exists(*[key("chunk", f"{large}:{n}:1") for n in range(1, 60)]))
     lab.ended(failed)
@@ -206,6 +208,7 @@ def test_every_key_of_a_pool_at_work_is_as_the_page_says(lab: Lab) -> None:
     met = check_keys(lab, (failed,), (failed,))
     worker.kill()
     eventually(lambda: ("redelivered", "WORKER_LOST") in lab.events(large))
+    goes.touch()
     lab.worker(queues=("other",))
     lab.ended(large)
     lab.store.cancel([(late, ""), (waits, "")], reason="")
@@ -228,7 +231,16 @@ def test_the_life_of_a_request_is_as_the_page_shows_it(lab: Lab, tmp_path: Path)
         ("python", "tasks"), ("console", "waiting"), ("console", "running"), ("console", "resumed"), ("console", "ended"),
     ]  # fmt: skip
     (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "tasks.py").write_text(listed[0].text, encoding="utf-8")
+    # However slow the commands are, it has not ended before it is told to.
+    goes = tmp_path / "goes"
+    wait = f"while i == 90 and not os.path.exists({str(goes)!r}):\n            time.sleep(0.01)"
+    code = (
+        listed[0]
+        .text.replace("import time\n", "import os, time\n")
+        .replace("time.sleep(0.05)", f"time.sleep(0.05)\n        {wait}")
+    )
+    (tmp_path / "app" / "tasks.py").write_text(code, encoding="utf-8")
+    lab.settings |= {"heartbeat_timeout": LONG, "step_timeout": LONG}
     environment = {"PYTHONPATH": str(tmp_path)}
     submit = re.search(r"^`(perdure submit .+?)` prints its id", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert submit
@@ -256,5 +268,6 @@ def test_the_life_of_a_request_is_as_the_page_shows_it(lab: Lab, tmp_path: Path)
     holder.kill()
     eventually(lambda: ("redelivered", "WORKER_LOST") in lab.events(name) and lab.record(name).execution)
     show("resumed")
+    goes.touch()
     lab.ended(name)
     show("ended")

@@ -279,9 +279,10 @@ def test_plain_jobs_that_are_taken_back_while_they_wait(lab: Lab, ours: bool) ->
 def test_plain_jobs_that_are_taken_back_while_they_run(lab: Lab, how: str) -> None:
     """As with RQ it runs to its end, which then counts; the worker goes on, and nothing of ours is left."""
     worker = lab.worker()
-    job = Queue("gpu", connection=lab.connection).enqueue("lab_tasks.nap", 0.5)
-    eventually(lambda: job.get_status() == "started")
+    job = Queue("gpu", connection=lab.connection).enqueue("held_jobs.hold", str(lab.folder), "job")
+    eventually((lab.folder / "job.runs").exists)
     getattr(job, how)()
+    (lab.folder / "job.goes").touch()
     lab.check(lab.submit("count", {"n": 3}), 3)
     eventually(lab.nothing_held)
     assert worker.running

@@ -21,16 +21,17 @@ from .worker_kit import Lab, eventually
 def test_a_freed_slot_is_filled_while_others_run(lab: Lab) -> None:
     """Continuous batching: three slots run at once, and who leaves makes room for the next at once."""
     short = [lab.submit("Batch", {"n": 5}) for _ in range(2)]
-    long = lab.submit("Batch", {"n": 150})
+    long = lab.submit("Batch", {"n": 100_000})
     late = [lab.submit("Batch", {"n": 5}) for _ in range(4)]
     lab.worker()
     for name in (*short, *late):
         assert lab.ended(name).status == "finished"
     assert not lab.record(long).ended, "the others did not wait for the long one"
-    assert lab.ended(long).status == "finished"
     company = [mates for _, mates in lab.outputs(long)]
     assert max(company) == 3
-    assert lab.nothing_held()
+    assert lab.store.cancel([(long, "")], reason="enough") == ["requested"]
+    assert lab.ended(long).status == "canceled"
+    eventually(lab.nothing_held)
 
 
 def test_one_requests_fault_leaves_its_mates_alone(lab: Lab) -> None:

@@ -188,6 +188,7 @@ def nvmlDeviceRegisterEvents(handle: _Device, eventTypes: int, eventSet: _Events
     facts = handle.read()
     eventSet.masks[handle.index] = eventTypes
     eventSet.seen[handle.index] = len(facts.get("events", []))
+    Path(os.environ["FAKE_NVML"]).with_suffix(".watched").touch()
 
 
 def nvmlEventSetWait_v2(eventSet: _Events, timeoutms: int) -> _Answer:

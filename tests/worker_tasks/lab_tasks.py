@@ -74,7 +74,7 @@ def stall_among_others(request: Request) -> Generator[Step, None, Any]:
 
 @task(slots=4)
 def laden(request: Request) -> Generator[Step, None, Any]:
-    """Count to ``n`` with a state of ``bytes``, and say which installation ended it."""
+    """Count to ``n`` with a state of ``bytes``, and say which installation ended it; once ``goes`` is there, if it is named."""
     from perdure.workers import __file__ as place
 
     state = request.state or {"next": 0}
@@ -83,6 +83,8 @@ def laden(request: Request) -> Generator[Step, None, Any]:
         yield Step(
             output=index, state={"next": index + 1, "load": bytes([index % 256]) * request.payload.get("bytes", 0)}
         )
+    while not Path(request.payload.get("goes", "/")).exists():
+        time.sleep(0.01)
     return place
 
 
