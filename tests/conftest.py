@@ -7,6 +7,8 @@ One server per test process, an empty one per test. ``TEST_SERVER_BINARY`` choos
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from perdure.protocol.connection import connect
 from perdure.scripts.server import Server, find_binary
 
 from .worker_kit import Lab, laboratory
+
+_FOR_EVER = {"log", "health"}
+"""Threads of the product that go on until the end of their process, and touch nothing of a test."""
 
 _NEEDS_A_SERVER = {"server", "server_binary", "redis_url", "connection"}
 
@@ -41,6 +46,21 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("state")
     os.environ["XDG_STATE_HOME"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """What a test has started ends with it: a thread that is left would run into what later tests do."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before and thread.name not in _FOR_EVER]
+
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left(), f"threads that were started here go on: {left()}"
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import redis
-from rq import Queue, SimpleWorker
+from rq import Queue
 from rq.job import Job, get_current_job
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.results import Result
@@ -27,6 +27,7 @@ from perdure.protocol.records import FailureKind
 from perdure.protocol.rows import STOCK_FUNCTION
 
 from .test_protocol_kit import Hand, Pool, plain
+from .worker_kit import Quiet
 
 Shape = dict[str, Any]
 
@@ -101,7 +102,7 @@ def on_stock_rq(connection: redis.Redis, function: Any) -> tuple[Shape, Shape]:
     queue = Queue("gpu", connection=connection)
     queue.enqueue(function, job_id="same", result_ttl=1000, failure_ttl=2000)
     waiting = shape(connection)
-    SimpleWorker([queue], connection=connection, name="w1").work(burst=True)
+    Quiet([queue], connection=connection, name="w1").work(burst=True)
     return waiting, shape(connection)
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -257,8 +256,13 @@ def test_a_clock_that_is_off_is_told(
     connection: redis.Redis, monkeypatch: pytest.MonkeyPatch, offset: float, side: str
 ) -> None:
     """It is no failure: all deadlines are the server's."""
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + offset)
+    real = connection.time
+
+    def shifted() -> tuple[int, int]:
+        seconds, micros = real()
+        return seconds - round(offset), micros
+
+    monkeypatch.setattr(connection, "time", shifted)  # of this client alone
     reading = Server(connection, slow=30.0).look()
     assert reading.state is State.DEGRADED
     assert reading.reason.startswith("this host's clock is ")

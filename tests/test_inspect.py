@@ -25,6 +25,7 @@ from perdure.scripts.reading import Rates, duration, size
 
 from .test_commands import PATH, Hands, Run, call, client, hands, perdure, quick
 from .test_protocol_kit import Hand, Pool
+from .worker_kit import Quiet
 
 __all__ = ["client", "hands", "perdure", "quick"]
 
@@ -155,17 +156,17 @@ def test_queues_tell_depth_age_and_rates(
     assert first.split()[-3:] == ["-", "-", "-"]
 
 
-def test_rates_count_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_count_between_two_looks() -> None:
     """Nothing at the first look; a counter that began anew is no negative rate."""
-    clock = iter([10.0, 12.0, 13.0])
-    monkeypatch.setattr("perdure.scripts.reading.time.monotonic", lambda: next(clock))
     rates = Rates()
-    assert rates.since_last({"q": {"finished": 4}}) == {}
-    assert rates.since_last({"q": {"finished": 10}, "new": {"finished": 1}}) == {
-        "q": {"finished": 3.0},
-        "new": {"finished": 0.5},
+    assert rates.since_last({"q": {"finished": 4000}}) == {}
+    rates._at -= 2000
+    assert rates.since_last({"q": {"finished": 10_000}, "new": {"finished": 1000}}) == {
+        "q": {"finished": pytest.approx(3.0, rel=0.05)},
+        "new": {"finished": pytest.approx(0.5, rel=0.05)},
     }
-    assert rates.since_last({"q": {"finished": 2}}) == {"q": {"finished": 0.0}}
+    rates._at -= 1000
+    assert rates.since_last({"q": {"finished": 2000}}) == {"q": {"finished": 0.0}}
 
 
 def test_looking_at_queues_does_not_depend_on_what_waits(connection: redis.Redis, client: Client) -> None:
@@ -260,12 +261,12 @@ def test_dead_letters_are_grouped_and_requeued_by_group(
 
 def test_what_rq_itself_failed_is_grouped_by_its_last_line(told: Any, connection: redis.Redis) -> None:
     """A plain job has no reason of ours; its traceback ends in one."""
-    from rq import Queue, SimpleWorker
+    from rq import Queue
 
     queue = Queue("plain", connection=connection)
     for number in (1, 2):
         queue.enqueue("operator.truediv", number, 0)
-    SimpleWorker([queue], connection=connection).work(burst=True)
+    Quiet([queue], connection=connection).work(burst=True)
     (group,) = told("dead-letters", "--kind", "RQ")["items"]
     assert (group["number"], group["kind"], group["task"]) == (2, None, "operator.truediv")
     assert group["reason"] == "ZeroDivisionError: division by zero"

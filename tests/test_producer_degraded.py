@@ -7,14 +7,13 @@ import pickle
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
 import pytest
 import redis
 
-from perdure.producer import AsyncClient, Client, admission
+from perdure.producer import AsyncClient, Client
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import Degraded, IdempotencyConflict, InvalidRequest, QueueFull, TryAgainLater
 from perdure.protocol.keys import key
@@ -98,31 +97,31 @@ def test_of_many_only_those_of_low_priority_are_refused(client: Client, redis_cl
 
 
 def test_a_submit_that_waits_comes_again_when_it_was_told_and_not_before(
-    client: Client, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis_client: redis.Redis
 ) -> None:
     """Spread over half as long again, cut by the patience; then the last refusal is raised."""
-    degrade(redis_client, dwell=2000)
+    degrade(redis_client, dwell=1000)
+    client._session.patience = 1.8
+    waiting = client._submission(PATH, 1, priority="low", retry_when_degraded=True)
     pauses: list[float] = []
-    now = time.monotonic()
-    clock = SimpleNamespace(monotonic=lambda: now + sum(pauses), sleep=pauses.append)
-    monkeypatch.setattr(admission, "time", clock)
+
+    def wait() -> None:
+        for pause in waiting:
+            pauses.append(pause)
+            time.sleep(pause)
+
     with pytest.raises(Degraded):
-        client.submit(PATH, 1, priority="low", retry_when_degraded=True)
-    assert sum(pauses) == pytest.approx(5.0)
-    assert all(2.0 <= pause <= 3.0 for pause in pauses[:-1])
-    assert len(pauses) in (2, 3)
-    spread = set(pauses)
-    for _ in range(5):
-        pauses.clear()
-        with pytest.raises(Degraded):
-            client.submit_many([{"task": PATH, "payload": 1, "priority": "low"}], retry_when_degraded=True)
-        assert sum(pauses) == pytest.approx(5.0)
-        spread |= set(pauses)
-    assert len(spread) > 6
-    pauses.clear()
+        wait()
+    assert 1.0 <= pauses[0] <= 1.5
+    assert len(pauses) == 2
+    assert pauses[1] <= 1.8 - pauses[0]
+    client._session.patience = 60
+    low = {"task": PATH, "payload": 1, "priority": "low"}
+    firsts = {next(client._submissions([low], retry_when_degraded=True)) for _ in range(6)}
+    assert len(firsts) == 6
+    assert all(1.0 <= pause <= 1.5 for pause in firsts)
     with pytest.raises(Degraded):
-        client.submit(PATH, 1, priority="low")
-    assert pauses == []
+        next(client._submission(PATH, 1, priority="low"))
 
 
 def test_whoever_waits_for_a_degraded_pool_is_served_when_it_recovers(redis_url: str) -> None:

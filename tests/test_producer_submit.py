@@ -603,6 +603,7 @@ class Proxy:
                     near.sendall(reply)
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # or who waits for the next one would go on to wait
         self._listener.close()
 
 

@@ -14,6 +14,7 @@ import pytest
 from perdure.workers import Request, Step, task
 from perdure.workers.async_generators import AsyncBatch
 from perdure.workers.generators import as_batch
+from perdure.workers.members import Members
 from perdure.workers.tasks import Task
 from perdure.workers.testing import resume_at_every_step
 
@@ -175,6 +176,8 @@ def _only(candidate: Task) -> list[Step]:
     steps = list(batch.step())
     while not steps[-1].ends:
         steps += batch.step()
+    if isinstance(batch, Members):
+        batch.close()
     return steps
 
 

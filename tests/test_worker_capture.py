@@ -15,7 +15,6 @@ from perdure.protocol.packed_state import CHUNK, unpack_state
 from perdure.protocol.records import Claim, Failure, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
-from perdure.protocol.store import Store
 from perdure.workers import holding as module
 from perdure.workers import uploads
 from perdure.workers.holding import Holding
@@ -261,13 +260,13 @@ def test_many_outputs_of_one_step_are_stored_in_several_calls(bench: Bench, monk
     """None of them carries more than one output above its bytes, and those of others go on between them."""
     monkeypatch.setattr(module, "MAX_CALL", 1000)
     sent: list[tuple[str, int]] = []
-    progress = Store.progress
+    progress = bench.pool.store.progress
 
-    def noted(self: Store, incarnation: str, rows: list[Progress]) -> list[str]:
+    def noted(incarnation: str, rows: list[Progress]) -> list[str]:
         sent.extend((row.id, len(row.blob)) for row in rows)
-        return progress(self, incarnation, rows)
+        return progress(incarnation, rows)
 
-    monkeypatch.setattr(Store, "progress", noted)
+    monkeypatch.setattr(bench.pool.store, "progress", noted)
     bench.pool.submit("a", "b")
     bench.claim()
     bench.holdings.loaded(TASK, 4, None)

@@ -109,20 +109,21 @@ def test_long_logs_are_read_while_all_else_goes_on(bench: Bench, monkeypatch: py
     for claim in (short, long):
         other.release(claim)
     bench.letters()
-    read, seen = Store.output_page, []
+    store, seen = bench.pool.store, []
+    read = store.output_page
 
-    def page(self: Store, identifier: str, place: Place, *, check: bool = False) -> Page:
+    def page(identifier: str, place: Place, *, check: bool = False) -> Page:
         if identifier == "long":
-            record = self.fetch("a")
+            record = store.fetch("a")
             assert record is not None
-            seen.append((record.status, len(self.all_outputs("a"))))
+            seen.append((record.status, len(store.all_outputs("a"))))
             if len(seen) == 1:
                 bench.offer("a", Step(1, 1))
             elif len(seen) == 2:
                 bench.offer("a", Step(result="there"))
-        return read(self, identifier, place, check=check)
+        return read(identifier, place, check=check)
 
-    monkeypatch.setattr(Store, "output_page", page)
+    monkeypatch.setattr(store, "output_page", page)
     bench.claim()
     assert len(seen) >= 4
     assert seen[:3] == [(State.STARTED, 0), (State.STARTED, 1), (State.FINISHED, 1)]
@@ -292,14 +293,14 @@ def test_a_call_that_is_never_taken_ends_its_request_alone(
 ) -> None:
     """Whether it is refused or cut off: its batch-mates go on, and the reason has the numbers."""
     monkeypatch.setattr(line_module, "REFUSAL_PAUSE", 0.0)
-    real = getattr(Store, script)
+    real = getattr(bench.pool.store, script)
 
-    def taken(self: Store, incarnation: str, *rest: Any) -> list[str]:
+    def taken(incarnation: str, *rest: Any) -> list[str]:
         if any(b"BAD" in row.blob for row in rest[-1]):
             raise error
-        return real(self, incarnation, *rest)  # type: ignore[no-any-return]
+        return real(incarnation, *rest)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(Store, script, taken)
+    monkeypatch.setattr(bench.pool.store, script, taken)
     bench.pool.submit("a", "bad", "c")
     bench.claim()
     bench.holdings.loaded(TASK, 4, None)
@@ -326,17 +327,18 @@ def test_a_server_that_cannot_take_anything_now_is_waited_for(bench: Bench, monk
     bench.pool.submit("a")
     bench.claim()
     bench.offer("a", Step("x"))
-    real, ping = Store.progress, redis.Redis.ping
+    store, connection = bench.pool.store, bench.pool.connection
+    real, ping = store.progress, connection.ping
     for text in ("BUSY Redis is busy", "NOREPLICAS Not enough good replicas", "MISCONF Redis is configured to save"):
-        monkeypatch.setattr(Store, "progress", raising(redis.ResponseError(text)))
+        monkeypatch.setattr(store, "progress", raising(redis.ResponseError(text)))
         for _ in range(7):
             bench.round()
-    monkeypatch.setattr(Store, "progress", raising(redis.ConnectionError("gone")))
-    monkeypatch.setattr(redis.Redis, "ping", raising(redis.ConnectionError("gone")))
+    monkeypatch.setattr(store, "progress", raising(redis.ConnectionError("gone")))
+    monkeypatch.setattr(connection, "ping", raising(redis.ConnectionError("gone")))
     for _ in range(7):
         bench.round()
-    monkeypatch.setattr(redis.Redis, "ping", ping)
-    monkeypatch.setattr(Store, "progress", real)
+    monkeypatch.setattr(connection, "ping", ping)
+    monkeypatch.setattr(store, "progress", real)
     bench.round()
     assert bench.pool.store.all_outputs("a") == ["x"]
     assert bench.pool.status("a") is State.STARTED
@@ -345,7 +347,7 @@ def test_a_server_that_cannot_take_anything_now_is_waited_for(bench: Bench, monk
 def test_a_call_that_is_nobodys_and_never_taken_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that cannot ask for work is replaced; it does not stand still without a word."""
     monkeypatch.setattr(courier_module, "REFUSALS", 4)
-    monkeypatch.setattr(Store, "claim", raising(redis.ResponseError("WRONGTYPE Operation against a key")))
+    monkeypatch.setattr(bench.pool.store, "claim", raising(redis.ResponseError("WRONGTYPE Operation against a key")))
     for _ in range(3):
         bench.round()
     with pytest.raises(RuntimeError, match="4 calls in succession"):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 import redis
+from rq import SimpleWorker
 
 from perdure.protocol.codec import pack
 from perdure.protocol.connection import connect
@@ -46,6 +47,16 @@ def eventually(what: Callable[[], Value], timeout: float = LONG) -> Value:
             return value
         assert time.monotonic() < deadline, f"it did not come within {timeout} s; at last: {value!r}"
         time.sleep(0.01)
+
+
+class Quiet(SimpleWorker):
+    """RQ's worker for one thread of a test: without its listener for commands, which would go on for a minute after it."""
+
+    def subscribe(self) -> None: ...
+
+    def unsubscribe(self) -> None: ...
+
+    def _install_signal_handlers(self) -> None: ...
 
 
 @dataclass
