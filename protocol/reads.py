@@ -6,7 +6,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import count
 from typing import Any
 
 import redis
@@ -25,8 +24,12 @@ _FIELDS = (
 )  # fmt: skip
 
 
-HISTORY_PAGE = 128
-"""Lines of a history that are read at once; one has at most some ten kilobytes."""
+HISTORY_FIRST = 8
+HISTORY_MOST = 128
+"""Lines of a history that are read at once, at first and at most; one has at most some ten kilobytes."""
+
+HISTORY_PAGE = 64 * 1024
+"""Bytes that a page of a history should have."""
 
 
 class Reads:
@@ -296,16 +299,19 @@ class Reads:
         """What happened to a request, oldest first; its ordinary course is not in it."""
         events = []
         # In pages: a line may have the stacks of a crash.
-        for start in count(0, HISTORY_PAGE):
-            lines: Any = self.connection.lrange(key("history", identifier), start, start + HISTORY_PAGE - 1)
+        start, limit = 0, HISTORY_FIRST
+        while True:
+            lines: Any = self.connection.lrange(key("history", identifier), start, start + limit - 1)
             for line in lines:
                 try:
                     events.append(Event.parse(line))
                 except ValueError:
                     pass  # nobody of ours wrote it
-            if len(lines) < HISTORY_PAGE:
-                break
-        return events
+            if len(lines) < limit:
+                return events
+            start += limit
+            fitting = HISTORY_PAGE * limit // max(1, sum(map(len, lines)))
+            limit = max(HISTORY_FIRST, min(HISTORY_MOST, 2 * limit, fitting))
 
 
 def queue_names(members: Iterable[bytes], swept: Iterable[bytes] = ()) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import redis
 
 from perdure.protocol.keys import key
+from perdure.protocol.reads import HISTORY_PAGE
 
 from .test_protocol_kit import Hand, Pool
 
@@ -82,3 +85,26 @@ def test_a_claim_reads_each_living_worker_once(pool: Pool) -> None:
     before = calls(pool.connection)
     assert len(hand.claim(100).claims) == 100
     assert calls(pool.connection) - before < 100 * 12 + 100 * 6
+
+
+def test_a_history_is_read_in_calls_of_few_bytes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines with the stacks of crashes among short ones: all are there, in order, and no answer has more than it should."""
+    sizes = [10] * 80 + [9_000] * 40 + [10] * 80
+    with pool.connection.pipeline(transaction=False) as pipe:
+        for number, size in enumerate(sizes):
+            pipe.rpush(key("history", "a"), f"{number}\tretry\tw1\te\t0\tUNKNOWN\tr\t\t{'x' * size}")
+        pipe.execute()
+    pages: list[int] = []
+    read = redis.Redis.lrange
+
+    def lrange(*where: Any) -> Any:
+        lines: Any = read(*where)
+        pages.append(sum(map(len, lines)))
+        return lines
+
+    monkeypatch.setattr(redis.Redis, "lrange", lrange)
+    events = pool.store.history("a")
+    assert [len(event.evidence) for event in events] == sizes
+    # The first page with long lines cannot know of them.
+    assert sorted(pages)[-2] <= 2 * HISTORY_PAGE
+    assert len(pages) < 40
