@@ -184,6 +184,42 @@ def test_idle_time_counts_from_the_end_of_the_last_request(connection: redis.Red
     assert bench.holdings.stopping
 
 
+def test_others_are_stopped_and_handed_back_while_a_long_log_is_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel that was heard, a stop command and a handback do not wait for the last page."""
+    bench.pool.submit("a", "b", "c")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.claim()
+    assert list(bench.holdings.held) == ["a", "b", "c"]
+    other = Hand(bench.pool, "w2")
+    bench.pool.submit("long")
+    (long,) = other.claim(1).claims
+    for number in range(40):
+        other.step(long, [f"{number}{'x' * 30_000}"], offset=number, seq=number + 1)
+    other.release(long)
+    claims = {name: item.claim for name, item in bench.holdings.held.items()}
+    read, seen = Store.output_page, []
+
+    def page(self: Store, identifier: str, place: Place, *, check: bool = False) -> Page:
+        if identifier == "long":
+            seen.append([bench.pool.status(name) for name in "abc"])
+            if len(seen) == 1:
+                bench.pool.cancel("a")
+                bench.courier.renewals.hasten()
+                assert bench.holdings.stop_request("b")
+                bench.holdings.hand_back(claims["c"], reason="elsewhere", delay=100.0)
+        return read(self, identifier, place, check=check)
+
+    monkeypatch.setattr(Store, "output_page", page)
+    bench.claim()
+    assert seen[0] == [State.STARTED] * 3
+    assert seen[2] == [State.CANCELED, State.STOPPED, State.SCHEDULED]
+    assert list(bench.holdings.held) == ["long"]
+    assert bench.holdings.handbacks == []
+
+
 # --- when the loop may step --------------------------------------------------------------------------
 
 

@@ -227,6 +227,9 @@ class Courier:
         self.checkpoints.store()
         self.renewals.renew()
         self.endings.end()
+        self.endings.stop()
+        self.endings.confirm_cancels()
+        self.endings.release()
 
     # --- outages, a false death, and the end -------------------------------------------------------
 
