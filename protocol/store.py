@@ -8,6 +8,7 @@ they do about an outage.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class Store(Reads):
         self.settings = settings
         self.calling: Callable[[], object] = _nothing
         """Called before each script."""
+        self.called: Callable[[float], object] = _nothing
+        """Called with the seconds that the answer to a script took."""
 
     # --- producers -------------------------------------------------------------------------------
 
@@ -140,8 +143,9 @@ class Store(Reads):
             "known": [{"id": identifier} for identifier in known],
             "unable": [{"left": path} for path in unable],
         }
-        script = load("claim")
+        script, began = load("claim"), time.monotonic()
         reply: list[bytes] = script(self.connection, values, groups)
+        self.called(time.monotonic() - began)
         rows = [reply[start : start + 15] for start in range(4, len(reply), 15)]
         now = whole(reply[3]) / 1000
         return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1")
@@ -438,7 +442,10 @@ class Store(Reads):
 
     def _call(self, name: str, values: Any, groups: Any, connection: redis.Redis | None = None) -> Any:
         self.calling()
-        return as_text(load(name)(connection or self.connection, values, groups))
+        script, began = load(name), time.monotonic()
+        reply = script(connection or self.connection, values, groups)
+        self.called(time.monotonic() - began)
+        return as_text(reply)
 
     def _limits(self) -> dict[str, str | int | float]:
         settings = self.settings
@@ -463,5 +470,5 @@ def _not_on_disk(connection: redis.Redis) -> str:
     return "" if int(reply[0]) >= 1 else f"it was not synced within {DISK_TIMEOUT:g} s"
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """What is called where nobody listens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import redis
 from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.output_log import Page, Place
 from perdure.protocol.records import Progress
-from perdure.protocol.settings import Settings
+from perdure.protocol.settings import LEASE, Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
 from perdure.workers import courier as courier_module
@@ -26,6 +27,7 @@ from perdure.workers.guardian import Guardian
 from perdure.workers.holdings import MAX_BUFFER, Holdings
 from perdure.workers.line import Line
 from perdure.workers.mailbox import Drop, Mailbox
+from perdure.workers.pace import CALLS
 from perdure.workers.tasks import Step
 
 from .test_protocol_kit import TASK, Hand, Pool
@@ -218,6 +220,90 @@ def test_others_are_stopped_and_handed_back_while_a_long_log_is_read(
     assert seen[2] == [State.CANCELED, State.STOPPED, State.SCHEDULED]
     assert list(bench.holdings.held) == ["long"]
     assert bench.holdings.handbacks == []
+
+
+# --- when Redis is slow --------------------------------------------------------------------------------
+
+
+def slow_calls(bench: Bench, seconds: float) -> None:
+    for _ in range(CALLS):
+        bench.courier.line.pace.took(seconds)
+
+
+def test_checkpoints_come_further_apart_while_calls_take_long(connection: redis.Redis) -> None:
+    """They take at most half of the time, and so leave room; never so far apart that a lease runs out."""
+    bench = Bench(connection)
+    checkpoints, holdings = bench.courier.checkpoints, bench.holdings
+    for seconds, interval in ((0.0004, 0.1), (0.04, 0.1), (0.3, 0.6), (60.0, LEASE * 20 / 4)):
+        holdings.settings = Settings()
+        slow_calls(bench, seconds)
+        checkpoints._last = time.monotonic()
+        with holdings.lock:
+            assert checkpoints.due_in() == pytest.approx(interval, abs=0.05)
+    slow_calls(bench, 0.0004)
+    for _ in range(CALLS // 2):
+        bench.courier.line.pace.took(3.0)  # a pause of the process, or of the server
+    with holdings.lock:
+        assert checkpoints.due_in() <= 0.1
+
+
+def test_renewals_and_ends_wait_for_no_stretched_checkpoint(bench: Bench) -> None:
+    """With calls of 2 s the next checkpoint is due in 4 s: rounds go on, and what is due in them is done."""
+    bench.pool.submit("a", "b")
+    bench.claim()
+    bench.holdings.loaded(TASK, 4, None)
+    bench.claim()
+    bench.offer("a", Step(0, 0))
+    bench.round()
+    slow_calls(bench, 2.0)
+    bench.offer("a", Step(1, 1))
+    bench.courier.renewals.hasten()
+    before = bench.pool.connection.zscore(key("leases", "gpu"), "b")
+    bench.courier._round()
+    after = bench.pool.connection.zscore(key("leases", "gpu"), "b")
+    assert before is not None
+    assert after is not None
+    assert after > before
+    assert bench.pool.store.all_outputs("a") == [0]
+    slow_calls(bench, 2.0)
+    bench.offer("a", Step(result="there"))
+    bench.courier._round()
+    assert bench.pool.status("a") is State.FINISHED
+    assert bench.pool.store.all_outputs("a") == [0, 1]
+
+
+def test_the_first_claim_after_a_false_death_waits_while_redis_is_slow(
+    connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that was declared dead because all calls were slow does not claim in one moment; it does claim soon."""
+    bench = Bench(connection)
+    waits: list[float] = []
+
+    def uniform(low: float, high: float) -> float:
+        waits.append(high)
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    bench.pool.submit("a")
+    bench.claim()
+    bench.pool.reap(bench.courier.incarnation)
+    slow_calls(bench, 0.1)
+    bench.courier.tended = lambda: Guarded.REAPED
+    bench.round()
+    bench.courier.tended = lambda: Guarded.WELL
+    assert len(bench.rejoined) == 1
+    for _ in range(3):
+        bench.round()
+        assert not bench.holdings.held
+    assert waits == [2.0]
+    bench.courier._claims_from -= 2.0
+    bench.round()
+    assert list(bench.holdings.held) == ["a"]
+    slow_calls(bench, 9.0)
+    bench.courier._rejoin()
+    slow_calls(bench, 0.001)
+    bench.courier._rejoin()
+    assert waits[1:] == [bench.settings.heartbeat_timeout, 0.0]
 
 
 # --- when the loop may step --------------------------------------------------------------------------

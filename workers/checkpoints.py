@@ -1,4 +1,7 @@
-"""Checkpoints: what the requests of this worker have put out gets to Redis, once per interval and before an end."""
+"""Checkpoints: what the requests of this worker have put out gets to Redis, once per interval and before an end.
+
+The interval is longer while Redis is slow (:class:`.pace.Pace`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ..protocol.logs import about
 from ..protocol.packed_state import stored
 from ..protocol.records import Progress
 from ..protocol.refusals import memory_full
+from ..protocol.settings import LEASE
 from .line import Line
 from .uploads import Uploads
 
@@ -35,15 +39,17 @@ class Checkpoints:
         self._last = 0.0
 
     def due_in(self) -> float:
-        """Seconds until the next checkpoint is due; 0 or less if it is."""
-        return self._last + self.line.holdings.settings.checkpoint_interval - time.monotonic()
+        """Seconds until the next checkpoint is due; 0 or less if it is (lock held)."""
+        holdings = self.line.holdings
+        longest = LEASE * min(holdings.step_timeouts()) / 4  # a checkpoint is a renewal, too
+        return self._last + self.line.pace.interval(holdings.settings.checkpoint_interval, longest) - time.monotonic()
 
     def store(self) -> None:
         """Checkpoint what has come since the last checkpoint, once per interval, and before an end."""
         now = time.monotonic()
         holdings = self.line.holdings
         with holdings.lock:
-            due = now - self._last >= holdings.settings.checkpoint_interval
+            due = self.due_in() <= 0
             if not due and not self.uploads.busy:
                 return
             # A finish takes its last outputs along; it needs no checkpoint of its own before.

@@ -67,6 +67,8 @@ class Courier:
     endings: Endings = field(init=False)
     _outage: float | None = None
     _refusals: int = 0
+    _claims_from: float = 0.0
+    """When it may claim again after it was declared dead (monotonic seconds)."""
     _thread: threading.Thread | None = None
     _idle: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,6 +79,7 @@ class Courier:
         self.claimer.between = self._between
         self.claimer.ledger = self.line.ledger
         self.line.store.calling = self._tick
+        self.line.store.called = self.line.pace.took
 
     @property
     def store(self) -> Store:
@@ -177,7 +180,7 @@ class Courier:
             self.endings.stop()
             self.endings.confirm_cancels()
             self.endings.release()
-            if not self.claimer.claim(self.incarnation):
+            if time.monotonic() >= self._claims_from and not self.claimer.claim(self.incarnation):
                 self._rejoin()
             self.line.ledger.flush(self.store, self.incarnation)
         except (redis.ConnectionError, redis.TimeoutError) as error:
@@ -216,6 +219,10 @@ class Courier:
                 if due > 0:
                     holdings.lock.wait(min(due, 0.5))
                 holdings.hungry = False
+            elif not holdings.urgent and not holdings.held:
+                pause = self._claims_from - time.monotonic()
+                if pause > 0:
+                    holdings.lock.wait(min(pause, 0.5))
             if holdings.urgent:
                 self.checkpoints.hasten()
             holdings.urgent = False
@@ -251,6 +258,10 @@ class Courier:
                 holdings.let_go(name)
             holdings.handbacks.clear()
             self.line.incarnation = uuid.uuid4().hex
+        # Whoever was declared dead because Redis is slow is not alone: all would claim in one moment, and read all that
+        # they go on from.
+        spread = self.line.pace.spread(holdings.settings.heartbeat_timeout)
+        self._claims_from = time.monotonic() + random.uniform(0, spread)
         self.rejoined(self.incarnation)
 
     def _count_refusal(self, error: redis.RedisError) -> None:

@@ -22,6 +22,7 @@ from .holding import Holding
 from .holdings import Handback, Holdings
 from .ledger import Ledger
 from .mailbox import Drop
+from .pace import Pace
 
 REFUSALS = 5
 """Calls in succession that Redis does not take of one request, while it answers others; then the request ends."""
@@ -48,6 +49,7 @@ class Line:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     ledger: Ledger = field(init=False)
+    pace: Pace = field(default_factory=Pace)
     _silent_until: float = 0.0
 
     def __post_init__(self) -> None:
