@@ -217,13 +217,10 @@ def judge_pool(
         if worker["dead_in"] < 0:
             what = f"worker {worker['worker']} on {worker['host']} has been silent for {duration(worker['age'])}"
             found.append(Finding(Level.WARN, what, "it is dead, and a sweep takes its requests", "perdure reaper"))
-        for lack in worker["unable"]:
-            what = f"worker {worker['worker']} could not load {lack['task']}"
-            change = "install there what is missing; it tries again by itself"
-            found.append(Finding(Level.WARN, what, lack["reason"], change))
         if worker["unfit"]:
             what = f"worker {worker['worker']} leaves its device"
             found.append(Finding(Level.WARN, what, worker["unfit"], "repair the device, or take it out"))
+    found += _unable(ready)
     for entry in unfit:
         what = f"{entry['device']} on {entry['host']} is not used"
         found.append(Finding(Level.WARN, what, entry["reason"], "repair the device, then start a worker on it"))
@@ -246,6 +243,20 @@ def judge_pool(
     if room is not None and states > room:
         what = f"checkpoints have {size(states)}, and the server has room for {size(room)} more"
         found.append(Finding(Level.WARN, what, "as many again as there are now do not fit", "redis.conf: maxmemory"))
+    return found
+
+
+def _unable(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What workers could not load; it fails requests where no worker of a queue could."""
+    found = []
+    lacks = {(lack["task"], worker["worker"]): lack["reason"] for worker in workers for lack in worker["unable"]}
+    for (task, name), reason in lacks.items():
+        queues = next(set(worker["queues"]) for worker in workers if worker["worker"] == name)
+        others = {worker["worker"] for worker in workers if queues & set(worker["queues"])}
+        nobody = all((task, other) in lacks for other in others)
+        what = f"worker {name} could not load {task}{', and no other one of its queues could' if nobody else ''}"
+        change = "install there what is missing; it tries again by itself"
+        found.append(Finding(Level.FAIL if nobody else Level.WARN, what, reason, change))
     return found
 
 

@@ -174,11 +174,13 @@ def test_a_server_that_keeps_requests_in_more_memory_is_told(
 
 WELL: dict[str, Any] = {
     "workers": [
-        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": ""},
+        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "", "unable": []},
     ],
     "stock": {}, "queues": [], "overdue": [], "pulse_age": 0.3, "unfit": [], "mode": "", "states": 10, "room": None,
     "reap_interval": 0.5, "heartbeat": 1.0,
 }  # fmt: skip
+
+LACKS = [{"task": "app.t", "kind": "broken", "seconds": 3.0, "reason": "no weights"}]
 
 QUEUE = QueueFacts(
     name="gpu", waiting=3, suspects=0, due_later=0, running=0, failed=0, finished=0, workers=1, oldest=1.0,
@@ -193,6 +195,8 @@ QUEUE = QueueFacts(
         ({"queues": [QUEUE], "stock": {"s": ["gpu", "x"]}}, Level.WARN, "worker s on gpu is RQ's own", "-w perdure.workers.Worker gpu"),
         ({"workers": [WELL["workers"][0] | {"dead_in": -20.0, "age": 25.0}]}, Level.WARN, "silent for 25 s", "perdure reaper"),
         ({"workers": [WELL["workers"][0] | {"unfit": "GPU_RESET"}]}, Level.WARN, "w leaves its device", "repair"),
+        ({"workers": [WELL["workers"][0] | {"unable": LACKS}]}, Level.FAIL, "could not load app.t, and no other one", "install"),
+        ({"workers": [WELL["workers"][0] | {"unable": LACKS}, WELL["workers"][0] | {"worker": "v"}]}, Level.WARN, "w could not load app.t", "install"),
         ({"unfit": [{"device": "GPU-1", "host": "h", "reason": "Xid"}]}, Level.WARN, "GPU-1 on h is not used", "repair"),
         ({"pulse_age": 60.0}, Level.FAIL, "nobody has swept for 60 s", "perdure reaper"),
         ({"pulse_age": None}, Level.FAIL, "nobody has ever swept", "perdure reaper"),

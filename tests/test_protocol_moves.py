@@ -491,6 +491,24 @@ def test_a_request_waits_for_a_busy_worker_as_long_as_that_lives(pool: Pool, han
     assert hand.fail(claim) == "scheduled"
 
 
+@pytest.mark.parametrize(
+    ("served", "queue", "answer"),
+    [
+        ("cpu", "gpu", "queued"), ("gpu", "gpu", "scheduled"), ("gpu", "gpu-low", "scheduled"), ("gpu-low", "gpu", "queued"),
+        ("gpu-low", "gpu-low", "scheduled"), ("gpu-lowest", "gpu", "queued"),
+    ],
+)  # fmt: skip
+def test_a_model_counts_only_where_its_worker_serves_the_queue(pool: Pool, served: str, queue: str, answer: str):
+    """A worker of another queue never takes the request, however alive it is; one of the queue takes its priorities too."""
+    pool.submit("a", queue=queue)
+    first, other = Hand(pool, "w1", queues=(queue,)), Hand(pool, "w2", queues=(queue,))
+    claim = first.take("a")
+    first.step(claim, ["x"])
+    first.release(claim)
+    Hand(pool, "w3", queues=(served,)).beat(["model-1"])
+    assert other.release(other.take("a"), delay=1.0, fingerprints=["model-1"]) == [answer]
+
+
 def test_a_request_whose_model_is_gone_restarts_in_a_new_epoch(pool: Pool, hand: Hand):
     """No living worker shows the fingerprint: waiting would be for ever. A living one: it waits for it."""
     pool.submit("a")
