@@ -14,7 +14,7 @@ from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
 from perdure.protocol.states import State
 
-from .test_protocol_kit import OTHER, TASK, Hand, Pool, plain
+from .test_protocol_kit import OTHER, TASK, Hand, Pool, packed, plain
 
 
 @pytest.fixture
@@ -186,7 +186,6 @@ def test_an_old_copy_of_a_job_starts_nothing_again(pool: Pool, hand: Hand) -> No
     copy = Job.fetch("a", connection=pool.connection)
     hand.finish(hand.take("a"), "once")
     copy.save()
-    pool.connection.hset(key("job", "a"), "started_at", "2026-01-01T00:00:00.000000Z")
     pool.connection.rpush(key("queue", "gpu"), "a")
     assert hand.claim(1).claims == []
     assert pool.status("a") is State.FINISHED
@@ -195,6 +194,40 @@ def test_an_old_copy_of_a_job_starts_nothing_again(pool: Pool, hand: Hand) -> No
     assert (last.event, last.reason) == ("dropped", "it has ended, and was not enqueued again since")
     assert counted(pool, "dropped") == 1
     assert 0 < pool.connection.ttl(key("history", "a")) <= 1000
+
+
+@pytest.mark.parametrize("made", ["submitted", "enqueued by RQ"])
+@pytest.mark.parametrize("when", ["running", "released", "retried"])
+def test_a_producer_that_saves_its_copy_disturbs_nothing(
+    pool: Pool, hand: Hand, queue: Queue, made: str, when: str
+) -> None:
+    """`job.meta[...] = ...; job.save()`, as RQ's documentation has it: the copy has never begun, and is no other job."""
+    if made == "submitted":
+        pool.submit("a")
+        copy = Job.fetch("a", connection=pool.connection)
+    else:
+        copy = queue.enqueue("app.tasks.count", n=3, job_id="a")
+        plain_claim = hand.take("a")
+        assert pool.store.adopt(
+            hand.incarnation, hand.name, "a", plain_claim.execution, task=TASK, payload=packed({"n": 3})
+        ) == "ok"  # fmt: skip
+        hand.held.clear()
+    claim = hand.take("a")
+    assert hand.step(claim, ["x"]) == "ok"
+    if when == "released":
+        hand.release(claim)
+    elif when == "retried":
+        hand.fail(claim, FailureKind.NETWORK)
+        pool.make_due("a")
+    copy.meta["progress"] = 1
+    copy.save()
+    if when != "running":
+        claim = hand.take("a")
+        assert (claim.task, claim.offset) == (TASK, 1)
+    assert hand.step(claim, ["y"], offset=1, seq=claim.seq + 1 if when != "running" else 2) == "ok"
+    assert hand.finish(claim, "done", offset=2) == "ok"
+    assert pool.store.result("a") == "done"
+    assert hand.claim().claims == []
 
 
 def test_what_stands_twice_is_dropped_once_and_says_so(pool: Pool, hand: Hand) -> None:

@@ -19,7 +19,7 @@ local incarnation, worker, id, execution, task = arg(), arg(), arg(), arg(), arg
 local data, payload, max_retries, result_ttl, failure_ttl, left_out = arg(), arg(), arg(), arg(), arg(), arg()
 local name = KEY.job .. id
 local job = redis.call('HMGET', name, 'execution', 'origin', 'retries_left', 'result_ttl', 'failure_ttl', 'started_at')
-if not owns(execution, job[1], job[6]) then
+if not owns(id, execution, job[1], job[6]) then
   void(id, execution, incarnation, job[2] or nil)
   return 'lost'
 end

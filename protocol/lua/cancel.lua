@@ -25,7 +25,7 @@ for _ = 1, tonumber(arg()) do
   if not job[2] then
     forget(id)
     answers[#answers + 1] = 'unknown'
-  elseif execution ~= '' and not owns(execution, job[1], job[8]) then
+  elseif execution ~= '' and not owns(id, execution, job[1], job[8]) then
     void(id, execution, incarnation, queue)
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'

@@ -16,7 +16,7 @@ local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution, seq, total, number, data = arg(), arg(), arg(), arg(), arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'started_at')
-  if not owns(execution, job[1], job[3]) then
+  if not owns(id, execution, job[1], job[3]) then
     forget(id)
     count('fenced', job[2] or '')
     answers[#answers + 1] = 'lost'

@@ -115,7 +115,7 @@ for i = 1, #held, 2 do
   local id, execution = held[i], held[i + 1]
   if not known[id] then
     local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'step_ms', 'started_at', 'timeout')
-    if owns(execution, job[1], job[5]) then
+    if owns(id, execution, job[1], job[5]) then
       if job[3] then
         redis.call('ZADD', KEY.leases .. job[2], int(now_ms + lease_length(job[4], lease_ms)), id)
       else
@@ -308,7 +308,7 @@ local function take(id, queue, execution, job, plain_timeout)
     'execution', execution, 'claimed', now_text, 'holder', incarnation, 'executions', int(number_of(job.executions) + 1))
   -- What enqueued_again() compares with. A request that was submitted and claimed once has it in `created_at`.
   if job.enqueued_at ~= job.created_at then
-    redis.call('HSET', name, 'entered', job.enqueued_at or '')
+    redis.call('HSET', name, 'entered', (job.enqueued_at or '') .. ' ' .. job.created_at)
   elseif job.entered then
     redis.call('HDEL', name, 'entered')
   end

@@ -27,7 +27,7 @@ for _ = 1, tonumber(arg()) do
   local id, execution, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
   local charge, crash, loss, retry = arg(), arg(), arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin', 'started_at')
-  if not owns(execution, job[1], job[4]) then
+  if not owns(id, execution, job[1], job[4]) then
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[#answers + 1] = 'already'
     else

@@ -32,7 +32,7 @@ for _ = 1, tonumber(arg()) do
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'client', 'result_ttl', 'claimed', 'cancel',
     'rate_limit_key', 'success_callback_name', 'webhooks', 'started_at')
-  if not owns(execution, job[1], job[11]) then
+  if not owns(id, execution, job[1], job[11]) then
     if job[2] == execution .. ':finished' then
       answers[#answers + 1] = 'already'
     else

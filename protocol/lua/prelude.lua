@@ -207,10 +207,21 @@ local function runs(id, execution, holder)
   return (execution or '') ~= '' and redis.call('HGET', KEY.held .. (holder or ''), id) == execution
 end
 
--- Whether the caller's execution is the current one. RQ's `enqueue` with the id of a request that runs saves a new job over
--- its hash, and knows nothing of our fields: the new job has not begun, so what runs is not its execution.
-local function owns(execution, current, started_at)
-  return execution ~= '' and current == execution and started_at ~= ''
+-- Whether another job than the one that was claimed last has been saved over a hash whose started_at is empty: RQ's `enqueue`
+-- with an id that is there saves a new one, which has not begun and was created at another date. entered: dates of the last
+-- coming into the queue that a claim, or an end, has seen, and of the creation; without it they were one. Somebody who
+-- saves an old copy of a job (`job.meta[…] = …; job.save()`) empties started_at as well, and makes no other job of it.
+local function saved_over(entered, enqueued_at, created_at)
+  if entered then return created_at ~= string.match(entered, ' (.*)$') end
+  return enqueued_at ~= created_at
+end
+
+-- Whether the caller's execution is the current one of this job, and not of one that another was saved over.
+local function owns(id, execution, current, started_at)
+  if execution == '' or current ~= execution then return false end
+  if started_at ~= '' then return true end
+  local job = redis.call('HMGET', KEY.job .. id, 'entered', 'enqueued_at', 'created_at')
+  return not saved_over(job[1], job[2], job[3])
 end
 
 -- The holder's index forgets this execution; a newer one of the same request stays.
@@ -437,14 +448,15 @@ end
 -- A request ends while it waits. Its entry in the queue's list stays, since taking it out would be O(n): it is noted, so that
 -- the claim that meets it knows it for what it is, and nobody counts it as waiting. aside: it stood in a set instead.
 local function end_waiting(queue, id, aside)
-  local job = redis.call('HMGET', KEY.job .. id, 'status', 'started_at', 'enqueued_at')
+  local job = redis.call('HMGET', KEY.job .. id, 'status', 'started_at', 'enqueued_at', 'created_at')
   if job[1] == 'queued' and not aside then
     redis.call('ZADD', KEY.ended .. queue, now_text, id)
     redis.call('EXPIRE', KEY.ended .. queue, 7 * DAY)
   end
   -- RQ's requeue empties it, as does another job that RQ saves over this one (see enqueued_again).
   if job[2] == '' then redis.call('HDEL', KEY.job .. id, 'started_at') end
-  redis.call('HSET', KEY.job .. id, 'entered', job[3] or '') -- this coming into the queue is over, as after a claim
+  -- This coming into the queue is over, as after a claim.
+  redis.call('HSET', KEY.job .. id, 'entered', (job[3] or '') .. ' ' .. (job[4] or ''))
 end
 
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
@@ -782,9 +794,9 @@ local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled',
 -- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
 -- Dates are compared for being the same, not by time: they are of the clocks of many producers.
 local function enqueued_again(job)
-  if job.claimed and job.started_at == '' then return 'new' end
-  local date = job.enqueued_at or ''
-  return date ~= '' and date ~= (job.entered or job.created_at) and date ~= job.created_at and 'same' or nil
+  if job.claimed and job.started_at == '' and saved_over(job.entered, job.enqueued_at, job.created_at) then return 'new' end
+  local date, seen = job.enqueued_at or '', job.entered and string.match(job.entered, '^(.*) ')
+  return date ~= '' and date ~= (seen or job.created_at) and date ~= job.created_at and 'same' or nil
 end
 
 -- Somebody has put a request that has ended into its queue again: everything starts anew but the checkpoint.

@@ -32,7 +32,7 @@ for _ = 1, tonumber(arg()) do
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
     'worker_name', 'claimed', 'started_at', 'counted_from')
-  if not owns(execution, job[1], job[11]) then
+  if not owns(id, execution, job[1], job[11]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
     leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)

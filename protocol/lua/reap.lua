@@ -71,7 +71,7 @@ end
 
 local function reap_one(id, execution, holder, worker, why, text, blob, policy)
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'started_at')
-  if not owns(execution, job[1], job[4]) then
+  if not owns(id, execution, job[1], job[4]) then
     void(id, execution, holder, job[2] or nil)
     return
   end

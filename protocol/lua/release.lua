@@ -31,7 +31,7 @@ for i = #rows, 1, -1 do
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'executions', 'failure_ttl', 'client', 'status', 'started_at')
   local queue = job[3] or ''
-  if not owns(execution, job[1], job[9]) then
+  if not owns(id, execution, job[1], job[9]) then
     if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
       answers[i] = 'already'
     else

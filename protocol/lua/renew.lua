@@ -16,7 +16,7 @@ for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms', 'worker_name', 'claimed',
     'started_at', 'counted_from')
-  if not owns(execution, job[1], job[9]) then
+  if not owns(id, execution, job[1], job[9]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   else
     redis.call('ZADD', KEY.leases .. job[4], int(now_ms + lease_length(job[6], lease_ms)), id)

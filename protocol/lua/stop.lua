@@ -14,7 +14,7 @@ for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'started_at')
-  if not owns(execution, job[1], job[5]) then
+  if not owns(id, execution, job[1], job[5]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   else
     if job[3] ~= '1' and job[2] ~= 'canceled' then redis.call('HSET', name, 'status', 'stopped') end
