@@ -160,6 +160,18 @@ def test_progress_gives_back_what_the_guardian_counted(pool: Pool):
     assert pool.status("a") is not State.FAILED
 
 
+def test_one_that_moved_each_time_is_no_poison(pool: Pool):
+    """Workers are killed one after another within a second: without evidence, a request that moved is their victim."""
+    pool.submit("a")
+    for number in range(8):
+        hand = Hand(pool)
+        hand.step(hand.take("a"), [number], offset=number, seq=number + 1, stepped=0.1)
+        pool.reap(hand.incarnation, seen=True)
+        pool.make_due("a")
+    assert pool.field("a", "crashes") == ""
+    assert pool.status("a") is not State.FAILED
+
+
 def raised(pool: Pool, hand: Hand) -> list[str]:
     """A step of all that this worker holds raises."""
     failures = [

@@ -168,7 +168,7 @@ def test_a_request_s_meta_is_no_pickle_for_rq(connection: redis.Redis, tmp_path:
 )
 def test_only_tasks_run(lab: Lab, path: str) -> None:
     """Whatever else can be imported is refused, and never called."""
-    lab.worker()
+    lab.worker(missing_timeout=1.0)
     name = lab.submit(path, {"n": 1})
     record = lab.ended(name)
     assert (record.status, record.error_kind) == ("failed", "INVALID_REQUEST")

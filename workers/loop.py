@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..protocol.codec import unpack
-from ..protocol.errors import InvalidRequest
+from ..protocol.errors import InvalidRequest, UsageError
+from ..protocol.keys import check_task
 from ..protocol.packed_state import unpack_state
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
@@ -176,6 +177,11 @@ class EngineLoop:
             self._run_plain(claim)
             return
         self._drop(claim.id)  # if it was lost and claimed again before its old execution had left the engine
+        try:
+            check_task(claim.task)
+        except UsageError as error:
+            self.holdings.fail(claim.id, claim.execution, error)  # no worker will ever have it
+            return
         try:
             engine = self._engine_for(claim.task)
         except RAISED as error:

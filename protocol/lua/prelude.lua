@@ -677,12 +677,12 @@ end
 local function credit_progress(id, claimed_ms)
   local name = KEY.job .. id
   local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at', 'stepped')
-  if number_of(point[3]) < claimed_ms then return end
+  if number_of(point[3]) < claimed_ms then return false end
   local offset, seq = number_of(point[1]), number_of(point[2])
   local job = redis.call('HMGET', name, 'best_offset', 'best_seq', 'max_retries')
   local best_offset, best_seq = number_of(job[1]), number_of(job[2])
   -- Outputs say more than checkpoints; these count only where there are no outputs.
-  if offset <= best_offset and (offset > 0 or seq <= best_seq) then return end
+  if offset <= best_offset and (offset > 0 or seq <= best_seq) then return false end
   redis.call('HSET', name, 'best_offset', int(math.max(offset, best_offset)), 'best_seq', int(math.max(seq, best_seq)))
   -- (An older release says nothing of stepping, and leaves what was said of an earlier checkpoint; there, loading the
   -- model counts as well.)
@@ -692,6 +692,7 @@ local function credit_progress(id, claimed_ms)
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
     redis.call('HDEL', name, 'raised')
   end
+  return true
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
@@ -720,7 +721,7 @@ local function decide(queue, id, execution, incarnation, policy)
     hint(redis.call('HGET', name, 'client'), id, 'end')
     return 'canceled'
   end
-  credit_progress(id, claimed_ms)
+  local moved = credit_progress(id, claimed_ms)
   local left = number_of(redis.call('HGET', name, 'retries_left'))
   local verdict, delay = 'retry', 0
   local charge, batch = policy.charge, policy.crash == 'batch'
@@ -753,7 +754,8 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
   local reason = policy.reason
-  if alone and (policy.crash == '1' or policy.crash == 'alone') then
+  -- Without evidence, whoever has moved at all is taken for a victim: kill -9 may come at any time.
+  if alone and (policy.crash == '1' or policy.crash == 'alone' and not moved) then
     local crashes = add(name, 'crashes', 1)
     -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
     if policy.crash == '1' then delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap)) end
