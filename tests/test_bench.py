@@ -184,6 +184,15 @@ def test_scale_in_its_smoke_form(tmp_path: Path) -> None:
     assert all(cost["redis_us"] > 0 for row in rows for cost in row["costs"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_saturation_in_its_smoke_form(tmp_path: Path) -> None:
+    """Nobody is declared dead by the reaper; all that are by hand come back, and hold all again."""
+    found = bench(tmp_path, "saturation", "--smoke")["parts"]["saturation"]
+    assert (found["full"]["deaths"], found["back"]["deaths"]) == (0, 8)
+    assert found["full"]["checkpoints_a_second"] > 0
+
+
 def test_a_slow_road_is_late_and_not_narrow() -> None:
     """Pieces come later by the delay, all of them and in order; many at once take no longer than one."""
     with socket.create_server(("127.0.0.1", 0)) as server, SlowRoad("127.0.0.1", server.getsockname()[1], 0.2) as road:

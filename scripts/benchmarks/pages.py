@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from .curves import engine_tables, goodput_tables
 from .machine import one_line
-from .reports import checkpoint_tables, queue_tables, recovery_tables, scale_tables
+from .reports import checkpoint_tables, queue_tables, recovery_tables, saturation_tables, scale_tables
 from .tables import Table, shown
 
 TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], list[Table]]]] = {
@@ -25,6 +25,7 @@ TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], list[Table]]]] = {
     "engine": engine_tables,
     "goodput": goodput_tables,
     "scale": scale_tables,
+    "saturation": saturation_tables,
 }
 """The tables of each part, from its figures."""
 

@@ -20,6 +20,7 @@ from .reports import (
     queue_tables,
     recovery_pictures,
     recovery_tables,
+    saturation_tables,
     scale_pictures,
     scale_tables,
 )
@@ -128,6 +129,15 @@ def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     return Finding(found, scale_tables(found), scale_pictures(found, note))
 
 
+def saturation(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+    """More requests than Redis can checkpoint at the usual interval."""
+    from .saturation import QUICK, SMOKE, SaturationBenchmark, Sizes
+
+    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    found = SaturationBenchmark(stage, crew, sizes, say).run()
+    return Finding(found, saturation_tables(found), {})
+
+
 def engine(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """The engine against transformers, which is taken from here if nothing may be installed."""
     from .engine import QUICK, SMOKE, EngineBenchmark, Sizes, own_interpreter, ratios
@@ -195,4 +205,5 @@ RUNNERS: dict[str, Part] = {
     "engine": engine,
     "goodput": goodput,
     "scale": scale,
+    "saturation": saturation,
 }

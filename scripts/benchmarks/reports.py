@@ -141,6 +141,24 @@ def scale_tables(found: Mapping[str, Any]) -> list[Table]:
     return [Table(tables[0].title, tables[0].heads, tables[0].rows, notes), *tables[1:], ratio_table(found)]
 
 
+def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A column while the pool is full, and one while it comes back."""
+    sizes = found["sizes"]
+    figures = {
+        "deaths": "workers that were declared dead", "checkpoints_a_second": "checkpoints stored a second",
+        "interval": "seconds between two of a worker", "in_flight": "calls in flight at most",
+        "ping_p50_ms": "a ping, p50, ms", "ping_worst_ms": "a ping, worst, ms", "beat_p50_ms": "a heartbeat, p50, ms",
+        "beat_worst_ms": "a heartbeat, worst, ms", "seconds": "seconds",
+    }  # fmt: skip
+    cells = [[text, found["full"][name], found["back"][name]] for name, text in figures.items()]
+    note = (
+        f"{sizes['workers']} workers of {sizes['held']} requests. Coming back: from the moment in which all are declared dead by "
+        "hand until all requests are held again; those that were declared dead are these."
+    )
+    heads = ["", "full", "coming back"]
+    return [Table("More requests than one Redis can checkpoint at the usual interval", heads, cells, [note])]
+
+
 def scale_pictures(found: Mapping[str, Any], note: str) -> Pictures:
     """Curves: what each operation costs the server against the number of those that wait."""
     rows = found["rows"]
