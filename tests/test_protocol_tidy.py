@@ -124,6 +124,27 @@ def test_rqs_canceled_registry_is_trimmed(pool: Pool, clock: Clock, hand: Hand) 
     assert len(CanceledJobRegistry("gpu", connection=pool.connection)) == kept
 
 
+def test_what_rq_cancels_while_it_waits_ends_as_ours_does(pool: Pool, clock: Clock, hand: Hand) -> None:
+    """RQ's Job.cancel takes it out of its list, where no claim meets it: it is told of once, and kept for its TTL."""
+    pool.submit("waits", "runs")
+    hand.beat()
+    pool.store.enqueue([replace(pool.new("delayed"), delay=50)])
+    Job.fetch("waits", connection=pool.connection).cancel()
+    Job.fetch("delayed", connection=pool.connection).cancel()
+    claim = hand.take("runs")
+    Job.fetch("runs", connection=pool.connection).cancel()
+    pool.store.expire(["gpu"])
+    assert pool.events("runs") == []
+    assert pool.connection.ttl(key("job", "runs")) == -1
+    hand.finish(claim)
+    sweeps(pool, clock)
+    for name in ("waits", "delayed"):
+        assert pool.status(name) is State.CANCELED
+        assert pool.events(name) == ["canceled"]
+        assert 0 < pool.connection.ttl(key("job", name)) <= 2000
+    assert pool.status("runs") is State.FINISHED
+
+
 @pytest.mark.parametrize("tool", ["requeue", "enqueue_job", "at the front"])
 def test_what_is_requeued_outlives_the_ttl_of_its_end(pool: Pool, clock: Clock, hand: Hand, tool: str) -> None:
     """RQ's tools leave the hash's TTL as it is, and it may wait for longer than that."""

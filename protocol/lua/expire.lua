@@ -33,9 +33,12 @@ redis.call('ZREMRANGEBYSCORE', KEY.fingerprints, '-inf', int(now_ms - 1000 * DAY
 -- its canceled registry. An id in a list stays; the claim that meets it drops it.
 local function tidy(name, queue)
   for _, id in ipairs(some_of(name .. queue, 32, 10000)) do
-    if redis.call('HEXISTS', KEY.job .. id, 'created_at') == 0 then
+    local job = redis.call('HMGET', KEY.job .. id, 'created_at', 'status', 'execution', 'holder')
+    if not job[1] then
       redis.call('ZREM', name .. queue, id)
       forget(id)
+    elseif name == KEY.canceled and (job[2] == 'canceled' or job[2] == 'stopped') and not runs(id, job[3], job[4]) then
+      settle_canceled(id) -- RQ's Job.cancel takes it out of its list: no claim would meet it
     end
   end
 end

@@ -842,7 +842,9 @@ end
 -- Canceled by RQ's Job.cancel while it waited: RQ has written status and registry, the rest is ours.
 local function settle_canceled(id)
   local name = KEY.job .. id
-  if redis.call('HEXISTS', name, 'task') == 0 then return end
+  local job = redis.call('HMGET', name, 'task', 'last')
+  local verdict = string.match(job[2] or '', ':(%a+)$')
+  if not job[1] or verdict == 'canceled' or verdict == 'stopped' then return end
   redis.call('HSET', name, 'last', '-:canceled', 'ended_at', utc())
   end_waiting('', id, true)
   drop_checkpoint(id)
