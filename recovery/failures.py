@@ -137,6 +137,8 @@ def describe(error: BaseException) -> str:
         text = str(error)
     except BaseException:  # a user's __str__ may raise anything
         text = "(its message cannot be shown)"
+    # A message of many megabytes would take seconds, and its worker would seem to hang.
+    text = text.lstrip()[: 10 * MAX_REASON]
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     whole = f"{name}: {line}" if name and line else line or name or kind.__qualname__
     # No terminal escapes from a user's text, and nothing that UTF-8 cannot hold.

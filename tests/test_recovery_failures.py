@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 from typing import Any
 
@@ -229,3 +230,12 @@ def test_a_long_traceback_loses_its_middle():
     assert record.traceback.rstrip().endswith("end")
     assert "left out" in record.traceback
     assert "Unspeakable" in failure("a", "e1", Unspeakable()).traceback
+
+
+def test_a_message_of_many_megabytes_costs_no_step_timeout() -> None:
+    """It took 10 s and more: its worker was ended as one that hangs, and its batch with it."""
+    error = ValueError("\n " + "x" * 20_000_000)
+    began = time.monotonic()
+    assert describe(error).startswith("ValueError: xxx")
+    assert time.monotonic() - began < 1.0
+    assert len(failure("a", "e", error).reason) == MAX_REASON
