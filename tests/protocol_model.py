@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import redis
+from rq import Queue
+from rq.job import Job
 
 from perdure.protocol.codec import unpack
 from perdure.protocol.keys import key
@@ -48,6 +50,12 @@ class Expected:
     ended_at: int = 0
     requeued: bool = False
     """RQ has pushed it again; the claim that meets it forgets the verdict."""
+    again: bool = False
+    """It was enqueued once more while it runs: after its end it runs again."""
+    claimed: bool = False
+    finished: int = 0
+    marked: bool = False
+    """It ended while it waited, and the entry that it left in its queue's list is known for it."""
     stray: bool = False
     """An entry of its queue's list may lead nowhere: it ended, or became suspect, while it stood there."""
     cancel: bool = False
@@ -79,13 +87,16 @@ class Expected:
         """Its one end; a second is the worst of all mistakes."""
         assert not self.ended, f"{self.id} ended as {self.verdict} and again as {verdict}"
         self.verdict, self.requeued, self.ended_at = verdict, False, now
+        self.finished += verdict == "finished"
         self.last = f"{execution or '-'}:{verdict}"
         if not self.execution:
-            self.stray = True
+            self.stray = self.marked = True
         self.let_go()
         self.cancel = self.stopped = False
         if verdict != "failed":  # a dead letter can be requeued, and then goes on
             self.drop_checkpoint()
+        if self.again:
+            self.requeued, self.again, self.stray = True, False, True
 
     def let_go(self) -> None:
         self.execution = self.holder = ""
@@ -130,6 +141,12 @@ class World:
         self.tombs: dict[str, int] = {}
         self.ready: set[str] = set()
         self.shown: dict[str, int] = {}
+        self.voided: set[tuple[str, str]] = set()
+        """Runs whose request was deleted, or made another one: what they hold goes with their next word, or their end."""
+        self.loose: set[str] = set()
+        """Ids that were used again, or may be: what is left of an earlier use may stand in sets and indexes for a while."""
+        self.plain: set[str] = set()
+        """Ids that are jobs of RQ's own now, and wait."""
         self.look = Look(connection)
         self.sound = True
         """No mistake has been found."""
@@ -160,6 +177,9 @@ class World:
         return answer
 
     def let_pass(self, seconds: float) -> None:
+        # Sweeps go on: a request that somebody has put back loses the TTL of its end.
+        self.store.promote(QUEUES, rounds=16)
+        self.check()
         self.clock.advance(seconds)
         self.check()
 
@@ -169,19 +189,65 @@ class World:
         answers = self.store.enqueue(call.rows, client="me")
         for new, answer in zip(call.rows, answers, strict=True):
             known = self.requests.get(new.id)
+            if new.id in self.plain:
+                assert answer == "conflict", answer
+                continue
             if known is not None and not known.gone:
-                assert answer == "already", answer
+                assert answer == ("already" if known.new.nonce == new.nonce else "conflict"), answer
                 continue
             assert answer == "accepted", answer
             deadline = self.now + round(new.deadline * 1000) if new.deadline else 0
-            self.requests[new.id] = Expected(new, deadline, left=new.max_retries)
+            self.requests[new.id] = Expected(new, deadline, left=new.max_retries, stray=new.id in self.loose)
         return answers
+
+    def delete(self, identifier: str) -> None:
+        """RQ's ``Job.delete``, whatever it does."""
+        item = self.requests[identifier]
+        if not item.gone and not item.marked:  # the mark would stay, and count for a later entry of this id
+            Job.fetch(identifier, connection=self.store.connection).delete()
+            self._leave(item)
+            self.check()
+
+    def _leave(self, item: Expected) -> None:
+        if item.execution:
+            self.voided.add((item.id, item.execution))
+        item.gone = True
+        self.loose.add(item.id)
+
+    def enqueue_again(self, identifier: str) -> None:
+        """RQ's ``Queue.enqueue_job`` of what it is, or was."""
+        item = self.requests[identifier]
+        # One that was never claimed before its end, or whose old entry is marked, is dropped.
+        if item.gone or item.marked or (item.ended and not item.claimed):
+            return
+        self._queue(item).enqueue_job(Job.fetch(identifier, connection=self.store.connection))
+        if item.ended:
+            item.requeued = True
+        item.again = bool(item.execution)
+        item.stray = True
+        self.check()
+
+    def other_job(self, identifier: str) -> None:
+        """RQ's ``enqueue`` of a job of its own under the id."""
+        item = self.requests[identifier]
+        if (
+            not item.gone and not item.marked and item.claimed
+        ):  # over one that waits for its first claim, the request stays
+            self._queue(item).enqueue("operator.add", 1, 2, job_id=identifier)
+            self._leave(item)
+            self.plain.add(identifier)
+            self.check()
+
+    def _queue(self, item: Expected) -> Queue:
+        return Queue(item.new.queue, connection=self.store.connection)
 
     def _cancel(self, call: Call) -> list[str]:
         """By anybody, or by the worker that was told so."""
         answers = self.store.cancel(call.rows, reason="asked", incarnation=call.incarnation, worker=call.worker)
         for (identifier, execution), answer in zip(call.rows, answers, strict=True):
             item = self.requests[identifier]
+            if identifier in self.plain:
+                continue
             if item.gone:
                 assert answer == "unknown", answer
             elif execution and execution != item.execution:
@@ -218,6 +284,9 @@ class World:
             assert answer.status == "reaped"
             assert not answer.claims
             return answer
+        if answer.claims and answer.claims[0].plain:
+            self._run_plain(incarnation, answer.claims)
+            answer.claims.clear()
         lacking = {item.id for item in self.held_by(incarnation) if item.id not in known}
         if lacking:
             assert {claim.id for claim in answer.claims} == lacking, "what it holds was not given again"
@@ -236,6 +305,19 @@ class World:
             self.beats.setdefault(incarnation, self.now + 5000)
         return answer
 
+    def _run_plain(self, incarnation: str, claims: Sequence[Claim]) -> None:
+        """A job of RQ's own is taken alone, and ends at once."""
+        (claim,) = claims
+        assert claim.id in self.plain, f"{claim.id} is no plain job"
+        assert not self.held_by(incarnation)
+        self.plain.remove(claim.id)
+        self.voided.add((claim.id, claim.execution))
+        with self.store.connection.pipeline() as pipeline:
+            self.store.settle(pipeline, incarnation, claim.queue, claim.id, claim.execution)
+            pipeline.execute()
+        Job.fetch(claim.id, connection=self.store.connection).delete()
+        self.beats.setdefault(incarnation, self.now + 5000)
+
     def _give(self, item: Expected, claim: Claim, incarnation: str, task: str) -> None:
         assert not item.execution, f"{item.id} was given to two"
         assert not item.ended, f"{item.id} runs after its end"
@@ -250,6 +332,7 @@ class World:
         if item.at is None or self.now - item.at > 3_600_000:
             item.restart()
         self.executions.add(claim.execution)
+        item.claimed = True
         item.execution, item.holder = claim.execution, incarnation
 
     def _check_preference(self, item: Expected, incarnation: str) -> None:
@@ -337,6 +420,8 @@ class World:
             item = self.requests[row.id]
             if item.gone or row.execution != item.execution:
                 expected = "already" if item.last == f"{row.execution}:finished" and not item.gone else "lost"
+                if row.id in self.plain:
+                    continue
             elif (gap := self._append(item, row)) is not None:
                 expected = gap
             else:
@@ -350,14 +435,17 @@ class World:
         for row, answer in zip(call.rows, answers, strict=True):
             item = self.requests[row.id]
             if item.gone or row.execution != item.execution:
-                assert answer == self._bygone(item, row.execution), answer
+                assert answer in self._bygone(item, row.execution), answer
             else:
                 free = not (row.crash or row.loss)
                 self._decided(item, answer, row.kind, charge=row.charge, retry=row.retry, free=free)
         return answers
 
-    def _bygone(self, item: Expected, execution: str) -> str:
-        return "already" if not item.gone and item.last.startswith(f"{execution}:") else "lost"
+    def _bygone(self, item: Expected, execution: str) -> tuple[str, ...]:
+        """What a call of an earlier execution may be answered."""
+        if item.id in self.plain:
+            return ("lost", "already")  # RQ leaves what a request's hash had, until the claim that meets it
+        return ("already",) if not item.gone and item.last.startswith(f"{execution}:") else ("lost",)
 
     def _decided(
         self, item: Expected, outcome: str, kind: str, *, charge: bool, retry: bool = True, free: bool = False
@@ -384,7 +472,7 @@ class World:
             item.end("failed", execution, self.now)
         else:
             assert outcome in ("queued", "scheduled"), outcome
-            item.last = f"{execution}:retried"
+            item.last, item.again, item.stray = f"{execution}:retried", False, item.stray or item.again
             if kind in BLAMED:
                 name = name_of(item.holder)
                 item.failed = [name, *(other for other in item.failed if other != name)][:4]
@@ -400,7 +488,7 @@ class World:
         for (identifier, execution), mark, answer in reversed([*zip(call.rows, marks, answers, strict=True)]):
             item = self.requests[identifier]
             if item.gone or execution != item.execution:
-                assert answer == self._bygone(item, execution), answer
+                assert answer in self._bygone(item, execution), answer
                 continue
             if item.cancel or item.stopped:
                 assert answer == "canceled", answer
@@ -415,7 +503,7 @@ class World:
                 item.end("failed", execution, self.now)
                 continue
             assert answer == ("scheduled" if call.options["delay"] and not lost else "queued"), answer
-            item.last = f"{execution}:released"
+            item.last, item.again, item.stray = f"{execution}:released", False, item.stray or item.again
             item.let_go()
             if lost:
                 item.restart()
@@ -477,9 +565,13 @@ class World:
         from perdure.scripts.moves import requeue_one
 
         item = self.requests[identifier]
+        if identifier in self.plain:
+            return False
         done = requeue_one(self.store.connection, item.new.queue, identifier)
-        dead = not item.gone and item.ended and item.verdict == "failed"
-        assert done == dead, "only a dead letter is requeued"
+        if item.requeued and not item.gone:
+            assert item.verdict == "failed" or not done  # RQ's enqueue_job leaves it among the failed until its claim
+        else:
+            assert done == (not item.gone and item.verdict == "failed"), "only a dead letter is requeued"
         if done:
             item.requeued, item.stray = True, True
         self.check()
@@ -517,6 +609,9 @@ class World:
         assert job["epoch"] == str(item.epoch)
         assert [line.partition("\t")[0] for line in job.get("failed_on", "").splitlines()] == item.failed
         places = self._places(item)
+        if item.id in self.loose:
+            self._check_loose(item, job, places, waits=waits)
+            return
         if item.execution:
             assert places.pop("leases", 0) == 1, f"{item.id} is held without a lease"
         if waits:
@@ -537,8 +632,22 @@ class World:
             assert job["status"] == item.verdict, (job, self.store.history(item.id))
             registry = "canceled" if item.verdict == "stopped" else item.verdict
             assert item.id in look.zset(key(registry, item.new.queue)) or self.now - item.ended_at > 1_000_000
-        # A wait for a requeue's claim too: what lives has no TTL, what has ended has one.
-        assert (look.ttl[name] > 0) == item.ended, f"{item.id}: TTL {look.ttl[name]}"
+        # A wait for a requeue's claim too: what lives has no TTL, what has ended has one. (RQ's enqueue_job leaves the TTL of
+        # an end; the next sweep takes it away.)
+        assert (look.ttl[name] > 0) == item.ended or item.requeued, f"{item.id}: TTL {look.ttl[name]}"
+        self._check_outputs(item)
+
+    def _check_loose(self, item: Expected, job: Mapping[str, str], places: Mapping[str, int], *, waits: bool) -> None:
+        """What an earlier use of its id has left may stand beside it."""
+        if item.execution:
+            assert places["leases"] == 1, f"{item.id} is held without a lease"
+        if waits:
+            assert any(times for name, times in places.items() if name != "leases"), (
+                f"{item.id} is lost: it stands nowhere"
+            )
+        if item.ended:
+            assert job["status"] == item.verdict, (job, self.store.history(item.id))
+        assert (self.look.ttl[key("job", item.id)] > 0) == item.ended or item.requeued
         self._check_outputs(item)
 
     def _places(self, item: Expected) -> dict[str, int]:
@@ -565,7 +674,8 @@ class World:
         for stem in ("output", "checkpoint", "history"):
             assert look.ttl.get(key(stem, item.id), 1) > 0 or not item.ended, f"{item.id}: its {stem} has no TTL"
         ends = [fields for _, fields in look.raw.get(key("results", item.id), [])]
-        assert sum(fields[fields.index(b"type") + 1] == b"1" for fields in ends) <= 1, "finished twice"
+        # Enqueued again after its end it finishes again, and each time is told.
+        assert sum(fields[fields.index(b"type") + 1] == b"1" for fields in ends) <= item.finished, "finished twice"
 
     def _check_holdings(self) -> None:
         look = self.look
@@ -574,14 +684,20 @@ class World:
             for name, where in look.below("held").items()
             for identifier, execution in look.hash(where).items()
         }
-        assert held == {(item.holder, item.id, item.execution) for item in self.living if item.execution}
+        ours = {(item.holder, item.id, item.execution) for item in self.living if item.execution}
+        assert held >= ours
+        assert {(identifier, execution) for _, identifier, execution in held - ours} <= self.voided
         leases = {
             identifier: score for queue in QUEUES for identifier, score in look.zset(key("leases", queue)).items()
         }
-        assert leases == {item.id: item.lease for item in self.living if item.execution}
+        owned = {item.id: item.lease for item in self.living if item.execution}
+        assert owned.items() <= leases.items()
+        assert leases.keys() - owned.keys() <= self.loose
         running = {f"{item.id}:{item.execution}" for item in self.living if item.execution}
-        assert {name for queue in QUEUES for name in look.zset(key("wip", queue))} == running
-        for name in {holder for holder, _, _ in held}:
+        shown = {name for queue in QUEUES for name in look.zset(key("wip", queue))}
+        assert shown >= running
+        assert shown - running <= {f"{identifier}:{execution}" for identifier, execution in self.voided}
+        for name in {holder for holder, _, _ in ours}:
             mine = [item.id for item in self.held_by(name)]
             company = [int(look.hash(key("job", item)).get("company", "128")) for item in mine]
             assert len(mine) <= min(company), f"{mine} run together, with a suspect that allows {min(company)}"
