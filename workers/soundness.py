@@ -5,7 +5,7 @@ in halves, here or elsewhere, until it is clear which it was. One that was alone
 to be sound: since it last raised, it has stepped another request well, or its task's own probe says so. Otherwise:
 
 1. the request goes back, uncharged and for a moment, so that another one may prove the engine;
-2. three steps that raised in succession, of requests that have no one in common, are the engine's fault;
+2. three steps that raised in succession, no two of them with a request in common, are the engine's fault;
 3. one request that comes back a second time with no proof in between may be either: a fresh process is to tell, and
    the request counts as one that was alone with a worker that crashed. The third of those makes it a dead letter.
 """
@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import Final
 
 BROKEN: Final = 3
-"""Steps that raise in succession, with no request in common, after which the engine is broken."""
+"""Steps that raise in succession, no two with a request in common, after which the engine is broken."""
 
 TWICE: Final = 2
 """How often one request may raise alone in one process where nothing proves the engine."""
@@ -65,8 +65,8 @@ class Soundness:
         """A step of these has raised; ``probe`` says whether the engine computes, or ``None`` if nobody can tell."""
         others = self._well.difference(requests)
         self._well.clear()
-        self._streak.append(frozenset(requests))
-        if len(self._streak) >= BROKEN and not frozenset.intersection(*self._streak):
+        self._streak = [*self._streak[1 - REMEMBERED :], frozenset(requests)]
+        if self._strangers() >= BROKEN:
             return Blame.ENGINE
         if len(requests) > 1:
             return Blame.ALL
@@ -80,3 +80,16 @@ class Soundness:
             self._unproven.clear()
         self._unproven[alone] += 1
         return Blame.EITHER if self._unproven[alone] >= TWICE else Blame.UNKNOWN
+
+    def _strangers(self) -> int:
+        """How many of the steps that raised in succession had no request in common, each with each of them.
+
+        Two requests that raise by turns are two, however often: they are to blame, and not the engine.
+        """
+        seen: set[str] = set()
+        number = 0
+        for members in sorted(self._streak, key=len):
+            if seen.isdisjoint(members):
+                seen |= members
+                number += 1
+        return number
