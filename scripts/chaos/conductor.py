@@ -39,7 +39,7 @@ from .evidence import QUEUES, Evidence, delete_all, read_journals, read_requests
 from .faults import CLASSES
 from .journal import Journal
 from .load import words
-from .outages import RedisKill, RedisStop, write_through
+from .outages import RedisKill, RedisStop, with_a_clock, write_through
 from .proxy import Proxy
 from .schedule import NAMES, Planned
 from .stage import Fault, Stage
@@ -104,7 +104,8 @@ class Conductor:
         with contextlib.ExitStack() as stack:
             server = None
             if not options.url:
-                server = stack.enter_context(Server(options.folder / "redis", die_with_parent=True))
+                binary = with_a_clock(options.folder) if "clock_step" in options.kinds else None
+                server = stack.enter_context(Server(options.folder / "redis", binary=binary, die_with_parent=True))
             url = server.url if server is not None else options.url
             connection = stack.enter_context(connect(url, timeout=2.0, name="perdure-chaos"))
             proxy, far_url = _proxied(url)
@@ -302,10 +303,10 @@ def needs(kinds: Sequence[str], *, server: bool, proxy: bool, faketime: bool) ->
     missing: dict[str, str] = {}
     for name in kinds:
         need: Any = NAMES[name].needs
-        if need == "server" and not server:
+        if need in ("server", "clock") and not server:
             missing[name] = "the server is not ours"
         elif need == "proxy" and not proxy:
             missing[name] = "the URL is not of the kind redis://"
-        elif need == "faketime" and not faketime:
+        elif need in ("faketime", "clock") and not faketime:
             missing[name] = 'the command "faketime" is missing (Debian: apt install faketime)'
     return missing

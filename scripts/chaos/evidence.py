@@ -30,7 +30,7 @@ HELD: Final = (
 
 PERMANENT: Final = (
     "queues", "workers", "workers_of", "finished", "failed", "canceled", "beats", "counters", "pulse", "schema",
-    "fingerprints",
+    "fingerprints", "swept",
 )  # fmt: skip
 """Keys of the pool itself, and RQ's, that never expire."""
 
@@ -105,6 +105,8 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Seen]:
                 seen[name] = Seen(name, line["task"], line["payload"])
             elif what == journal.ACCEPTED:
                 seen[name].accepted = True
+            elif what == journal.WITHDRAWN:
+                seen[name].accepted = False
             elif what == journal.OUTPUT:
                 seen[name].outputs.append((line["at"], line["index"], line["output"]))
             elif what == journal.END:
@@ -170,6 +172,7 @@ def strangers_and_leaks(connection: redis.Redis, known: Iterable[str]) -> tuple[
     held = tuple(key(name) for name in HELD)
     permanent = tuple(key(name) for name in PERMANENT)
     strangers, leaks = [], []
+    kept = _kept(connection)
     names = [name.decode(errors="replace") for name in connection.scan_iter(match=f"{PREFIX}:*", count=1000)]
     for start in range(0, len(names), BATCH):
         part = names[start : start + BATCH]
@@ -180,11 +183,21 @@ def strangers_and_leaks(connection: redis.Redis, known: Iterable[str]) -> tuple[
         for name, left in zip(part, times, strict=True):
             if name.startswith(stem) and ":" not in name[len(stem) :] and name[len(stem) :] not in mine:
                 strangers.append(name[len(stem) :])
+            if name in kept and (left > 0 or name == key("checkpoints")):
+                continue
             if name.startswith(held):
                 leaks.append(name)
             elif left == -1 and not name.startswith(permanent):
                 leaks.append(f"{name} (without TTL)")
     return sorted(strangers), sorted(leaks)
+
+
+def _kept(connection: redis.Redis) -> set[str]:
+    """The checkpoints of dead letters, and their index if it has no others: a requeue goes on from there."""
+    dead = {name for name, kinds in _registries(connection).items() if "failed" in kinds}
+    indexed: Any = connection.zrange(key("checkpoints"), 0, -1)
+    kept = {key("checkpoint", name) for name in dead}
+    return kept | {key("checkpoints")} if {name.decode() for name in indexed} <= dead else kept
 
 
 def delete_all(connection: redis.Redis) -> None:

@@ -6,15 +6,19 @@ import contextlib
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
 import psutil
 import redis
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
 
 from .crew import Member, Target
-from .load import STEPS, TEXTS, WALK, Order, submit
-from .outages import ClientKill, Full, Network, RedisKill, RedisStop, ScriptFlush
+from .journal import WITHDRAWN
+from .load import BLEND, STEPS, TEXTS, WALK, Order, submit
+from .outages import Busy, ClientKill, ClockStep, Full, Network, NoReplicas, RedisKill, RedisStop, ScriptFlush
 from .schedule import Planned
 from .stage import Fault, Stage
 from .tasks import MODEL, OTHER
@@ -136,15 +140,14 @@ class Trap(Fault):
     def __init__(self, planned: Planned, number: int) -> None:
         super().__init__(planned, number)
         self._mark: Path | None = None
+        self._name = ""
 
     def fire(self, stage: Stage) -> bool:
         if self._mark is None:
             self._mark = stage.folder / f"sprung-{self.number}"
-            kind = {"hang": "hang", "hang_gil": "gil", "crash": "crash"}[self.planned.kind]
-            trap = {"at": 3, "kind": kind, "seconds": self.planned.lasts, "mark": str(self._mark)}
-            seed = int(self.planned.choice * 10**9)
-            payload = {"seed": seed, "n": 12, "sleep": 0.005, "trap": trap}
-            if not submit(stage.client, stage.journal, Order(f"trap-{self.number}", WALK, payload, STEPS)):
+            order = self._order(stage, self._mark)
+            self._name = order.id
+            if not submit(stage.client, stage.journal, order):
                 self.number += 1000  # nobody knows what became of it; the judge will
                 self._mark = None
             return False
@@ -153,9 +156,65 @@ class Trap(Fault):
         held = {}
         with contextlib.suppress(redis.RedisError):
             for target in stage.crew.targets(stage.store):
-                if f"trap-{self.number}" in target.held:
+                if self._name in target.held:
                     held = stage.executions(target)
         return self._fired(held)
+
+    def _order(self, stage: Stage, mark: Path) -> Order:
+        kind = {"hang": "hang", "hang_gil": "gil", "crash": "crash"}[self.planned.kind]
+        trap = {"at": 3, "kind": kind, "seconds": self.planned.lasts, "mark": str(mark)}
+        payload = {"seed": int(self.planned.choice * 10**9), "n": 12, "sleep": 0.005, "trap": trap}
+        return Order(f"trap-{self.number}", WALK, payload, STEPS)
+
+
+class Poison(Trap):
+    """A request that does harm each time it runs, and so must end as failed; what runs beside it must not."""
+
+    def _order(self, stage: Stage, mark: Path) -> Order:
+        seed, kind = int(self.planned.choice * 10**9), self.planned.kind.removeprefix("poison_")
+        payload = {"seed": seed, "n": 12, "sleep": 0.005, "poison": {"kind": kind, "mark": str(mark)}}
+        # A generator's exception is its own; in a batch it comes out of the step of all.
+        return Order(f"poison-{self.number}", BLEND if kind == "raises" else WALK, payload, STEPS)
+
+
+class Reuse(Fault):
+    """RQ's ``Job.delete`` of a request that waits or runs, and another one under its id; the old run may still write."""
+
+    def __init__(self, planned: Planned, number: int) -> None:
+        super().__init__(planned, number)
+        self._old = 0.0
+
+    def fire(self, stage: Stage) -> bool:
+        name, now = f"reuse-{self.number}", time.monotonic()
+        if not self._old:
+            if submit(stage.client, stage.journal, self._order(name, 0)):
+                self._old = now
+            else:
+                self.number += 1000  # nobody knows what became of it; the judge will
+            return False
+        if now < self._old + self.planned.choice / 2:
+            return False
+        # From here on nobody knows whether the old one is there, until it is known that it is not.
+        stage.journal.write(WITHDRAWN, name, durable=True)
+        connection = stage.store.connection
+        held: dict[str, str] = {}
+        try:
+            record = stage.store.fetch(name)
+            if record is not None and record.execution:
+                held[name] = record.execution
+            with contextlib.suppress(NoSuchJobError):
+                Job.fetch(name, connection=connection).delete()
+        except redis.RedisError:
+            self._old, self.number = 0.0, self.number + 1000
+            return False
+        if not submit(stage.client, stage.journal, self._order(name, 1)):
+            self._old, self.number = 0.0, self.number + 1000
+            return False
+        return self._fired(held, "while it ran" if held else "while it waited, or after its end")
+
+    def _order(self, name: str, life: int) -> Order:
+        payload = {"seed": int(self.planned.choice * 10**9) + life, "n": 60, "sleep": 0.005}
+        return Order(name, WALK, payload, STEPS)
 
 
 class Visit(Fault):
@@ -209,5 +268,6 @@ CLASSES: Final[dict[str, type[Fault]]] = {
     "crash": Trap, "redis_kill": RedisKill, "redis_stop": RedisStop, "script_flush": ScriptFlush,
     "client_kill": ClientKill, "full": Full, "cut": Network, "hidden_reply": Network, "black_hole": Network,
     "slow": Network, "clock_ahead": Visit, "clock_behind": Visit, "same_name": Visit, "second_reaper": Visit,
-    "no_reaper": NoReaper, "other_model": Visit,
+    "no_reaper": NoReaper, "other_model": Visit, "busy": Busy, "clock_step": ClockStep, "no_replicas": NoReplicas, "reuse": Reuse,
+    "poison_raises": Poison, "poison_exits": Poison,
 }  # fmt: skip

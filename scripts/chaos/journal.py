@@ -16,6 +16,9 @@ from typing import Any
 
 INTENT, ACCEPTED, REFUSED, OUTPUT, END, NOTE = "intent", "accepted", "refused", "output", "end", "note"
 
+WITHDRAWN = "withdrawn"
+"""It is going to be deleted: nobody is promised it any more, and it may be there or not."""
+
 
 class Journal:
     """Appends; used by several threads. ``durable`` lines are on the disk when :meth:`write` returns."""

@@ -28,6 +28,9 @@ TURNS: Final = ("redelivered", "retry", "released", "failed", "canceled")
 
 ENDS: Final = ("finished", "failed", "canceled", "stopped")
 
+POISONS: Final = {"raises": ("UNKNOWN", "WORKER_LOST", "CRASH", "HANG"), "exits": ("WORKER_LOST", "CRASH", "HANG")}
+"""How a request that does harm each time may end: other faults may end its workers as well."""
+
 SHOWN: Final = 20
 """Problems of each sort that are spelled out."""
 
@@ -41,6 +44,7 @@ class Verdict:
     recovered: int = 0
     finished: int = 0
     refused: int = 0
+    poisoned: int = 0
     resumed: int = 0
     restarted: int = 0
     lost: int = 0
@@ -107,6 +111,13 @@ def _request(verdict: Verdict, seen: Seen, stored: Stored, answers: dict[Any, di
         if (stored.status, stored.kind) != ("failed", "INVALID_REQUEST"):
             verdict.find("wrong_outputs", f"{name} is {stored.status} {stored.kind}, and should have been refused")
         verdict.refused += 1
+        return
+    if poison := seen.payload.get("poison"):
+        if stored.status != "failed" or stored.kind not in POISONS[poison["kind"]]:
+            verdict.find(
+                "wrong_outputs", f"{name} is {stored.status} {stored.kind}, and it does harm each time; {_past(stored)}"
+            )
+        verdict.poisoned += 1
         return
     if stored.status != "finished":
         verdict.find("lost", f"{name} ended as {stored.status} {stored.kind}: {stored.reason}; {_past(stored)}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
-from typing import Any
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
 
 from ...protocol.connection import connect
-from ..server import Server
+from ..server import Server, find_binary
 from .stage import Fault, Stage
 
 
@@ -55,31 +59,122 @@ class RedisStop(Fault):
         os.kill(stage.server.pid, signal.SIGCONT)
 
 
-class Full(Fault):
-    """Redis at maxmemory. It has happened when Redis has refused something."""
+class Refusal(Fault):
+    """Redis refuses something, until it has done so and the time is over."""
+
+    word = ""
+    """With what its answers begin."""
 
     def fire(self, stage: Stage) -> bool:
-        self._before = _refusals(stage)
-        used: Any = stage.store.connection.info("memory")
-        stage.store.connection.config_set("maxmemory", int(used["used_memory"] * 0.9))
+        self._before = self._refusals(stage)
+        self._begin(stage)
         return self._fired()
 
     def heal(self, stage: Stage) -> bool:
-        number = _refusals(stage) - self._before
+        number = self._refusals(stage) - self._before
         if number == 0:
+            self._again(stage)
             return False
         self.undo(stage)
         assert self.fired is not None
         self.fired.note = f"{number} calls refused"
         return super().heal(stage)
 
+    def _begin(self, stage: Stage) -> None:
+        raise NotImplementedError
+
+    def _again(self, stage: Stage) -> None:
+        """Nothing has been refused yet."""
+
+    def _refusals(self, stage: Stage) -> int:
+        errors: Any = stage.store.connection.info("errorstats")
+        return int(errors.get(f"errorstat_{self.word}", {"count": 0})["count"])
+
+
+class Full(Refusal):
+    """Redis at maxmemory."""
+
+    word = "OOM"
+
+    def _begin(self, stage: Stage) -> None:
+        used: Any = stage.store.connection.info("memory")
+        stage.store.connection.config_set("maxmemory", int(used["used_memory"] * 0.9))
+
     def undo(self, stage: Stage) -> None:
         stage.store.connection.config_set("maxmemory", 0)
 
 
-def _refusals(stage: Stage) -> int:
-    errors: Any = stage.store.connection.info("errorstats")
-    return int(errors.get("errorstat_OOM", {"count": 0})["count"])
+class NoReplicas(Refusal):
+    """Redis takes no write, since it has no replica."""
+
+    word = "NOREPLICAS"
+
+    def _begin(self, stage: Stage) -> None:
+        stage.store.connection.config_set("min-replicas-to-write", 1)
+
+    def undo(self, stage: Stage) -> None:
+        stage.store.connection.config_set("min-replicas-to-write", 0)
+
+
+class Busy(Refusal):
+    """Somebody's script runs for longer than Redis' time limit: everybody else is refused until its end."""
+
+    word = "BUSY"
+    LIMIT_MS: Final = 20
+    SCRIPT: Final = "local over = os.clock() + tonumber(ARGV[1]) while os.clock() < over do end return 1"
+
+    def _begin(self, stage: Stage) -> None:
+        stage.store.connection.config_set("lua-time-limit", self.LIMIT_MS)
+        self._again(stage)
+
+    def _again(self, stage: Stage) -> None:
+        """Sent over a connection of its own, whose answer nobody waits for."""
+        assert stage.server is not None
+        self._connection = connect(stage.server.url, name="perdure-chaos-busy").connection_pool.get_connection()
+        self._connection.send_command("EVAL", self.SCRIPT, 0, f"{self.planned.lasts:.2f}")  # type: ignore[no-untyped-call]
+
+    def undo(self, stage: Stage) -> None:
+        """Once the script has ended: before, even this is refused."""
+        stage.store.connection.config_set("lua-time-limit", 5000)
+        self._connection.disconnect()  # type: ignore[no-untyped-call]
+
+
+CLOCK: Final = "clock"
+"""File in the folder of a run: by how much the clock of its Redis is off, as faketime reads it."""
+
+
+def with_a_clock(folder: Path) -> Path:
+    """An executable that runs the usual server under faketime. A step is seen within a second."""
+    preload = subprocess.check_output(["faketime", "-f", "+0", "printenv", "LD_PRELOAD"], text=True, timeout=30).strip()
+    (folder / CLOCK).write_text("+0")
+    names = {
+        "LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": str(folder / CLOCK), "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in names.items())
+    script = folder / "server-with-a-clock"
+    script.write_text(f'#!/bin/sh\nexport {words}\nexec {shlex.quote(str(find_binary()))} "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+class ClockStep(Fault):
+    """It has happened once the server has said so."""
+
+    def fire(self, stage: Stage) -> bool:
+        step = "+3600" if self.planned.choice < 0.5 else "-3600"
+        (stage.folder / CLOCK).write_text(step)
+        return self._fired(note=f"{step} s")
+
+    def heal(self, stage: Stage) -> bool:
+        seconds, _ = stage.store.connection.time()
+        if abs(seconds - time.time()) < 1800:
+            return False
+        self.undo(stage)
+        return super().heal(stage)
+
+    def undo(self, stage: Stage) -> None:
+        (stage.folder / CLOCK).write_text("+0")
 
 
 class ScriptFlush(Fault):

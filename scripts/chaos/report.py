@@ -35,6 +35,7 @@ def figures(options: Options, evidence: Evidence, verdict: Verdict, scale: float
         "recovered": verdict.recovered,
         "finished": verdict.finished,
         "refused": verdict.refused,
+        "poisoned": verdict.poisoned,
         "resumed": verdict.resumed,
         "restarted": verdict.restarted,
         "outputs": verdict.outputs,

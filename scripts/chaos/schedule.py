@@ -49,6 +49,11 @@ class Timing:
         return max(4.0, 20.0 / self.scale)
 
     @property
+    def poison(self) -> float:
+        """Until a request that ends each of its workers is a dead letter: they are replaced with growing pauses."""
+        return max(6.0, 200.0 / self.scale)
+
+    @property
     def moment(self) -> float:
         return 0.0
 
@@ -58,7 +63,7 @@ class Kind:
     """One kind of fault.
 
     ``lasts`` names the field of :class:`Timing`; ``needs`` is what there must be: ``server`` (one of our own),
-    ``proxy``, ``faketime``. ``alone``: it takes Redis away from everybody, and no other such fault may overlap.
+    ``proxy``, ``faketime``, ``clock`` (a server of our own under faketime). ``alone``: it takes Redis away from everybody, and no other such fault may overlap.
     """
 
     name: str
@@ -71,7 +76,7 @@ class Kind:
 
 
 KINDS: Final[tuple[Kind, ...]] = (
-    Kind("kill_worker", "SIGKILL of a worker", weight=8, kills=1),
+    Kind("kill_worker", "SIGKILL of a worker", weight=9, kills=1),
     Kind("kill_guardian", "SIGKILL of a guardian", weight=3, kills=1),
     Kind("kill_tree", "SIGKILL of a worker with its whole tree", weight=5, kills=1),
     Kind("kill_supervisor", "SIGKILL of a supervisor", weight=1, kills=1),
@@ -86,16 +91,30 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("script_flush", "SCRIPT FLUSH", weight=2, needs="server"),
     Kind("client_kill", "CLIENT KILL of every connection", weight=2, needs="server"),
     Kind("full", "Redis at maxmemory", "outage", 1, 0, "server", True),
+    Kind("busy", "a script that runs for longer than its time limit", "outage", 1, 0, "server", True),
+    Kind(
+        "no_replicas",
+        "Redis that wants a replica for each write (min-replicas-to-write)",
+        "outage",
+        1,
+        0,
+        "server",
+        True,
+    ),
     Kind("cut", "connections cut in the middle of a reply", "outage", 2, 0, "proxy"),
     Kind("hidden_reply", "replies hidden after the command was applied", "outage", 3, 0, "proxy"),
     Kind("black_hole", "connections that swallow everything", "outage", 1, 0, "proxy", True),
     Kind("slow", "a slow connection", "outage", 1, 0, "proxy"),
     Kind("clock_ahead", "a worker whose clock is 1 h ahead", "visit", 1, 0, "faketime"),
     Kind("clock_behind", "a worker whose clock is 1 h behind", "visit", 1, 0, "faketime"),
+    Kind("clock_step", "Redis' own clock set an hour ahead or back, and right again", "visit", 1, 0, "clock"),
     Kind("same_name", "two workers with one name", "visit"),
     Kind("second_reaper", "one more reaper", "visit"),
     Kind("no_reaper", "no reaper at all, and a worker lost with its tree", "freeze", 1, 1),
     Kind("other_model", "a worker with another model", "visit"),
+    Kind("reuse", "a request that is deleted, and its id submitted again", weight=2),
+    Kind("poison_raises", "a request whose step raises in a batch, each time", "poison"),
+    Kind("poison_exits", "a request whose step ends its process (os._exit), each time", "poison"),
 )
 
 NAMES: Final = {kind.name: kind for kind in KINDS}

@@ -48,7 +48,8 @@ def golden(seed: int, number: int, model: str = "") -> list[str]:
 def walk(request: Request) -> Generator[Step, None, Any]:
     """``n`` values, ``sleep`` seconds each; the state alone says where to go on.
 
-    ``trap`` in the payload harms its worker once, before the value at ``at``: see :func:`_spring`.
+    ``trap`` in the payload harms its worker once, before the value at ``at``: see :func:`_spring`. ``poison`` ends its
+    process each time.
     """
     payload = request.payload
     if payload.get("refuse"):
@@ -64,6 +65,9 @@ def walk(request: Request) -> Generator[Step, None, Any]:
             # Stored before it springs: the next execution must know that it has.
             yield Step(state={"i": index, "v": value, "sprung": True}, durable=True)
             _spring(trap)
+        if index == 3 and "poison" in payload:
+            Path(payload["poison"]["mark"]).touch()
+            os._exit(3)
         _pause(payload["sleep"])
         value = following(value, index)
         yield Step(output=[index, value, request.execution], state={"i": index + 1, "v": value, "sprung": sprung})
@@ -92,7 +96,7 @@ def _spring(trap: dict[str, Any]) -> None:
 
 
 class Blend(BatchTask):
-    """``n`` values that depend on the model too; the outputs alone say where to go on."""
+    """``n`` values that depend on the model too; the outputs alone say where to go on. One with ``poison`` raises each time."""
 
     slots = 4
 
@@ -114,6 +118,9 @@ class Blend(BatchTask):
                 del self._running[identifier]
                 yield Step(request_id=identifier, result={"n": index, "last": value, "model": self.model})
                 continue
+            if index == 3 and "poison" in request.payload:
+                Path(request.payload["poison"]["mark"]).touch()
+                raise ArithmeticError("this request raises in the step of all")
             _pause(request.payload["sleep"])
             value = following(value, index)
             self._running[identifier] = (request, index + 1, value)
