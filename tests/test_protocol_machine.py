@@ -517,6 +517,6 @@ def test_a_planted_mistake_is_found(connection, monkeypatch, mistake):
     """The machine would see what it is there for."""
     with pretended_clock(MISTAKES[mistake]):
         for name in scripts.names():
-            store.load(name)  # type: ignore[attr-defined]  # the piece that is changed must stand there, or anything else would count as found
+            vars(store)["load"](name)  # what is changed must stand there, or anything else would count as found
     with pytest.raises(AssertionError):
         drive(connection, monkeypatch, examples=200, steps=30, **MISTAKES[mistake])
