@@ -232,7 +232,9 @@ class Visit(Fault):
     def heal(self, stage: Stage) -> bool:
         if not self._begun(stage):
             if not any(guest.running for guest in self._guests):
-                self._guests = self._invite(stage)  # ended by another fault before it had begun
+                # Ended by another fault before it had begun; RQ may still know its name.
+                self._name += "-again"
+                self._guests = self._invite(stage)
             return False
         self.undo(stage)
         return super().heal(stage)
