@@ -487,9 +487,9 @@ def test_whatever_happens_for_longer(connection, monkeypatch):
 
 
 MISTAKES: dict[str, dict[str, Change]] = {
-    "anybody may finish": {"finish": ("if not owns(execution, job[1], job[11]) then", "if job[1] == '' then")},
+    "anybody may finish": {"finish": ("if not owns(id, execution, job[1], job[11]) then", "if job[1] == '' then")},
     "a finish does not look at started_at": {
-        "finish": ("if not owns(execution, job[1], job[11]) then", "if job[1] ~= execution or execution == '' then")
+        "finish": ("if not owns(id, execution, job[1], job[11]) then", "if job[1] ~= execution or execution == '' then")
     },
     "a claim asks the lease": {
         "claim": (
@@ -507,7 +507,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "nobody is preferred": {"claim": ("if not failed_there(job.failed_on, here) then", "if true then")},
     "a retry is promoted and still waits": {
-        "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n    local status", "    local status")
+        "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")
     },
 }
 

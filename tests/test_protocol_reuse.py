@@ -324,3 +324,91 @@ def test_enqueue_again_in_another_queue(pool: Pool, hand: Hand, connection: redi
     other.finish(other.take("a"), 2)
     assert pool.store.result("a") == 2
     assert "a" in FinishedJobRegistry("cpu", connection=connection).get_job_ids()
+
+
+# --- found by strangers ------------------------------------------------------------------------------
+
+
+def drained(pool: Pool, hand: Hand) -> list[str]:
+    """What a worker is given one after another until there is nothing more, each of which it finishes."""
+    given = []
+    for _ in range(6):
+        for claim in hand.claim(1).claims:
+            hand.finish(claim, 2)
+            given.append(claim.id)
+    return given
+
+
+@pytest.mark.parametrize("at_front", [False, True])
+@pytest.mark.parametrize("met", [True, False], ids=["its entry was met", "its entry stands there"])
+@pytest.mark.parametrize("end", ["cancel", "deadline"])
+def test_what_ended_before_its_first_claim_and_is_enqueued_again_runs(
+    pool: Pool, hand: Hand, queue: Queue, end: str, met: bool, at_front: bool
+) -> None:
+    """Whichever of its entries is met first."""
+    pool.submit("a")
+    if end == "cancel":
+        pool.cancel("a")
+    else:
+        pool.connection.hset(key("job", "a"), "deadline", 1)
+        pool.connection.zadd(key("deadlines", "gpu"), {"a": 1})
+        pool.store.promote(["gpu"])
+    if met:
+        assert hand.claim(1).claims == []
+    queue.enqueue_job(Job.fetch("a", connection=pool.connection), at_front=at_front)
+    pool.store.promote(["gpu"])
+    assert drained(pool, hand) == ["a"]
+    assert pool.store.result("a") == 2
+
+
+def test_the_mark_of_an_ended_entry_is_not_its_successors(pool: Pool, hand: Hand, queue: Queue) -> None:
+    """The first one was canceled and deleted; the one that has its id ended with a result, and is enqueued again."""
+    pool.submit("a")
+    pool.cancel("a")
+    Job.fetch("a", connection=pool.connection).delete()
+    pool.submit("a", "b")
+    hand.finish(hand.take("a"), 1)
+    queue.enqueue_job(Job.fetch("a", connection=pool.connection))
+    assert drained(pool, hand) == ["b", "a"]
+
+
+@pytest.mark.parametrize("aside", ["retries", "suspects"])
+def test_a_deleted_id_s_place_aside_moves_no_successor_to_its_queue(pool: Pool, hand: Hand, aside: str) -> None:
+    """Submitted again to another queue, it runs there."""
+    pool.submit("a")
+    hand.take("a")
+    if aside == "retries":
+        hand.fail(hand.held["a"])
+    else:
+        pool.submit("x")
+        hand.take("x")
+        pool.reap(hand.incarnation, FailureKind.CRASH)
+    Job.fetch("a", connection=pool.connection).delete()
+    pool.submit("a", queue="cpu")
+    pool.make_due("a")
+    pool.store.promote(["gpu", "cpu"])
+    gpu, cpu = Hand(pool, "w2"), Hand(pool, "w3", queues=["cpu"])
+    assert "a" not in [item.id for item in gpu.claim(1).claims]
+    assert [item.id for item in cpu.claim(1).claims] == ["a"]
+    assert not pool.connection.zscore(key(aside, "gpu"), "a")
+
+
+def test_another_job_over_a_request_that_waits_for_its_first_claim_is_that_job(
+    pool: Pool, hand: Hand, queue: Queue
+) -> None:
+    pool.submit("a")
+    queue.enqueue("operator.add", 3, 4, job_id="a")
+    assert [item.plain for item in hand.claim(1).claims] == [True]
+
+
+@pytest.mark.parametrize("fetched", ["before the first claim", "after the end"])
+def test_a_copy_that_is_enqueued_again_is_the_same_request(pool: Pool, hand: Hand, queue: Queue, fetched: str) -> None:
+    """A copy from before has not begun either; it is no new job."""
+    pool.submit("a")
+    early = Job.fetch("a", connection=pool.connection)
+    hand.finish(hand.take("a"), 1)
+    queue.enqueue_job(early if fetched == "before the first claim" else Job.fetch("a", connection=pool.connection))
+    claim = hand.take("a")
+    assert (claim.plain, claim.task) == (False, TASK)
+    hand.finish(claim, 2)
+    assert pool.store.result("a") == 2

@@ -163,6 +163,24 @@ def test_what_is_requeued_outlives_the_ttl_of_its_end(pool: Pool, clock: Clock, 
     assert 0 < pool.connection.ttl(key("job", "a")) <= 1000
 
 
+@pytest.mark.parametrize("place", ["in the middle", "in front", "enqueued while it ran"])
+def test_a_requeue_is_found_wherever_it_stands(pool: Pool, clock: Clock, hand: Hand, place: str) -> None:
+    """Among hundreds that wait, within its TTL."""
+    queue = Queue("gpu", connection=pool.connection)
+    pool.submit("a")
+    claim = hand.take("a")
+    if place == "enqueued while it ran":
+        queue.enqueue_job(Job.fetch("a", connection=pool.connection))
+    pool.submit(*(f"b{number}" for number in range(100)))
+    hand.finish(claim, 1)
+    if place != "enqueued while it ran":
+        queue.enqueue_job(Job.fetch("a", connection=pool.connection), at_front=place == "in front")
+        pool.submit(*(f"c{number}" for number in range(100)))
+    assert pool.connection.ttl(key("job", "a")) > 0
+    sweeps(pool, clock, 1 if place == "in front" else 5)
+    assert pool.connection.ttl(key("job", "a")) == -1
+
+
 def test_what_has_ended_and_stands_in_a_list_keeps_the_ttl_of_its_end(pool: Pool, clock: Clock, hand: Hand) -> None:
     """A canceled request's entry, and a stale writer's, are no requeue."""
     pool.submit("canceled", "pushed")

@@ -169,13 +169,15 @@ local function runnable(id, queue)
   local runs_now = job.execution and runs(id, job.execution, job.holder)
   local verdict = string.match(job.last or '', ':(%a+)$')
   local registry = ENDED[verdict]
-  -- It ended while it waited here; what became of it stands in its history.
-  if registry and redis.call('ZREM', KEY.ended .. queue, id) == 1 then
+  -- It ended while it waited here; what became of it stands in its history. (If it was deleted, and its id used again, the
+  -- mark is of another one: that a request ended without an execution stands in its last verdict.)
+  local marked = registry and redis.call('ZREM', KEY.ended .. queue, id) == 1
+  if marked and string.sub(job.last, 1, 2) == '-:' then
     count('dropped', queue)
     return nil
   end
   local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
-  local again = job.claimed and enqueued_again(job)
+  local again = (job.claimed or registry or job.started_at) and enqueued_again(job)
   if registry and not stands then again = 'same' end -- RQ's requeue took it out
   if runs_now then
     if not again then
@@ -378,9 +380,12 @@ end
 local function give_suspects(queue)
   local name, company, limit = KEY.suspects .. queue, 128, free
   for _, id in ipairs(redis.call('ZRANGE', name, 0, 127)) do
-    local job = redis.call('HMGET', KEY.job .. id, 'task', 'company')
+    local job = redis.call('HMGET', KEY.job .. id, 'task', 'company', 'origin')
+    if job[1] and job[3] ~= queue then waited.add(name, id) end -- deleted, and its id used again in another queue
     local allowed = math.min(company, number_of(job[2], 1))
-    if unable[job[1] or ''] then
+    if job[1] and job[3] ~= queue then
+      -- It has a place of its own there.
+    elseif unable[job[1] or ''] then
       aside = aside + 1
     elseif task == '' or not job[1] or job[1] == task then
       if used > 0 and used + 1 > allowed then break end

@@ -54,6 +54,8 @@ for _ = 1, tonumber(arg()) do
     tidy(name, queue)
     if name ~= KEY.canceled then own = own + redis.call('EXISTS', name .. queue) end
   end
+  -- Those at both ends of the list are looked at more often: promote.lua.
+  keep_requeued(queue, some_of(KEY.queue .. queue, 256, 10000, 'LRANGE', 'LLEN'))
   if redis.call('EXISTS', KEY.queue .. queue) == 0 then redis.call('DEL', KEY.ended .. queue) end
   if own == 0 and redis.call('EXISTS', KEY.bounced .. queue) == 0 and redis.call('SISMEMBER', KEY.queues, KEY.queue .. queue) == 0 then
     redis.call('SREM', KEY.swept, queue) -- RQ's Queue.delete, and nothing of ours is left

@@ -209,19 +209,20 @@ end
 
 -- Whether another job than the one that was claimed last has been saved over a hash whose started_at is empty: RQ's `enqueue`
 -- with an id that is there saves a new one, which has not begun and was created at another date. entered: dates of the last
--- coming into the queue that a claim, or an end, has seen, and of the creation; without it they were one. Somebody who
--- saves an old copy of a job (`job.meta[…] = …; job.save()`) empties started_at as well, and makes no other job of it.
-local function saved_over(entered, enqueued_at, created_at)
+-- coming into the queue that a claim, or an end, has seen, and of the creation. Without it, nobody has put it there but its
+-- submit; such a request has the timeout -1, and a new job mostly has not. Somebody who saves an old copy of a job
+-- (`job.meta[…] = …; job.save()`) empties started_at as well, and makes no other job of it.
+local function saved_over(entered, created_at, timeout)
   if entered then return created_at ~= string.match(entered, ' (.*)$') end
-  return enqueued_at ~= created_at
+  return (timeout or '-1') ~= '-1'
 end
 
 -- Whether the caller's execution is the current one of this job, and not of one that another was saved over.
 local function owns(id, execution, current, started_at)
   if execution == '' or current ~= execution then return false end
   if started_at ~= '' then return true end
-  local job = redis.call('HMGET', KEY.job .. id, 'entered', 'enqueued_at', 'created_at')
-  return not saved_over(job[1], job[2], job[3])
+  local job = redis.call('HMGET', KEY.job .. id, 'entered', 'created_at', 'timeout')
+  return not saved_over(job[1], job[2], job[3] or nil)
 end
 
 -- The holder's index forgets this execution; a newer one of the same request stays.
@@ -796,9 +797,26 @@ local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled',
 -- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
 -- Dates are compared for being the same, not by time: they are of the clocks of many producers.
 local function enqueued_again(job)
-  if job.claimed and job.started_at == '' and saved_over(job.entered, job.enqueued_at, job.created_at) then return 'new' end
+  if job.started_at == '' and saved_over(job.entered, job.created_at, job.timeout) then return 'new' end
   local date, seen = job.enqueued_at or '', job.entered and string.match(job.entered, '^(.*) ')
   return date ~= '' and date ~= (seen or job.created_at) and date ~= job.created_at and 'same' or nil
+end
+
+-- Requests among these entries of a queue's list that have ended, and are to run again, lose the TTL of that end.
+local function keep_requeued(queue, ids)
+  for _, id in ipairs(ids) do
+    local name = KEY.job .. id
+    if redis.call('TTL', name) >= 0 then
+      local v = redis.call('HMGET', name, 'task', 'last', 'timeout', 'started_at', 'enqueued_at', 'entered', 'created_at')
+      local registry = ENDED[string.match(v[2] or '', ':(%a+)$')]
+      local job = { timeout = v[3] or nil, started_at = v[4] or nil, enqueued_at = v[5] or nil, entered = v[6] or nil,
+        created_at = v[7] or nil }
+      local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
+      if v[1] and registry and (not stands or enqueued_again(job)) then
+        for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+      end
+    end
+  end
 end
 
 -- Somebody has put a request that has ended into its queue again: everything starts anew but the checkpoint.
@@ -886,9 +904,12 @@ local function promote(queue, limit)
     redis.call('ZREM', KEY.retries .. queue, id)
     -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves. Any other status
     -- is for display: a stale writer's must not lose the request, and the claim that pops it knows better.
-    local status = redis.call('HGET', KEY.job .. id, 'status')
+    local job = redis.call('HMGET', KEY.job .. id, 'status', 'origin')
+    local status = job[1]
     if not status then
       forget(id)
+    elseif job[2] ~= queue then
+      -- It was deleted, and its id used again in another queue, where it has a place of its own.
     elseif status == 'canceled' or status == 'stopped' then
       settle_canceled(id)
     else

@@ -14,23 +14,6 @@
 local limit = math.min(tonumber(arg()), 128)
 local moved, left, back = 0, limit, set_back()
 
--- Whether an entry of a queue's list is of a request that has ended and is to run again.
-local function keep_requeued(queue, ids)
-  for _, id in ipairs(ids) do
-    local name = KEY.job .. id
-    if redis.call('TTL', name) >= 0 then
-      local v = redis.call('HMGET', name, 'task', 'last', 'claimed', 'started_at', 'enqueued_at', 'entered', 'created_at')
-      local registry = ENDED[string.match(v[2] or '', ':(%a+)$')]
-      local job = { claimed = v[3] or nil, started_at = v[4] or nil, enqueued_at = v[5] or nil, entered = v[6] or nil,
-        created_at = v[7] or nil }
-      local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
-      if v[1] and registry and not redis.call('ZSCORE', KEY.ended .. queue, id) and (not stands or enqueued_again(job)) then
-        for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
-      end
-    end
-  end
-end
-
 -- Count again from now what a clock that was set back has put too far ahead.
 local function set_back_times(queue)
   for _, id in ipairs(some_of(KEY.retries .. queue, 64, 500)) do
@@ -63,6 +46,7 @@ for _ = 1, tonumber(arg()) do
   left = left - end_late(queue, left)
   local looked, here = promote(queue, left)
   left, moved = left - looked, moved + here
+  keep_requeued(queue, redis.call('LRANGE', KEY.queue .. queue, 0, 7))
   keep_requeued(queue, redis.call('LRANGE', KEY.queue .. queue, -8, -1))
 end
 return { int(moved), left < 1 and '1' or '0' }
