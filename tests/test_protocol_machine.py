@@ -506,9 +506,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
         "prelude": ("detach(queue, id, execution, incarnation, worker)\n  if job[3] == '1' or", "if job[3] == '1' or")
     },
     "nobody is preferred": {"claim": ("if not failed_there(job.failed_on, here) then", "if true then")},
-    "a retry is promoted and still waits": {
-        "prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")
-    },
+    "a retry is promoted and still waits": {"prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")},
 }
 
 
