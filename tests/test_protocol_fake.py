@@ -15,7 +15,7 @@ from perdure.protocol.keys import key
 from perdure.protocol.packed_state import pack_state
 from perdure.protocol.states import State
 
-from .test_protocol_kit import TASK, Hand, Pool
+from .test_protocol_kit import OTHER, TASK, Hand, Pool
 
 
 @pytest.fixture
@@ -159,6 +159,30 @@ def test_a_request_is_taken_from_a_stock_worker(pool: Pool, hand: Hand):
     assert pool.store.readmit([("a", ""), ("b", "")], reason="lost") == ["held", "gone"]
 
 
+def test_what_nobody_can_load_is_given_up(pool: Pool, hand: Hand):
+    """give_up, and what a heartbeat says of it; not while another worker may be able to."""
+    pool.submit("a", "b", task=OTHER)
+    lack = {"task": OTHER, "kind": "missing", "reason": "no module", "age": 100.0}
+
+    def beat(who: Hand, *lacks: dict[str, object]) -> None:
+        pool.store.heartbeat(
+            incarnation=who.incarnation, worker=who.name, queues=["gpu"], pid=1, host="here", unable=lacks
+        )
+
+    def give_up(*who: Hand) -> int:
+        names = [item.incarnation for item in who]
+        return pool.store.give_up("gpu", OTHER, kind="INVALID_REQUEST", reason="no module", workers=names)
+
+    other = Hand(pool, "w2")
+    beat(hand, lack)
+    beat(other)
+    assert give_up(hand) == give_up(hand, other) == -1
+    beat(other, lack)
+    assert give_up(hand, other) == 2
+    assert {pool.status(name) for name in ("a", "b")} == {State.FAILED}
+    assert give_up(hand, other) == 0
+
+
 def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.MonkeyPatch):
     """A new script needs a plain path here too."""
     ran: set[str] = set()
@@ -170,6 +194,7 @@ def test_every_script_was_run_above(pool: Pool, hand: Hand, monkeypatch: pytest.
 
     monkeypatch.setattr(scripts.Script, "__call__", note)
     for test in (
+        test_what_nobody_can_load_is_given_up,
         test_a_request_runs_to_its_end,
         test_a_request_is_retried_released_and_fails,
         test_a_lost_worker_is_reaped_and_another_goes_on,
