@@ -161,15 +161,31 @@ def test_progress_gives_back_what_the_guardian_counted(pool: Pool):
 
 
 def test_one_that_moved_each_time_is_no_poison(pool: Pool):
-    """Workers are killed one after another within a second: without evidence, a request that moved is their victim."""
-    pool.submit("a")
+    """Workers are killed one after another within a second: without evidence, a request that moved is their victim.
+
+    One checkpoint more each time is not enough: so would a poison that puts something out before it ends its worker.
+    """
+    pool.submit("a", "poison")
     for number in range(8):
         hand = Hand(pool)
-        hand.step(hand.take("a"), [number], offset=number, seq=number + 1, stepped=0.1)
+        claim = hand.take("a")
+        for part in (2 * number, 2 * number + 1):
+            hand.step(claim, [part], offset=part, seq=part + 1, stepped=0.1)
+        pool.connection.lrem(key("queue", "gpu"), 0, "poison")
         pool.reap(hand.incarnation, seen=True)
         pool.make_due("a")
     assert pool.field("a", "crashes") == ""
     assert pool.status("a") is not State.FAILED
+    pool.cancel("a")
+    pool.connection.rpush(key("queue", "gpu"), "poison")
+    for number in range(3):
+        hand = Hand(pool)
+        pool.make_due("poison")
+        pool.store.promote(["gpu"])
+        claims = [claim for _ in range(3) for claim in hand.claim(1).claims]
+        hand.step(claims[0], [number], offset=number, seq=number + 1, stepped=0.1)
+        pool.reap(hand.incarnation, seen=True)
+    assert pool.status("poison") is State.FAILED
 
 
 def raised(pool: Pool, hand: Hand) -> list[str]:

@@ -693,7 +693,7 @@ local function credit_progress(id, claimed_ms)
     redis.call('HSET', name, 'retries_left', job[3] or '0', 'executions', '0', 'losses', '0', 'crashes', '0', 'waits', '0')
     redis.call('HDEL', name, 'raised')
   end
-  return true
+  return seq - best_seq > 1 or stepped >= 1000
 end
 
 -- The one decision after an execution ended without a result; `fail` and `reap` both come here.
@@ -755,7 +755,7 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
   local reason = policy.reason
-  -- Without evidence, whoever has moved at all is taken for a victim: kill -9 may come at any time.
+  -- Without evidence, whoever has moved by more than one checkpoint is taken for a victim: kill -9 may come at any time.
   if alone and (policy.crash == '1' or policy.crash == 'alone' and not moved) then
     local crashes = add(name, 'crashes', 1)
     -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
