@@ -38,6 +38,13 @@ class Unblocked(logging.Handler):
         self.filters = inner.filters
         self.stream = inner.stream
         self._begin()
+        try:
+            # Now, and not with the first line: that may come when there is no memory left for a thread, and whoever starts one
+            # then waits for it for ever.
+            threading.Thread(target=self._run, name="log", daemon=True).start()
+            self._started = True
+        except RuntimeError:  # the interpreter ends: no thread is started any more
+            self._child = True
         _writers.add(self)
         if not _hooked:
             _hooked = True
@@ -66,13 +73,6 @@ class Unblocked(logging.Handler):
                 return
             self._lines.append(line)
             self._size += len(line)
-            if not self._started:
-                try:
-                    threading.Thread(target=self._run, name="log", daemon=True).start()
-                except RuntimeError:  # the interpreter ends: no thread is started any more
-                    self._child = True
-                    return
-                self._started = True
             self._changed.notify_all()
 
     def flush(self) -> None:

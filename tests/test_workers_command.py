@@ -51,7 +51,7 @@ def test_a_reason_is_bounded(connection: redis.Redis) -> None:
 def test_workers_of_an_older_release_are_listed_too(connection: redis.Redis) -> None:
     """Their records lack what came later."""
     beat(connection, "old", device="cpu")
-    connection.hdel(key("incarnation", "i-old"), "timeout", "unfit", "health")
+    connection.hdel(key("incarnation", "i-old"), "timeout", "unfit", "health", "unable")
     (item,) = Store(connection, Settings()).workers()
     assert (item["age"], item["unfit"], item["health"]) == (None, "", "")
     assert "old  " in call("workers", PERDURE_REDIS_URL=_url(connection)).stdout
@@ -74,7 +74,7 @@ def test_workers_are_listed_with_what_became_of_devices(connection: redis.Redis)
     told = json.loads(call("workers", "--json", PERDURE_REDIS_URL=_url(connection)).stdout)
     assert set(told) == {"items", "unfit_devices"}
     assert set(told["items"][0]) == {
-        "name", "incarnation", "host", "pid", "device", "ready", "queues", "beat_age", "dead_in", "held", "slots", "task", "unfit", "health",
+        "name", "incarnation", "host", "pid", "device", "ready", "queues", "beat_age", "dead_in", "held", "slots", "task", "unfit", "unable", "health",
     }  # fmt: skip
     assert told["items"][1]["health"] == "http://127.0.0.1:9100"
     assert told["items"][1]["unfit"] is None
