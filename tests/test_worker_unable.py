@@ -35,6 +35,9 @@ MODULES = {
     ),
     "no task at all": "def work(request): return 1\n",
 }
+KINDS = [
+    kind if kind in ("no module", "does not load") else pytest.param(kind, marks=pytest.mark.slow) for kind in MODULES
+]
 GOOD = """
 from perdure.workers import Step, task
 
@@ -64,7 +67,7 @@ def broken(lab: Lab, kind: str) -> dict[str, str]:
     return folder(lab, "broken", None if kind == "no module" else MODULES[kind])
 
 
-@pytest.mark.parametrize("kind", list(MODULES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_that_cannot_load_a_task_costs_the_queue_nothing(lab: Lab, kind: str) -> None:
     """Beside one that can, every request is answered, none is charged, and the first keeps no request for a moment."""
     lab.settings |= {"missing_timeout": 60.0, "unloadable_timeout": 60.0}
@@ -82,7 +85,7 @@ def test_one_that_cannot_load_a_task_costs_the_queue_nothing(lab: Lab, kind: str
     lab.check(lab.submit("count", {"n": 2}), 2)
 
 
-@pytest.mark.parametrize("kind", list(MODULES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_no_worker_can_load_ends_with_the_reason(lab: Lab, kind: str) -> None:
     """Also what comes later, and what waits in a priority; other tasks of the queue run meanwhile."""
     lab.reaper()
