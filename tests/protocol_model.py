@@ -164,6 +164,13 @@ class World:
     def held_by(self, incarnation: str) -> list[Expected]:
         return [item for item in self.living if item.execution and item.holder == incarnation]
 
+    def cut(self) -> int:
+        """What was written before this moment is stale: an hour ago, and the last gap in the sweeps does not count."""
+        found: Any = self.store.connection.hmget(key("pulse"), "away_from", "away_to")
+        begun, ended = (int(value or 0) for value in found)
+        cut = self.now - 3_600_000
+        return cut if not begun or ended > self.now or cut >= ended else cut - (ended - begun)
+
     def is_reaped(self, incarnation: str) -> bool:
         return self.now - self.tombs.get(incarnation, -TOMBSTONE_MS) < TOMBSTONE_MS
 
@@ -329,7 +336,7 @@ class World:
             item.begin_anew()
         self._check_preference(item, incarnation)
         assert not item.deadline or self.now < item.deadline, "given after its deadline"
-        if item.at is None or self.now - item.at > 3_600_000:
+        if item.at is None or item.at < self.cut():
             item.restart()
         self.executions.add(claim.execution)
         item.claimed = True
@@ -550,8 +557,9 @@ class World:
         return self.store.promote(QUEUES)
 
     def _expire(self, call: Call) -> int:
+        cut = self.cut()
         for item in self.living:
-            if item.at is not None and self.now - item.at >= 3_600_000:
+            if item.at is not None and item.at <= cut:
                 if item.execution:
                     item.at = self.now
                 elif item.ended:

@@ -483,7 +483,7 @@ def test_whatever_happens_nothing_is_lost_and_nothing_ends_twice(connection, mon
 @pytest.mark.timeout(300)
 def test_whatever_happens_for_longer(connection, monkeypatch):
     """The same in more and longer ones."""
-    drive(connection, monkeypatch, examples=100, steps=45)
+    drive(connection, monkeypatch, examples=40, steps=45)
 
 
 MISTAKES: dict[str, dict[str, Change]] = {
