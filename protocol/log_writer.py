@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -41,7 +42,12 @@ class Unblocked(logging.Handler):
         try:
             # Now, and not with the first line: that may come when there is no memory left for a thread, and whoever starts one
             # then waits for it for ever.
-            threading.Thread(target=self._run, name="log", daemon=True).start()
+            # It takes no signal: those of a process go to any thread that does not block them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                threading.Thread(target=self._run, name="log", daemon=True).start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._started = True
         except RuntimeError:  # the interpreter ends: no thread is started any more
             self._child = True
