@@ -156,6 +156,17 @@ def test_a_step_ahead_costs_no_checkpoint(pool: Pool, clock: Clock, hand: Hand) 
     assert pool.store.expire(["gpu"]) == 2
 
 
+def test_a_claim_before_the_first_sweep_after_a_step_ahead_goes_on_too(pool: Pool, clock: Clock, hand: Hand) -> None:
+    """Its guardian reaps a worker right after the step: no sweep has seen the gap yet."""
+    pool.submit("a")
+    hand.step(hand.take("a"), ["x"])
+    go_on(pool, clock, 3, hand)
+    clock.step(HOUR + 10)
+    pool.reap(hand.incarnation)
+    claim = Hand(pool, "w2").take("a")
+    assert (claim.offset, claim.epoch) == (1, 0)
+
+
 def test_a_gone_model_is_not_waited_for_because_of_a_step_back(pool: Pool, clock: Clock, hand: Hand) -> None:
     """It was shown an hour ahead of now."""
     pool.submit("a")

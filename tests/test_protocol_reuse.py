@@ -180,6 +180,21 @@ def test_a_request_enqueued_again_while_it_runs_runs_once_more_after_it(pool: Po
     assert counted(pool, "dropped") == 0
 
 
+def test_one_that_was_enqueued_again_while_it_ran_can_be_canceled_after_that_run(
+    pool: Pool, hand: Hand, queue: Queue
+) -> None:
+    """It waits, whatever status the run's end has written; canceled, it does not run, and its entry counts as no waiting one."""
+    pool.submit("a")
+    claim = hand.take("a")
+    queue.enqueue_job(Job.fetch("a", connection=pool.connection))
+    hand.finish(claim)
+    assert [pool.cancel("a"), pool.cancel("a")] == ["canceled", "canceled"]
+    assert pool.status("a") is State.CANCELED
+    assert lists(pool, "a") == {"queue", "ended", "canceled"}
+    assert hand.claim(1).claims == []
+    assert lists(pool, "a") == {"canceled"}
+
+
 def test_an_old_copy_of_a_job_starts_nothing_again(pool: Pool, hand: Hand) -> None:
     """Somebody saves what they have read before, and pushes the id: dropped, which its history and a counter say."""
     pool.submit("a")

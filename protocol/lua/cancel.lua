@@ -34,7 +34,7 @@ for _ = 1, tonumber(arg()) do
     if job[7] ~= '1' then history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason) end
     redis.call('HSET', name, 'cancel', '1')
     answers[#answers + 1] = 'requested'
-  elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') then
+  elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') and not enqueued_again(read_dates(id)) then
     local already = verdict == 'canceled' or verdict == 'stopped'
     answers[#answers + 1] = already and 'canceled' or 'ended'
   else

@@ -217,6 +217,23 @@ local function saved_over(entered, created_at, timeout)
   return (timeout or '-1') ~= '-1'
 end
 
+-- Whether somebody has enqueued this id since its last claim: 'same' for the same job once more (`enqueue_job`), 'new' if
+-- RQ's `enqueue` saved another job over it, which has not begun. RQ dates each coming into a queue. A date that the last
+-- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
+-- Dates are compared for being the same, not by time: they are of the clocks of many producers.
+local function enqueued_again(job)
+  if job.started_at == '' and saved_over(job.entered, job.created_at, job.timeout) then return 'new' end
+  local date, seen = job.enqueued_at or '', job.entered and string.match(job.entered, '^(.*) ')
+  return date ~= '' and date ~= (seen or job.created_at) and date ~= job.created_at and 'same' or nil
+end
+
+-- What enqueued_again() looks at, and the status.
+local function read_dates(id)
+  local names, job = { 'status', 'started_at', 'enqueued_at', 'created_at', 'entered', 'timeout' }, {}
+  for i, value in ipairs(redis.call('HMGET', KEY.job .. id, unpack(names))) do job[names[i]] = value or nil end
+  return job
+end
+
 -- Whether the caller's execution is the current one of this job, and not of one that another was saved over.
 local function owns(id, execution, current, started_at)
   if execution == '' or current ~= execution then return false end
@@ -449,15 +466,16 @@ end
 -- A request ends while it waits. Its entry in the queue's list stays, since taking it out would be O(n): it is noted, so that
 -- the claim that meets it knows it for what it is, and nobody counts it as waiting. aside: it stood in a set instead.
 local function end_waiting(queue, id, aside)
-  local job = redis.call('HMGET', KEY.job .. id, 'status', 'started_at', 'enqueued_at', 'created_at')
-  if job[1] == 'queued' and not aside then
+  local job = read_dates(id)
+  -- One that was enqueued again while it ran has the status of that run's end.
+  if not aside and (job.status == 'queued' or enqueued_again(job)) then
     redis.call('ZADD', KEY.ended .. queue, now_text, id)
     redis.call('EXPIRE', KEY.ended .. queue, 7 * DAY)
   end
   -- RQ's requeue empties it, as does another job that RQ saves over this one (see enqueued_again).
-  if job[2] == '' then redis.call('HDEL', KEY.job .. id, 'started_at') end
+  if job.started_at == '' then redis.call('HDEL', KEY.job .. id, 'started_at') end
   -- This coming into the queue is over, as after a claim.
-  redis.call('HSET', KEY.job .. id, 'entered', (job[3] or '') .. ' ' .. (job[4] or ''))
+  redis.call('HSET', KEY.job .. id, 'entered', (job.enqueued_at or '') .. ' ' .. (job.created_at or ''))
 end
 
 -- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
@@ -792,27 +810,15 @@ end
 -- The registry in which a verdict puts an id.
 local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled', stopped = 'canceled' }
 
--- Whether somebody has enqueued this id since its last claim: 'same' for the same job once more (`enqueue_job`), 'new' if
--- RQ's `enqueue` saved another job over it, which has not begun. RQ dates each coming into a queue. A date that the last
--- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
--- Dates are compared for being the same, not by time: they are of the clocks of many producers.
-local function enqueued_again(job)
-  if job.started_at == '' and saved_over(job.entered, job.created_at, job.timeout) then return 'new' end
-  local date, seen = job.enqueued_at or '', job.entered and string.match(job.entered, '^(.*) ')
-  return date ~= '' and date ~= (seen or job.created_at) and date ~= job.created_at and 'same' or nil
-end
-
 -- Requests among these entries of a queue's list that have ended, and are to run again, lose the TTL of that end.
 local function keep_requeued(queue, ids)
   for _, id in ipairs(ids) do
     local name = KEY.job .. id
     if redis.call('TTL', name) >= 0 then
-      local v = redis.call('HMGET', name, 'task', 'last', 'timeout', 'started_at', 'enqueued_at', 'entered', 'created_at')
+      local v = redis.call('HMGET', name, 'task', 'last')
       local registry = ENDED[string.match(v[2] or '', ':(%a+)$')]
-      local job = { timeout = v[3] or nil, started_at = v[4] or nil, enqueued_at = v[5] or nil, entered = v[6] or nil,
-        created_at = v[7] or nil }
       local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
-      if v[1] and registry and (not stands or enqueued_again(job)) then
+      if v[1] and registry and (not stands or enqueued_again(read_dates(id))) then
         for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
       end
     end
@@ -972,13 +978,15 @@ local function set_back()
   return now_ms < number_of(redis.call('HGET', KEY.pulse, 'back_until'))
 end
 
--- Checkpoints written before this moment (ms) are older than ttl_ms. The last time in which nobody swept does not count: it was
--- an outage, in which no request could go on, or a step ahead of the server's clock, in which no time passed.
+-- Checkpoints written before this moment (ms) are older than ttl_ms. Time in which nobody swept does not count, neither the last
+-- such gap nor the one that may be going on: it was an outage, in which no request could go on, or a step ahead of the
+-- server's clock, in which no time passed.
 local function stale_before(ttl_ms)
-  local cut = now_ms - ttl_ms
-  local away = redis.call('HMGET', KEY.pulse, 'away_from', 'away_to')
-  local from, to = number_of(away[1]), number_of(away[2])
-  if from == 0 or to > now_ms or cut >= to then return cut end
+  local row = redis.call('HMGET', KEY.pulse, 'at', 'away_from', 'away_to')
+  local at, from, to = number_of(row[1]), number_of(row[2]), number_of(row[3])
+  local swept = at > 0 and at < now_ms and at or now_ms
+  local cut = swept - ttl_ms
+  if from == 0 or to > swept or cut >= to then return cut end
   return cut - (to - from)
 end
 
