@@ -22,7 +22,7 @@ class Examiner:
     """
 
     answer: Callable[[str, str, bool], None]
-    _questions: queue.SimpleQueue[tuple[str, int]] = field(default_factory=queue.SimpleQueue)
+    _questions: queue.SimpleQueue[tuple[str, int] | None] = field(default_factory=queue.SimpleQueue)
     _dead: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Processes of the pool that have ended, by device, until the driver has given back what they had."""
     _thread: threading.Thread | None = None
@@ -38,10 +38,14 @@ class Examiner:
             self._thread.start()
         self._questions.put((place, device))
 
+    def stop(self) -> None:
+        """Ask nothing more; does not wait for a driver that does not answer."""
+        self._questions.put(None)
+
     def _run(self) -> None:
         devices: Devices | None = None
-        while True:
-            place, device = self._questions.get()
+        while (question := self._questions.get()) is not None:
+            place, device = question
             action, occupied = "", False
             try:
                 devices = devices or open_devices()  # after a driver was loaded again, too

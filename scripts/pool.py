@@ -173,6 +173,7 @@ class Pool:
             self._undertaker.dismiss()
         finally:
             self._sight.stop()
+            self._examiner.stop()
             self.notifier.status(self.supervisor.summary())
             self._selector.close()
             for end in self._bell:

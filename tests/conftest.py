@@ -20,7 +20,7 @@ from perdure.scripts.server import Server, find_binary
 
 from .worker_kit import Lab, laboratory
 
-_FOR_EVER = {"log", "health", "sweeper"}
+_FOR_EVER = {"log", "health"}
 """Threads of the product that go on until the end of their process, and touch nothing of a test."""
 
 _NEEDS_A_SERVER = {"server", "server_binary", "redis_url", "connection"}

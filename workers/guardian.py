@@ -124,6 +124,7 @@ class Guardian:
             return self._guard(pidfd)
         finally:
             self._lookout.stop()
+            self._sweeper.stop()
 
     def _guard(self, pidfd: int | None) -> int:
         handles = [self.pipe, self._lookout.done, *([] if pidfd is None else [pidfd])]

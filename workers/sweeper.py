@@ -26,6 +26,7 @@ class Sweeper:
         self._where = connection
         self._settings = settings
         self._asked = threading.Event()
+        self._over = False
         self._thread: threading.Thread | None = None
 
     def ask(self) -> None:
@@ -35,16 +36,23 @@ class Sweeper:
             self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
             self._thread.start()
 
+    def stop(self) -> None:
+        """No sweep begins after this one; does not wait for it."""
+        self._over = True
+        self._asked.set()
+
     def _run(self) -> None:
         connection = rebuild(portable(self._where), timeout=TIMEOUT, acknowledged=TIMEOUT)
         reaper = Reaper(Store(connection, self._settings), self._settings)
-        while True:
-            self._asked.wait()
-            self._asked.clear()
-            try:
-                reaper.sweep()
-            except ProtocolMismatch:
-                return  # the next heartbeat tells the guardian
-            except (redis.RedisError, OSError):
-                # Another guardian is asked when this sweep has not ended in time.
-                connection.connection_pool.disconnect()
+        try:
+            while self._asked.wait() and not self._over:
+                self._asked.clear()
+                try:
+                    reaper.sweep()
+                except (redis.RedisError, OSError):
+                    # Another guardian is asked when this sweep has not ended in time.
+                    connection.connection_pool.disconnect()
+        except ProtocolMismatch:
+            pass  # the next heartbeat tells the guardian
+        finally:
+            connection.close()
