@@ -21,7 +21,7 @@ from .load import BLEND, STEPS, TEXTS, WALK, Order, submit
 from .outages import Busy, ClientKill, ClockStep, Full, Network, NoReplicas, RedisKill, RedisStop, ScriptFlush
 from .schedule import Planned
 from .stage import Fault, Stage
-from .tasks import MODEL, OTHER
+from .tasks import LACKS, MODEL, OTHER
 
 
 class KillWorker(Fault):
@@ -251,6 +251,8 @@ class Visit(Fault):
             return [crew.invite(self._name, [sys.executable, "-P", "-m", "perdure.recovery", "--name", self._name])]
         if kind == "other_model":
             return [crew.invite(self._name, command, {MODEL: OTHER})]
+        if kind == "half_broken":
+            return [crew.invite(self._name, command, {LACKS: "1"})]
         if kind == "same_name":
             return [crew.invite(f"{self._name}-{letter}", command) for letter in "ab"]
         wrapper = [shutil.which("faketime") or "faketime", "-f", "+1h" if kind == "clock_ahead" else "-1h"]
@@ -270,6 +272,6 @@ CLASSES: Final[dict[str, type[Fault]]] = {
     "crash": Trap, "redis_kill": RedisKill, "redis_stop": RedisStop, "script_flush": ScriptFlush,
     "client_kill": ClientKill, "full": Full, "cut": Network, "hidden_reply": Network, "black_hole": Network,
     "slow": Network, "clock_ahead": Visit, "clock_behind": Visit, "same_name": Visit, "second_reaper": Visit,
-    "no_reaper": NoReaper, "other_model": Visit, "busy": Busy, "clock_step": ClockStep, "no_replicas": NoReplicas, "reuse": Reuse,
+    "no_reaper": NoReaper, "other_model": Visit, "half_broken": Visit, "busy": Busy, "clock_step": ClockStep, "no_replicas": NoReplicas, "reuse": Reuse,
     "poison_raises": Poison, "poison_exits": Poison,
 }  # fmt: skip

@@ -112,6 +112,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("second_reaper", "one more reaper", "visit"),
     Kind("no_reaper", "no reaper at all, and a worker lost with its tree", "freeze", 1, 1),
     Kind("other_model", "a worker with another model", "visit"),
+    Kind("half_broken", "a worker that lacks the tasks' module", "visit"),
     Kind("reuse", "a request that is deleted, and its id submitted again", weight=2),
     Kind("poison_raises", "a request whose step raises in a batch, each time", "poison"),
     Kind("poison_exits", "a request whose step ends its process (os._exit), each time", "poison"),

@@ -19,6 +19,12 @@ from ...workers import BatchTask, InvalidRequest, Request, Step, task
 MODEL = "CHAOS_MODEL"
 """Environment variable: which model a worker of :class:`Blend` has."""
 
+LACKS = "CHAOS_LACKS"
+"""Environment variable: a worker that has it cannot import these tasks."""
+
+if os.environ.get(LACKS):
+    raise ModuleNotFoundError("this worker lacks a module that its tasks need", name="chaos_lacks")
+
 FIRST, OTHER = "first", "other"
 
 REFUSED = "this request asks to be refused"
