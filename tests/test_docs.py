@@ -114,6 +114,7 @@ PAYLOADS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_every_task_of_the_guide_resumes_at_every_step(app: Path) -> None:
     """Each of them, cut at each step, ends as it does uncut."""
     pytest.importorskip("torch")

@@ -165,6 +165,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path, data: bytes) -> None:
 # --- diffusion -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_image_is_the_same_after_a_kill(lab: Lab) -> None:
     """A kill between two steps: the outputs and the image of a quiet run in one process, byte for byte."""
     pytest.importorskip("torch")
@@ -293,6 +294,7 @@ def api() -> Iterator[Callable[..., Api]]:
         each.close()
 
 
+@pytest.mark.slow
 def test_each_item_is_applied_once_whatever_is_killed(lab: Lab, api: Callable[..., Api]) -> None:
     """Kills while the API has applied an item and not answered, twice for the same one: once applied, all in order."""
     quiet, harsh = api(), api({5: ["hold", "hold"], 9: ["hold"]})
@@ -447,6 +449,7 @@ def test_the_other_command_of_a_docstring_is_a_worker(name: str) -> None:
     assert (f"PERDURE_TASKS={name}." in line) == ("PERDURE_TASKS" in line)
 
 
+@pytest.mark.slow
 def test_examples_and_docs_are_in_the_source_distribution(tmp_path: Path) -> None:
     """They are not installed: who unpacks the source finds them."""
     copy = tmp_path / "source"

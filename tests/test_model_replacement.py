@@ -93,6 +93,7 @@ def test_all_workers_are_replaced_by_another_model(lab: Lab, client: Client) -> 
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_side_by_side_the_old_model_ends_what_it_began(lab: Lab, client: Client) -> None:
     """While one worker of the old model lives, even a busy one, no new one continues or restarts its requests."""
 

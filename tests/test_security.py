@@ -163,6 +163,7 @@ def test_a_request_s_meta_is_no_pickle_for_rq(connection: redis.Redis, tmp_path:
     assert marker.exists(), "RQ's own way"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", ["os.system", "builtins.eval", "subprocess.run", "lab_tasks.plain", "perdure.workers.task"]
 )

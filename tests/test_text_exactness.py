@@ -93,6 +93,7 @@ def named(payload: dict[str, Any]) -> str:
 
 
 # Greedy with two threads is among the neighbours: a pass of several threads is slow where others use the cores.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("payload", "dtype", "threads"),
     [(SAMPLED, *case) for case in ARITHMETIC]

@@ -71,6 +71,7 @@ def test_a_step_that_raises_is_charged_to_the_request_that_it_was_alone(lab: Lab
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_lone_poison_on_fresh_workers_ends_as_a_dead_letter(lab: Lab) -> None:
     """Where nothing proves the worker sound, a fresh one is to tell: the third that it raised on alone is the last."""
     bad = lab.submit("Batch", {"n": 10, "kind": "raise"})
@@ -118,6 +119,7 @@ def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:
     assert worker.running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "where"), [("starve", "generator"), ("Starving", "step"), ("Starving", "admit")], ids=lambda value: value
 )

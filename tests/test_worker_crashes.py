@@ -73,6 +73,7 @@ def test_a_native_crash_leaves_its_stacks(lab: Lab):
     assert lab.outputs(bad) == [0, 1, 2], "one output each time did not keep it alive"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "reason"), [("kill", "was ended by SIGKILL"), ("exit", "exited with status 3")])
 def test_a_poison_without_evidence_ends_too(lab: Lab, how: str, reason: str):
     """Nothing is left to be read but that it was alone, and with what the process ended: the third time is the last."""
@@ -103,6 +104,7 @@ def test_kill_9_accuses_nobody(lab: Lab):
         assert lab.events(name) == [("redelivered", "WORKER_LOST")]
 
 
+@pytest.mark.slow
 def test_a_crashed_child_of_a_task_is_not_the_worker_s_crash(lab: Lab):
     """A task forks, the child ends by SIGSEGV, and later somebody kills the worker: that accuses nobody."""
     worker = lab.worker()

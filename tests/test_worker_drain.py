@@ -57,6 +57,7 @@ def test_an_idle_worker_leaves_at_once(lab: Lab) -> None:
     assert lab.store.workers() == []
 
 
+@pytest.mark.slow
 def test_a_step_in_native_code_is_left_after_the_drain_timeout(lab: Lab) -> None:
     """A step that no signal interrupts: the request goes back at its last checkpoint, and the process ends."""
     worker = lab.worker(drain_timeout=0.5)

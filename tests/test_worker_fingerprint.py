@@ -49,6 +49,7 @@ def test_a_model_that_is_gone_restarts_the_request(lab: Lab) -> None:
     assert "restart" in [event for event, _ in lab.events(one)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_fingerprint_restarts_too(lab: Lab) -> None:
     """A task that shows a fingerprint for the first time does not hand old requests round until they fail."""
     one, _ = begun(lab, "")

@@ -14,6 +14,7 @@ from .worker_kit import Lab, eventually
 STATUS = {"exit": 3, "raise": 1, "return": 0, "yield": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", STATUS)
 @pytest.mark.parametrize("task", ["generator", "threads", "loop", "admit", "step"])
 def test_a_child_ends_where_it_comes_back(lab: Lab, task: str, how: str) -> None:
@@ -27,6 +28,7 @@ def test_a_child_ends_where_it_comes_back(lab: Lab, task: str, how: str) -> None
     assert ("ValueError: in the child" in worker.log) is (how == "raise")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", "raise", "return"])
 def test_a_plain_job_s_child_ends_too(lab: Lab, how: str) -> None:
     """RQ would write the child's end as the job's."""

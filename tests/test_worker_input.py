@@ -46,6 +46,7 @@ def test_bad_requests_fail_with_a_reason(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_hostile_envelope_is_never_unpickled(lab: Lab) -> None:
     """The worker runs a request without looking at its ``data``: a pickle that runs code stays bytes."""
 
@@ -95,6 +96,7 @@ def test_a_model_that_does_not_load_hands_its_requests_back(lab: Lab) -> None:
     assert lab.check(one, 3).attempt == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "environment", "words"),
     [

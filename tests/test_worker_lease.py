@@ -93,6 +93,7 @@ def test_a_tasks_own_step_timeout_ends_with_it(lab: Lab) -> None:
     eventually(lambda: lab.events(one) == [("suspected", "HANG"), ("retry", "HANG")])
 
 
+@pytest.mark.slow
 def test_a_requests_own_step_timeout_is_its_own(lab: Lab) -> None:
     """A short one is judged by it at once, its neighbour in the same worker by the pool's long one; both go on."""
     lab.reaper()

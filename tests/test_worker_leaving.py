@@ -35,6 +35,7 @@ def started(lab: Lab, left: list[int], *what: str) -> None:
         assert not gone(left[-1]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["thread", "hook", "multiprocessing", "subprocess", "fork"])
 def test_what_a_task_leaves_behind_does_not_keep_the_process(lab: Lab, left: list[int], what: str) -> None:
     """SIGTERM: it ends with status 0 within a few seconds, and what it has started ends with it."""
@@ -65,6 +66,7 @@ def test_kill_9_ends_what_the_tasks_have_started(lab: Lab, left: list[int]) -> N
         stranger.wait()
 
 
+@pytest.mark.slow
 def test_a_child_with_an_environment_of_its_own_is_known_by_having_been_seen(lab: Lab, left: list[int]) -> None:
     worker = lab.worker()
     one = lab.submit("leave_tasks.leaves", {"what": ["bare"], "n": 10_000})
@@ -89,6 +91,7 @@ sys.exit(5)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_calls_work_keeps_what_is_its_own(lab: Lab) -> None:
     """Its threads are waited for, for longer than a worker's would be, and its status is its own."""
     environment = os.environ | {"PYTHONPATH": str(TASKS)}

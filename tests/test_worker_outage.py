@@ -130,6 +130,7 @@ def test_an_outage_costs_nothing(own: tuple[Server, Lab], harm: str) -> None:
     assert "Traceback" not in worker.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["claim", "progress", "finish", "release", "fail"])
 def test_a_lost_reply_changes_nothing(server: Server, lab: Lab, script: str) -> None:
     """A script was applied and its reply got lost, twice: it is sent again, and nothing happens twice."""

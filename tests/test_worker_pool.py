@@ -55,6 +55,7 @@ def test_the_dead_are_replaced_and_all_leave_together(
         assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_at_once_is_started_less_and_less_often(
     redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_drop_that_panics_leaves_the_worker_as_it_was(lab: Lab) -> None:
     assert "raised while it dropped" in worker.log
 
 
+@pytest.mark.slow
 def test_a_load_that_panics_is_tried_again(lab: Lab) -> None:
     """Its request goes back uncharged; the worker lives."""
     Path(lab.folder, "first").write_text("panic")
@@ -88,6 +89,7 @@ def test_unfit_from_load_is_honoured(lab: Lab) -> None:
     assert lab.ended(one).status == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "where"), PLACES)
 def test_unfit_from_anywhere_is_honoured(lab: Lab, task: str, where: str) -> None:
     """No request is to blame: nothing is charged, the process exits with 72."""

@@ -11,6 +11,7 @@ from perdure.protocol.keys import key
 from .worker_kit import Lab, eventually
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["another job", "the same job", "deleted before"])
 def test_a_plain_job_enqueued_again_while_it_runs_gives_its_own_result(lab: Lab, how: str) -> None:
     """RQ saves the first job over the second at the first one's end. The second runs, and its result stays."""
@@ -45,6 +46,7 @@ def _finished(lab: Lab, identifier: str) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_a_task_enqueued_again_by_rq_runs_with_what_it_was_given_last(lab: Lab) -> None:
     """A cron's usual way: one fixed job id, another payload each time, also while the last run goes on."""
     lab.worker()

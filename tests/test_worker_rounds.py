@@ -408,6 +408,7 @@ def test_an_end_that_is_ready_wins_over_a_cancel(bench: Bench) -> None:
 # --- what Redis does not take --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [redis.ConnectionError("reset"), redis.ResponseError("ERR Protocol error")])
 @pytest.mark.parametrize("script", ["progress", "finish"])
 def test_a_call_that_is_never_taken_ends_its_request_alone(
@@ -444,6 +445,7 @@ def test_a_call_that_is_never_taken_ends_its_request_alone(
     assert not bench.holdings.held
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_take_anything_now_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of itself (a script runs, no replicas) is held against no request, and neither is an outage."""
     bench.pool.submit("a")

@@ -119,6 +119,7 @@ def test_a_worker_stops_after_a_task_s_event_loop(lab: Lab) -> None:
     assert worker.end() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ignored", "default", "wakeup"])
 def test_a_worker_stops_within_a_step_that_has_changed_its_signals(lab: Lab, how: str) -> None:
     """The step ends, its request goes on elsewhere from there; nothing is charged."""

@@ -42,6 +42,7 @@ def test_a_spare_claims_when_it_is_told_to(lab: Lab) -> None:
     assert worker.log.count("loaded lab_tasks.count") == 1
 
 
+@pytest.mark.slow
 def test_a_spare_that_was_declared_dead_waits_on(lab: Lab) -> None:
     """An outage took its incarnation: it beats under a new one, and SIGTERM ends it while it waits."""
     worker = spare(lab)

@@ -46,6 +46,7 @@ def chunks_of(connection: redis.Redis) -> list[bytes]:
     return list(connection.scan_iter(f"{key('chunk')}*"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_in_the_middle_of_writing_a_state(
     server: Server, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from perdure.recovery import reaper, strays
 from .worker_kit import Lab, eventually, send
 
 
+@pytest.mark.slow
 def test_an_idle_stock_worker_starves_no_request(lab: Lab) -> None:
     """It hands each request on once, to where only ours look; plain jobs are its own as ever."""
     stock = lab.worker(ours=False)

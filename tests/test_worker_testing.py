@@ -69,6 +69,7 @@ class Right(BatchTask):
         self.running.pop(request_id, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "candidate", [right, right_in_threads, Right, Right()], ids=["plain", "threads", "class", "it"]
 )
@@ -196,6 +197,7 @@ def test_equal_decides() -> None:
     assert resume_at_every_step(unseeded, equal=lambda one, other: type(one) is type(other)).runs == 9
 
 
+@pytest.mark.slow
 def test_long_tasks_are_sampled() -> None:
     """First and last always, the rest spread; or the very cuts that are asked for."""
     report = resume_at_every_step(right, 30, cuts=3, behind=[0])
@@ -260,6 +262,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_fakeredis_it_says_what_to_install() -> None:
     """In a process of its own: fakeredis that was imported without lupa knows no scripts until its process ends."""
     said = subprocess.check_output([sys.executable, "-c", WITHOUT], text=True, timeout=60)

@@ -43,6 +43,7 @@ def test_one_that_waits_holds_nobody_up(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_with_four_threads_in_flight_loses_nothing(lab: Lab) -> None:
     """Kill -9 while all four sit in a step: each goes on elsewhere at its own last checkpoint, uncharged."""
     first = lab.worker()
@@ -80,6 +81,7 @@ def test_a_thread_that_hangs_is_found_though_its_mates_move(lab: Lab) -> None:
     assert "leaving without it" in worker.log
 
 
+@pytest.mark.slow
 def test_a_drain_keeps_what_running_steps_bring(lab: Lab) -> None:
     """SIGTERM: a step that runs may end, and what it yields is stored; then all is closed and handed back."""
     worker = lab.worker()
@@ -97,6 +99,7 @@ def test_a_drain_keeps_what_running_steps_bring(lab: Lab) -> None:
         assert lab.check(name, 6).attempt == 0
 
 
+@pytest.mark.slow
 def test_a_drain_leaves_a_thread_that_does_not_end(lab: Lab) -> None:
     """After the drain timeout its request is handed back as well, and the process ends."""
     worker = lab.worker(drain_timeout=0.5)
@@ -130,6 +133,7 @@ def test_a_cancel_does_not_wait_for_the_step(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_durable_steps_wait_for_themselves_alone(server_binary: Path, tmp_path: Path) -> None:
     """Redis is away: who asked for durable steps stands, its mate goes on; afterwards both end without a gap."""
     with Server(tmp_path / "redis", binary=server_binary) as server, laboratory(server.url, tmp_path) as lab:

@@ -85,6 +85,7 @@ def test_one_that_cannot_load_a_task_costs_the_queue_nothing(lab: Lab, kind: str
     lab.check(lab.submit("count", {"n": 2}), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_no_worker_can_load_ends_with_the_reason(lab: Lab, kind: str) -> None:
     """Also what comes later, and what waits in a priority; other tasks of the queue run meanwhile."""
@@ -105,6 +106,7 @@ def test_what_no_worker_can_load_ends_with_the_reason(lab: Lab, kind: str) -> No
     assert not lab.connection.exists(key("leases", "gpu"))
 
 
+@pytest.mark.slow
 def test_nothing_ends_while_no_worker_lives_and_a_newcomer_is_asked(lab: Lab) -> None:
     """The clock starts anew with a worker that joins; the one that has the module then runs it."""
     lab.reaper()
@@ -120,6 +122,7 @@ def test_nothing_ends_while_no_worker_lives_and_a_newcomer_is_asked(lab: Lab) ->
     lab.check(name, 1)
 
 
+@pytest.mark.slow
 def test_a_module_that_comes_later_is_loaded_by_the_same_worker(lab: Lab) -> None:
     lab.settings |= {"missing_timeout": 60.0}
     environment = broken(lab, "no module")
@@ -131,6 +134,7 @@ def test_a_module_that_comes_later_is_loaded_by_the_same_worker(lab: Lab) -> Non
     eventually(lambda: not lab.store.words()[0])
 
 
+@pytest.mark.slow
 def test_everybody_is_told_why_nothing_moves(lab: Lab) -> None:
     """The client's error, `workers`, `doctor`, `/readyz`, and the metrics' count."""
     lab.settings |= {"unloadable_timeout": 60.0}

@@ -24,6 +24,7 @@ def batch(lab: Lab, task: str, n: int) -> tuple[Process, list[str]]:
     return worker, names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 def test_a_host_without_memory_costs_no_request(lab: Lab) -> None:
     """A real allocation fails. The process is left with what it has, reports and leaves; all go on elsewhere."""
