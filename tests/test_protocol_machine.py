@@ -8,7 +8,9 @@ of Redis is compared with a model (``protocol_model.py``); at the end healthy wo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -462,7 +464,7 @@ class Requests(RuleBasedStateMachine):
 
 def drive(
     connection: redis.Redis, monkeypatch: pytest.MonkeyPatch, *, examples: int, steps: int,
-    kind: type[Requests] = Requests, **planted: Change,
+    kind: type[Requests] = Requests, planted: Mapping[str, Change] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """Run a machine over scripts in which mistakes may be planted."""
     numbers = itertools.count()
@@ -526,4 +528,4 @@ def test_a_planted_mistake_is_found(connection, monkeypatch, mistake):
         for name in scripts.names():
             vars(store)["load"](name)  # what is changed must stand there, or anything else would count as found
     with pytest.raises(AssertionError):
-        drive(connection, monkeypatch, examples=200, steps=30, **MISTAKES[mistake])
+        drive(connection, monkeypatch, examples=200, steps=30, planted=MISTAKES[mistake])

@@ -48,7 +48,7 @@ def sweeps(pool: Pool, clock: Clock, number: int = 12) -> None:
 
 
 def fill(pool: Pool, hand: Hand) -> None:
-    """One request of each kind: it waits, is delayed, waits for a retry, has a deadline, is a suspect, runs."""
+    """A request of each kind: waits, is delayed, waits for a retry, has a deadline, is a suspect, runs; again after its end too."""
     pool.submit("crashes")
     crashed = Hand(pool, "crashed")
     crashed.take("crashes")
@@ -60,6 +60,15 @@ def fill(pool: Pool, hand: Hand) -> None:
     pool.submit("runs")
     hand.take("runs")
     pool.connection.zadd(key("suspects", "gpu"), {"crashes": clock_of(pool)})
+    for name in ("again", "anew"):
+        pool.submit(name)
+        begun = hand.take(name)
+        hand.step(begun, ["x"])
+        hand.finish(begun, "done", offset=1)
+        Queue("gpu", connection=pool.connection).enqueue_job(Job.fetch(name, connection=pool.connection))
+        if name == "again":
+            hand.take(name)
+    pool.store.promote(["gpu"])
     pool.store.enqueue([replace(pool.new("delayed"), delay=10**6), replace(pool.new("dated"), deadline=10**6)])
     pool.submit("waits")
 
@@ -88,7 +97,7 @@ def test_after_a_delete_nothing_of_ours_stays(pool: Pool, clock: Clock, hand: Ha
         queue.empty()
     elif how.startswith("delete the queue"):
         queue.delete(delete_jobs=how == "delete the queue")
-    for name in ("crashes", "fails", "runs", "delayed", "dated", "waits"):
+    for name in ("again", "anew", "crashes", "fails", "runs", "delayed", "dated", "waits"):
         if pool.connection.exists(key("job", name)):
             Job.fetch(name, connection=pool.connection).delete()
     if how != "delete each job":

@@ -810,6 +810,13 @@ end
 -- The registry in which a verdict puts an id.
 local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled', stopped = 'canceled' }
 
+-- An ended request that is to run again loses the TTL of its end. What it wrote lives for a day after each write, as that of
+-- any living one: whoever deletes its job with RQ's tools leaves nothing that never expires.
+local function live_again(id)
+  redis.call('PERSIST', KEY.job .. id)
+  for _, name in ipairs({ KEY.output, KEY.history, KEY.results }) do redis.call('EXPIRE', name .. id, DAY) end
+end
+
 -- Requests among these entries of a queue's list that have ended, and are to run again, lose the TTL of that end.
 local function keep_requeued(queue, ids)
   for _, id in ipairs(ids) do
@@ -819,7 +826,7 @@ local function keep_requeued(queue, ids)
       local registry = ENDED[string.match(v[2] or '', ':(%a+)$')]
       local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
       if v[1] and registry and (not stands or enqueued_again(read_dates(id))) then
-        for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+        live_again(id)
       end
     end
   end
@@ -836,7 +843,7 @@ local function begin_anew(id, queue, verdict)
     for i = 1, #result[2], 2 do fields[result[2][i]] = result[2][i + 1] end
     history(id, 'finished', fields.worker_name, fields.execution_id, '0', '', '', nil, string.match(result[1], '^%d+'))
   end
-  for _, key in ipairs({ KEY.job, KEY.output, KEY.history, KEY.results }) do redis.call('PERSIST', key .. id) end
+  live_again(id)
   redis.call('HDEL', name, 'crashes', 'crashes_total', 'losses', 'executions', 'waits', 'best_offset', 'best_seq', 'cancel',
     'error_kind', 'error_reason', 'deadline', 'queue_deadline', 'company', 'suspected', 'failed_on', 'passed_at', 'interrupted',
     'raised', 'started_at') -- RQ's requeue has emptied it; without it nobody takes the request for a new job that waits to be claimed
