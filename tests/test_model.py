@@ -129,9 +129,10 @@ def test_no_order_of_three_faults_breaks_a_promise(spin, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_no_run_goes_on_for_ever(spin, tmp_path):
+@pytest.mark.parametrize("names", [(), ("REUSE",)], ids=["", "REUSE"])
+def test_no_run_goes_on_for_ever(spin, tmp_path, names):
     """No state comes back, so every run is finite, and its last state is one in which every request has ended."""
-    checked = check(spin, tmp_path, "FAULTS=2", cycles=True)
+    checked = check(spin, tmp_path, "FAULTS=2", *names, cycles=True)
     checked.whole()
     assert "non-progress cycles \t+" in checked.text
 
@@ -142,6 +143,15 @@ def test_a_store_that_forgets_its_last_second_keeps_what_it_had(spin, tmp_path):
     """Within each history of the store the same holds, whatever workers and calls remember of the lost one."""
     checked = check(spin, tmp_path, "FAULTS=1", "ROLLBACK")
     checked.whole()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_id_that_is_used_again_breaks_no_promise(spin, tmp_path):
+    """Deleted, submitted again, enqueued again, while it waits, runs, or has ended: with every order of two faults beside it."""
+    checked = check(spin, tmp_path, "FAULTS=3", "REUSE")
+    checked.whole()
+    assert checked.number(r"(\S+) states, stored") > 1_000_000
 
 
 @pytest.mark.slow
@@ -159,6 +169,10 @@ def test_a_store_that_forgets_its_last_second_keeps_what_it_had(spin, tmp_path):
         (("BROKEN_CLAIM",), r"assertion violated \(\(status\[n\]>=4\)&&\(ends\[n\]==1\)\)"),
         # Nor leaves a hole in the outputs.
         (("BROKEN_GAP", "ROLLBACK"), r"assertion violated \(have\[\d\]==at\["),
+        # An id that is used again vanishes from its queue, is not run again, or is held without a lease.
+        (("BROKEN_RUNS", "REUSE"), r"assertion violated .*\(status\[m\]!=1\)\|\|queue\[m\]"),
+        (("BROKEN_AGAIN", "REUSE"), r"assertion violated  !\(owed\[n\]\)"),
+        (("BROKEN_VOID", "REUSE"), r"assertion violated .*!\(\(exec\[\d\]!=0\)\)\|\|lease\[\d\]"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -212,7 +226,8 @@ def test_every_statement_of_the_model_is_reached(spin, tmp_path):
     """A promise that holds only because nothing happens would show here: each fault and each answer occurs."""
     every: set[tuple[int, str]] = set()
     reached: set[tuple[int, str]] = set()
-    for folder, names in (("whole", ("FAULTS=2",)), ("back", ("FAULTS=1", "ROLLBACK"))):
+    builds = {"whole": ("FAULTS=2",), "back": ("FAULTS=1", "ROLLBACK"), "reuse": ("FAULTS=2", "REUSE")}
+    for folder, names in builds.items():
         (tmp_path / folder).mkdir()
         checked = check(spin, tmp_path / folder, *names, merged=False)
         checked.whole()

@@ -15,7 +15,11 @@
  * Clocks are not modelled: a lease or heartbeat of somebody who is gone has run out whenever a reaper
  * looks, and that of a living worker runs out at any moment, at the price of one fault (it was stopped,
  * swapped out or cut off). A worker that "sleeps" is one that takes no step for a while; a zombie is one
- * that goes on afterwards. Every combination of at most FAULTS faults is looked at.
+ * that goes on afterwards. A step of the server's clock is an outage (`calm`): nobody may be judged by clocks then. Every
+ * combination of at most FAULTS faults is looked at.
+ *
+ * With REUSE, request 0 may be deleted at any time by RQ's Job.delete, of which ours knows nothing (or its keys may expire: to
+ * the scripts that is the same), its id may be submitted again, and RQ may enqueue it again while it runs or after its end.
  */
 
 #define WORKERS  2
@@ -73,6 +77,21 @@ bit  reaped[INCARNATIONS];
 byte ends[REQUESTS];            /* ghost: how often it has ended */
 #define HELD(i, r) held[(i) * REQUESTS + (r)]
 
+#ifdef REUSE
+/* RQ's Job.delete, a submit under a deleted id, and RQ's enqueue_job, of request 0. */
+bit  again[REQUESTS];           /* enqueued_again(): its date of enqueueing is newer than its last claim */
+bit  owed[REQUESTS];            /* ghost: somebody enqueued it again and it has not begun since */
+bit  deleted;                   /* and not submitted again */
+bit  over;                      /* nor will it be */
+#define AGAIN(r)   again[r]
+#else
+#define AGAIN(r)   false
+#endif
+/* runs() in prelude.lua: the one source of whether a request runs. */
+#define RUNS(r)    (exec[r] != 0 && HELD(holder[r], r) == exec[r])
+/* Enqueued again while it runs: its entry waits for the end of that run. */
+#define LATER(r)   (AGAIN(r) && RUNS(r))
+
 byte issued[REQUESTS];          /* ghost: executions made so far; `fresh` ids are new ones, whatever the store forgets */
 bit  calm = 1;                  /* the pulse is older than one heartbeat timeout */
 byte faults;
@@ -123,10 +142,16 @@ hidden byte given[REQUESTS], known[REQUESTS], some;
 
 /* One fact, four times; and what is neither held nor ended waits in one place. */
 #define WHOLE(r) assert( \
-    (exec[r] != 0) == (status[r] == STARTED) && (exec[r] != 0) == lease[r] \
+    (exec[r] != 0) == (status[r] == STARTED) && SAME(exec[r] != 0, lease[r]) \
     && (exec[r] == 0 || HELD(holder[r], r) == exec[r]) \
-    && (status[r] != QUEUED || queue[r]) && (status[r] == SCHEDULED) == retry[r] \
-    && (status[r] != STARTED || !queue[r]))
+    && (status[r] != QUEUED || queue[r]) && SAME(status[r] == SCHEDULED, retry[r]) \
+    && (status[r] != STARTED || !queue[r] || AGAIN(r)))
+#ifdef REUSE
+/* Of a deleted id, a lease or a place aside may stand for a while. */
+#define SAME(a, b) (!(a) || (b))
+#else
+#define SAME(a, b) ((a) == (b))
+#endif
 
 /* A move of protocol/states.py by the named scripts; tests/test_model.py compares them with that table. */
 #define MOVE(scripts, from, to) assert(status[r] == from); status[r] = to
@@ -151,13 +176,22 @@ inline ended(r) {
     overdue[r] = 0
 }
 
+/* end_waiting() in prelude.lua: this coming into the queue is over, as after a claim. */
+inline ended_waiting(r) {
+#ifdef REUSE
+    again[r] = 0;
+    owed[r] = 0;
+#endif
+    ended(r)
+}
+
 inline to_front(r) {
-    assert(!queue[r]);
+    assert(!queue[r] || AGAIN(r));
     queue[r] = 1
 }
 
 inline to_retries(r) {
-    assert(!queue[r] && !retry[r]);
+    assert(SAME(queue[r], AGAIN(r)) && SAME(retry[r], false));
     retry[r] = 1
 }
 
@@ -182,11 +216,34 @@ inline store(r, e, o, p) {
     fi
 }
 
-/* An execution that is not the current one; its holder's index lost it together with the rest. */
+/* An execution that is not the current one; its holder's index lost it together with the rest, unless its job was deleted. */
 inline fenced(r, e, i) {
+#ifdef REUSE
+    void(r, e, i);
+#else
     assert(HELD(i, r) != e);
+#endif
     answer = LOST
 }
+
+#ifdef REUSE
+/* What is left of an execution whose job was deleted: without a successor, the lease too. */
+inline void(r, e, i) {
+    if
+    :: HELD(i, r) == e ->
+        HELD(i, r) = 0;
+        if
+#ifdef BROKEN_VOID
+        :: lease[r] = 0
+#else
+        :: status[r] == CREATED -> lease[r] = 0
+        :: else
+#endif
+        fi
+    :: else
+    fi
+}
+#endif
 
 /* fail.lua, reap.lua. The counts that choose between a retry and a dead letter are left out: either may come. */
 inline decide(r, e, i) {
@@ -214,6 +271,7 @@ inline end_running(r, e, i) {
 
 /* promote.lua, claim.lua. */
 inline promote_one(r) {
+    assert(retry[r]);
     retry[r] = 0;
     MOVE("promote claim", SCHEDULED, QUEUED);
     queue[r] = 1
@@ -225,10 +283,14 @@ inline enqueue(r) {
     if
     :: status[r] == CREATED ->
         MOVE("enqueue", CREATED, QUEUED);
-        queue[r] = 1
+        queue[r] = 1;
+        have[r] = 0;                    /* what an earlier use of the id has written */
+        epoch[r] = 0
     :: status[r] == CREATED ->
         MOVE("enqueue", CREATED, SCHEDULED);
-        retry[r] = 1
+        retry[r] = 1;
+        have[r] = 0;
+        epoch[r] = 0
     :: else -> answer = ALREADY         /* the same submit, sent again */
     fi;
     WHOLE(r)
@@ -236,12 +298,71 @@ inline enqueue(r) {
 
 /* --- claim.lua ------------------------------------------------------------------------------------------ */
 
+#ifdef REUSE
+/* A claim meets one that has ended, and was enqueued again: everything starts anew. */
+inline begin_anew(r) {
+    if
+#ifndef BROKEN_AGAIN
+    :: ENDED(r) && again[r] ->
+        live_again(r);
+        restart(r)
+#endif
+    :: else
+    fi;
+    if
+    :: !RUNS(r) -> again[r] = 0
+    :: else
+    fi
+}
+
+/* RQ has written `queued`; the end before is history. */
+inline live_again(r) {
+    status[r] = QUEUED;
+    ends[r] = 0
+}
+
+/* RQ's Job.delete: the hash goes, and its entry in the list, of which there may be another one. Of ours it knows nothing. */
+inline delete(r) {
+    deleted = 1;
+    status[r] = CREATED;
+    exec[r] = 0;
+    holder[r] = 0;
+    last_e[r] = 0;
+    cancel_wish[r] = 0;
+    overdue[r] = 0;
+    again[r] = 0;
+    owed[r] = 0;
+    ends[r] = 0;
+    if
+    :: queue[r] = 0
+    :: queue[r]
+    fi
+}
+
+/* RQ's enqueue_job, of what runs or has ended. */
+inline enqueue_again(r) {
+    queue[r] = 1;
+    again[r] = 1;
+    owed[r] = 1
+}
+#endif
+
 /* given[r] says what the reply holds; known[r] what the caller said that it knows. */
 inline take(r, i) {
     queue[r] = 0;
+#ifdef REUSE
+    begin_anew(r);
+#endif
     if
     :: ENDED(r)                         /* canceled or too late while it waited: it only leaves the list */
-    :: !ENDED(r) && overdue[r] -> MOVE("claim", QUEUED, FAILED); ended(r)
+#ifdef REUSE
+    :: status[r] == CREATED             /* deleted; RQ has left the entry */
+    :: RUNS(r)                          /* its entry stood there twice */
+#ifdef BROKEN_RUNS
+    :: status[r] == QUEUED && lease[r]  /* "it runs already" */
+#endif
+#endif
+    :: status[r] == QUEUED && overdue[r] -> MOVE("claim", QUEUED, FAILED); ended_waiting(r)
     :: else ->
         assert(exec[r] == 0);
         MOVE("claim", QUEUED, STARTED);
@@ -251,10 +372,15 @@ inline take(r, i) {
         HELD(i, r) = exec[r];
         lease[r] = 1;
         beat[i] = 1;
+#ifdef REUSE
+        owed[r] = 0;
+#endif
         given[r] = 1
     fi;
     WHOLE(r)
 }
+
+#define WAITS(r) ((queue[r] && !LATER(r)) || retry[r])
 
 inline claim(i) {
     answer = OK;
@@ -266,7 +392,12 @@ inline claim(i) {
         /* What was given in a reply that got lost is given again, with the execution that it has. */
         n = 0;
         do
+#ifdef REUSE
+        :: n < REQUESTS && HELD(i, n) != 0 && !known[n] && exec[n] != HELD(i, n) -> k = HELD(i, n); void(n, k, i); n++
+        :: n < REQUESTS && HELD(i, n) != 0 && !known[n] && exec[n] == HELD(i, n) ->
+#else
         :: n < REQUESTS && HELD(i, n) != 0 && !known[n] ->
+#endif
             assert(exec[n] == HELD(i, n) && lease[n]);
             given[n] = 1;
             some = 1;
@@ -280,18 +411,21 @@ inline claim(i) {
         :: else ->
             /* One at least, in any order; with more free slots, the other one too. */
             if
-            :: queue[0] || retry[0] -> m = 0
-            :: queue[1] || retry[1] -> m = 1
+            :: WAITS(0) -> m = 0
+            :: WAITS(1) -> m = 1
             :: else -> m = REQUESTS
             fi;
             do
             :: m < REQUESTS ->
                 if
-                :: retry[m] -> promote_one(m)
+                :: retry[m] && status[m] == SCHEDULED -> promote_one(m)
+#ifdef REUSE
+                :: retry[m] && status[m] != SCHEDULED -> retry[m] = 0
+#endif
                 :: else
                 fi;
                 if
-                :: queue[m] -> take(m, i)
+                :: queue[m] && !LATER(m) -> take(m, i)
                 :: else
                 fi;
                 m = (some -> REQUESTS : 1 - m);
@@ -415,8 +549,14 @@ inline cancel_running(r, e, i) {
 inline cancel(r) {
     if
     :: exec[r] != 0 -> cancel_wish[r] = 1
-    :: exec[r] == 0 && status[r] == QUEUED -> MOVE("cancel", QUEUED, CANCELED); ended(r)
-    :: exec[r] == 0 && status[r] == SCHEDULED -> MOVE("cancel", SCHEDULED, CANCELED); ended(r)
+    :: exec[r] == 0 && status[r] == QUEUED -> MOVE("cancel", QUEUED, CANCELED); ended_waiting(r)
+    :: exec[r] == 0 && status[r] == SCHEDULED -> MOVE("cancel", SCHEDULED, CANCELED); ended_waiting(r)
+#ifdef REUSE
+    :: ENDED(r) && again[r] ->          /* it waits to run again */
+        live_again(r);
+        MOVE("cancel", QUEUED, CANCELED);
+        ended_waiting(r)
+#endif
     fi;
     WHOLE(r)
 }
@@ -428,7 +568,10 @@ inline reap_incarnation(i) {
     reaped[i] = 1;
     if
     :: HELD(i, 1) != 0 -> k = HELD(i, 1); decide(1, k, i)
-    :: HELD(i, 1) == 0 && HELD(i, 0) != 0 -> k = HELD(i, 0); decide(0, k, i)
+    :: HELD(i, 1) == 0 && HELD(i, 0) != 0 && exec[0] == HELD(i, 0) -> k = HELD(i, 0); decide(0, k, i)
+#ifdef REUSE
+    :: HELD(i, 1) == 0 && HELD(i, 0) != 0 && exec[0] != HELD(i, 0) -> k = HELD(i, 0); void(0, k, i)
+#endif
     :: else
     fi;
     if
@@ -446,9 +589,12 @@ inline reap_lease(r) {
 
 inline promote(r) {
     if
-    :: overdue[r] && exec[r] == 0 && status[r] == QUEUED -> MOVE("promote", QUEUED, FAILED); ended(r)
-    :: overdue[r] && exec[r] == 0 && status[r] == SCHEDULED -> MOVE("promote", SCHEDULED, FAILED); ended(r)
-    :: !overdue[r] && retry[r] -> promote_one(r)
+    :: overdue[r] && exec[r] == 0 && status[r] == QUEUED -> MOVE("promote", QUEUED, FAILED); ended_waiting(r)
+    :: overdue[r] && exec[r] == 0 && status[r] == SCHEDULED -> MOVE("promote", SCHEDULED, FAILED); ended_waiting(r)
+    :: !overdue[r] && retry[r] && status[r] == SCHEDULED -> promote_one(r)
+#ifdef REUSE
+    :: retry[r] && status[r] != SCHEDULED -> retry[r] = 0
+#endif
     fi;
     WHOLE(r)
 }
@@ -528,7 +674,7 @@ inline hear(w, r) {
 #define UNKNOWN(w, r) (HELD(ME(w), r) != 0 && MINE(w, r) == 0)
 #endif
 /* A claim that would change nothing is left out: with it, an idle worker's asking would be a cycle. */
-#define WANTS(w) ((queue[0] || queue[1] || retry[0] || retry[1] \
+#define WANTS(w) ((WAITS(0) || WAITS(1) \
     || UNKNOWN(w, 0) || UNKNOWN(w, 1)) \
     /* workers are alike: the first to claim is called 0 */ \
     && (w == 0 || issued[0] + issued[1] > 0))
@@ -597,8 +743,8 @@ end:
     :: atomic { view == r + 1 && !lease[r] -> view = 0 }
 #else
 #define LEASES(r) \
-    :: atomic { calm && lease[r] && GONE(holder[r]) -> reap_lease(r) } \
-    :: atomic { calm && lease[r] && !GONE(holder[r]) && FAULT; reap_lease(r) }
+    :: atomic { calm && lease[r] && RUNS(r) && GONE(holder[r]) -> reap_lease(r) } \
+    :: atomic { calm && lease[r] && RUNS(r) && !GONE(holder[r]) && FAULT; reap_lease(r) }
 #endif
 
 #define DUE(r) \
@@ -624,6 +770,10 @@ end:
 #endif
     LEASES(0)
     LEASES(1)
+#ifdef REUSE
+    /* Nobody holds it: its job was deleted while it ran. */
+    :: atomic { calm && lease[0] && !RUNS(0) -> lease[0] = 0 }
+#endif
     DUE(0)
     DUE(1)
     od
@@ -679,7 +829,7 @@ end:
 }
 
 #define PEOPLE(r) \
-    :: atomic { status[r] != CREATED && !ENDED(r) && !cancel_wish[r] && FAULT; cancel(r) } \
+    :: atomic { status[r] != CREATED && (!ENDED(r) || AGAIN(r)) && !cancel_wish[r] && FAULT; cancel(r) } \
     :: atomic { status[r] != CREATED && !ENDED(r) && !overdue[r] && FAULT; overdue[r] = 1 } \
     /* expire.lua, or a claim that finds the checkpoint too old */ \
     :: atomic { (status[r] == QUEUED || status[r] == SCHEDULED) && have[r] > 0 && FAULT; restart(r) }
@@ -746,6 +896,12 @@ end:
     do
     PEOPLE(0)
     PEOPLE(1)
+#ifdef REUSE
+    :: atomic { status[0] != CREATED && FAULT; delete(0) }
+    :: atomic { deleted && !over -> deleted = 0; enqueue(0) }
+    :: atomic { deleted && !over -> over = 1 }
+    :: atomic { (RUNS(0) || ENDED(0)) && !again[0] && FAULT; enqueue_again(0) }
+#endif
     :: atomic { calm && FAULT; calm = 0 }
     :: atomic { !calm -> calm = 1 }     /* a heartbeat timeout has passed; whoever lives has beaten */
 #ifdef ROLLBACK
@@ -761,7 +917,12 @@ proctype end_of_all() {
         n = 0;
         do
         :: n < REQUESTS ->
+#ifdef REUSE
+            assert(ENDED(n) && ends[n] == 1 || n == 0 && over && status[n] == CREATED);
+            assert(!owed[n]);
+#else
             assert(ENDED(n) && ends[n] == 1);
+#endif
             assert(!queue[n] && !retry[n] && !lease[n] && exec[n] == 0 && !cancel_wish[n]);
             k = 0;
             do
