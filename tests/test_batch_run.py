@@ -101,6 +101,7 @@ def test_a_run_that_was_killed_is_gone_on_with(job: Job) -> None:
     assert job.errors.read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(job: Job) -> None:
     job.write(counting("c", 60, sleep=0.05))
     process = job.start()

@@ -73,6 +73,7 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
     assert [block.name for block in of("wrong")] == [block.name for block in of("right")]
 
 
+@pytest.mark.slow
 def test_the_guide_runs_on_a_real_worker(lab: Lab, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tasks, run by plain rq worker, give a producer what the page shows."""
     pytest.importorskip("torch")
@@ -271,6 +272,7 @@ def reference(pages: Any) -> Any:
     return pages.Reference()
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_code_gives(reference: Any) -> None:
     """No page is edited by hand, out of date, or left over."""
     made = reference.pages()

@@ -176,6 +176,7 @@ print(reading.state, reading.reason, sep="\\n")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "fill", "state", "reason"),
     [

@@ -53,6 +53,7 @@ def wheel(built: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(built.glob("*.whl")))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: zipfile.ZipFile) -> None:
     """A subpackage missing from pyproject.toml imports from the checkout, and from nowhere else."""
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}

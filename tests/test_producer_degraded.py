@@ -96,6 +96,7 @@ def test_of_many_only_those_of_low_priority_are_refused(client: Client, redis_cl
         client.submit_many([low, {"task": PATH, "payload": 5, "queue": "other", "id": "taken"}])
 
 
+@pytest.mark.slow
 def test_a_submit_that_waits_comes_again_when_it_was_told_and_not_before(
     client: Client, redis_client: redis.Redis
 ) -> None:

@@ -531,6 +531,7 @@ def test_an_older_release_reads_the_log_and_each_entry_is_one_of_its_kind() -> N
         unpack_entry(b"\xc1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True], ids=["tokens", "without"])
 def test_a_log_is_read_in_pages_that_are_bounded(client: Client, hands: Hands, connections: Any, old: bool) -> None:
     """A few entries of a large one at once; of one that is small as a whole, many."""

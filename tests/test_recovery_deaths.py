@@ -99,6 +99,7 @@ class Odd(Exception):
     pass
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     prompt=st.lists(st.one_of(st.sampled_from(STEERING), st.text(max_size=20)), max_size=5).map(" ".join),

@@ -20,6 +20,7 @@ from .worker_kit import Lab, eventually
 BASE, CAP, RETRIES = 0.3, 0.9, 4
 
 
+@pytest.mark.slow
 def test_the_delays_are_those_of_the_schedule(lab: Lab) -> None:
     """First the base, then doubled, then the cap, each less up to a quarter: known before the first failure."""
     settings: dict[str, Any] = {"retry_base": BASE, "retry_cap": CAP}

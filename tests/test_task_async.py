@@ -230,6 +230,7 @@ def test_async_requests_of_a_killed_worker_go_on(lab: Lab) -> None:
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_coroutine_that_hangs_is_found(lab: Lab) -> None:
     """It awaits for ever: HANG; it is canceled, started again, and its mates have not noticed."""
     lab.reaper()

@@ -44,6 +44,7 @@ def task(settings: Settings) -> Generate:
     return task
 
 
+@pytest.mark.slow
 def test_it_answers(task):
     """Weights, tokenizer and chat template belong together; the reader would notice otherwise."""
     _, result = run_alone(task, Request(id="a", payload=CHAT))

@@ -46,6 +46,7 @@ def run(task: CausalLM, *requests: Request) -> dict[str, tuple[list[Any], Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_outputs_and_result_are_those_of_text_generation(task):
     """Greedy tokens are those of the package's own generate(); the result says that it is not exact."""
     import torch

@@ -129,6 +129,7 @@ def _commands(url: str) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["client", "worker", "reaper", "rq"])
 def test_another_ca_ends_the_start_with_one_line(secured: Secured, who: str) -> None:
     done = subprocess.run(

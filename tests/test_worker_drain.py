@@ -113,6 +113,7 @@ def test_a_stop_while_the_first_tasks_load(lab: Lab) -> None:
     assert StockWorker.all(lab.connection) == []
 
 
+@pytest.mark.slow
 def test_a_plain_job_is_let_end(lab: Lab) -> None:
     """RQ's warm stop: a plain job that runs ends first, however short the drain timeout is."""
     worker = lab.worker(drain_timeout=0.1)

@@ -109,6 +109,7 @@ def blocked(lab: Lab, name: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=lab.folder)
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_stops_neither_the_work_nor_the_stop(lab: Lab) -> None:
     """Requests are stored, SIGTERM hands back and ends the process, with a pipe that has been full for long."""
     worker = blocked(lab, "mute")

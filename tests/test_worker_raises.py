@@ -24,6 +24,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "where"), PLACES)
 def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) -> None:
     """CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit, a panic: failed by itself, in a worker that lives."""

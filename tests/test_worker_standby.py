@@ -26,6 +26,7 @@ def standing(lab: Lab, worker: Process) -> bool:
     return any(item["spare"] and not item["ready"] for item in lab.store.workers() if item["worker"] == worker.name)
 
 
+@pytest.mark.slow
 def test_a_spare_claims_when_it_is_told_to(lab: Lab) -> None:
     """Under plain ``rq worker``: loaded and visible, it leaves the queue alone until SIGUSR1."""
     worker = spare(lab)
