@@ -166,7 +166,10 @@ def evidence() -> Evidence:
         Sample("r1", 0, 1, 2, {"i": 2, "v": values[1], "sprung": False}),
         Sample("r1", 0, 3, 6, {"i": 6, "v": values[5], "sprung": False}),
         Sample("r2", 0, 1, 4, None),
+        # Of an earlier request under this id.
+        Sample("r1", 0, 9, 2, {"i": 2, "v": 0, "sprung": False}, at=4.0),
     ]
+    good.seen["r1"].at = 5.0
     return good
 
 

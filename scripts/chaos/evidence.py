@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Seen:
     id: str
     task: str
     payload: dict[str, Any]
+    at: float = 0.0
+    """When its producer knew that it was stored (monotonic s), or began to ask; an id may have been another request's before."""
     accepted: bool = False
     outputs: list[tuple[float, int, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)
@@ -73,6 +76,8 @@ class Sample:
     seq: int
     offset: int
     state: Any
+    at: float = float("inf")
+    """When it was read, in monotonic seconds."""
 
 
 @dataclass(slots=True)
@@ -102,9 +107,9 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Seen]:
         for line in journal.read(path):
             name, what = line["id"], line["what"]
             if what == journal.INTENT:
-                seen[name] = Seen(name, line["task"], line["payload"])
+                seen[name] = Seen(name, line["task"], line["payload"], line["at"])
             elif what == journal.ACCEPTED:
-                seen[name].accepted = True
+                seen[name].accepted, seen[name].at = True, line["at"]
             elif what == journal.WITHDRAWN:
                 seen[name].accepted = False
             elif what == journal.OUTPUT:
@@ -151,6 +156,7 @@ def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, St
 
 def read_samples(connection: redis.Redis, number: int) -> list[Sample]:
     """Checkpoints of the requests that were stored last."""
+    now = time.monotonic()
     names: Any = connection.zrevrange(key("checkpoints"), 0, number - 1)
     with connection.pipeline(transaction=True) as pipe:
         for name in names:
@@ -162,7 +168,7 @@ def read_samples(connection: redis.Redis, number: int) -> list[Sample]:
         (seq, offset, state), epoch = replies[2 * place : 2 * place + 2]
         if seq is not None:
             value = unpack(state) if state is not None else None
-            samples.append(Sample(name.decode(), int(epoch or 0), int(seq), int(offset), value))
+            samples.append(Sample(name.decode(), int(epoch or 0), int(seq), int(offset), value, now))
     return samples
 
 

@@ -215,7 +215,7 @@ def _samples(verdict: Verdict, evidence: Evidence) -> None:
     longest: dict[tuple[str, int], Sample] = {}
     for sample in evidence.samples:
         seen = evidence.seen.get(sample.id)
-        if seen is None:
+        if seen is None or sample.at < seen.at:
             continue
         verdict.checkpoints_read += 1
         before = longest.get((sample.id, sample.epoch))
