@@ -11,6 +11,7 @@ import pytest
 from rq import Queue
 from rq.job import Job
 from rq.registry import ScheduledJobRegistry
+from rq.scheduler import RQScheduler
 
 from perdure.protocol.keys import key
 
@@ -76,8 +77,11 @@ def test_a_scheduler_dies_with_its_worker(lab: Lab) -> None:
     finished(later(lab))
     second = lab.worker("--with-scheduler")
     other = scheduler_of(second)
+    lock = RQScheduler.get_locking_key("gpu")
+    old = lab.connection.get(lock)
     first.kill()
     eventually(lambda: gone(process))
+    assert lab.connection.get(lock) != old, "it was ended before it could give its lock back"
     began = time.monotonic()
     finished(later(lab))
     assert time.monotonic() - began < 20, "10 s until it asks for the queue; the rest is for a busy machine"

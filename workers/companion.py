@@ -20,8 +20,8 @@ from typing import Any
 import redis
 
 from ..protocol.settings import PREFIX, Settings
+from . import kin
 from .forks import in_child
-from .kin import MARK
 from .watchdog import Page
 
 PIPE_SIZE = 256 * 1024
@@ -67,8 +67,6 @@ class Companion:
     """
     token: str = ""
     """By which the worker's kin is known (:mod:`.kin`)."""
-    guardians: list[int] = field(default_factory=list)
-    """Process ids of the last guardians: one that was abandoned still works when this process ends."""
     _incarnation: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -180,7 +178,6 @@ class Companion:
             start_new_session=True,
             env=_environment(self.settings),
         )
-        self.guardians = [*self.guardians[-3:], self._process.pid]
         _widen(self._process)
         self._write(
             {
@@ -239,8 +236,11 @@ def _widen(process: subprocess.Popen[bytes]) -> None:
 
 def _environment(settings: Settings) -> dict[str, str]:
     """The environment of this process with exactly these settings; the server comes through the pipe."""
-    left_out = ("RQ_REDIS_URL", MARK)
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) and name not in left_out}
+    rest = {
+        name: value
+        for name, value in kin.environment().items()
+        if not name.startswith(PREFIX) and name != "RQ_REDIS_URL"
+    }
     return rest | settings.replace(redis_url="").environment()
 
 

@@ -226,7 +226,7 @@ class Guardian:
 
     def _spot(self) -> None:
         if self.token:
-            self._kin.spot(self.pid, [os.getpid()])
+            self._kin.spot(self.pid)
 
     def _end_kin(self) -> None:
         """End what the worker's tasks have started: it is gone, and nobody else knows of them."""

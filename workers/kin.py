@@ -7,6 +7,8 @@ things tell whose it is; each of them survives the death of the worker, after wh
 2. the memory that the worker shares with its guardian: a child that was forked, and runs no other program, has it mapped;
 3. being seen below the worker while it lived (:meth:`Kin.spot`), for a program that was started with an environment of its own.
 
+What is marked as the worker's own (:data:`OWN`) is no kin, nor is what that has started.
+
 A process is held by a descriptor before it is judged, so that a number which is used again never ends somebody else.
 Linux only; elsewhere nothing is found.
 """
@@ -24,6 +26,10 @@ from typing import Final
 
 MARK: Final = "_PERDURE_KIN"
 """In the environment of what a task starts."""
+
+OWN: Final = "own"
+"""The mark of the worker's guardian and of RQ's scheduler beside it: each sees its end, has something to do then, and leaves by
+itself."""
 
 MOST: Final = 512
 """Processes that are remembered from having been seen."""
@@ -49,13 +55,13 @@ class Kin:
     def spot(self, pid: int, but: Iterable[int] = ()) -> None:
         """Remember what runs below a process now; ``but``: process ids that are left out with all below them."""
         self._forget()
-        for child in below(pid, frozenset(but)):
+        for child in below(pid, but):
             if child not in self.seen and len(self.seen) < MOST and (handle := _hold(child)) >= 0:
                 self.seen[child] = handle
 
-    def end(self, but: Iterable[int] = ()) -> int:
-        """SIGKILL to all of them, and wait for their ends, bounded; returns how many there were. ``but``: see :meth:`spot`."""
-        spared = {os.getpid(), *but}
+    def end(self) -> int:
+        """SIGKILL to all of them, and wait for their ends, bounded; returns how many there were."""
+        spared = {os.getpid()}
         ended: dict[int, int] = {}
         for _ in range(ROUNDS):
             fresh = self._find(spared, ended)
@@ -72,7 +78,8 @@ class Kin:
 
     def _find(self, spared: set[int], known: dict[int, int]) -> dict[int, int]:
         found: dict[int, int] = {}
-        mine = {pid for pid in self.seen if not _ended(self.seen[pid])}
+        # One that was seen between its fork and its start had no mark yet.
+        mine = {pid for pid in self.seen if not _ended(self.seen[pid]) and not _own(pid)}
         parents: dict[int, int] = {}
         for pid in _all():
             parents[pid] = _parent(pid)
@@ -101,10 +108,9 @@ class Kin:
         return found
 
     def _marked(self, pid: int) -> bool:
-        mark = f"{MARK}={self.token}".encode()
+        if _has(pid, self.token):
+            return True
         try:
-            if mark in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-                return True
             return self.page >= 0 and _maps(pid, os.fstat(self.page).st_ino)
         except OSError:
             return False  # another user's, or gone
@@ -115,9 +121,14 @@ class Kin:
                 os.close(self.seen.pop(pid))
 
 
-def below(pid: int, but: frozenset[int] = frozenset()) -> Iterator[int]:
-    """Process ids below a process, those of its children's children too."""
-    todo, met = [pid], {pid}
+def environment() -> dict[str, str]:
+    """The environment for a process that is the worker's own."""
+    return {**os.environ, MARK: OWN}
+
+
+def below(pid: int, but: Iterable[int] = ()) -> Iterator[int]:
+    """Process ids below a process, those of its children's children too; not its own ones, nor those of ``but``."""
+    todo, met = [pid], {pid, *but}
     while todo:
         at = todo.pop()
         try:
@@ -130,10 +141,21 @@ def below(pid: int, but: frozenset[int] = frozenset()) -> Iterator[int]:
             except (OSError, ValueError):
                 continue
             for child in children:
-                if child not in met and child not in but:
+                if child not in met and not _own(child):
                     met.add(child)
                     todo.append(child)
                     yield child
+
+
+def _own(pid: int) -> bool:
+    return _has(pid, OWN)
+
+
+def _has(pid: int, mark: str) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # another user's, or gone
 
 
 def _all() -> list[int]:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,8 +37,6 @@ class Leaving:
 
     page: int = -1
     """Descriptor of the memory that is shared with the guardian."""
-    spared: Callable[[], Iterable[int]] = tuple
-    """Process ids that are the worker's own business: its guardian."""
     kin: Kin = field(init=False)
     _threads: set[threading.Thread] = field(default_factory=lambda: set(threading.enumerate()))
     _hooks: int = 0
@@ -66,7 +64,7 @@ class Leaving:
     def ready(self, status: int) -> None:
         """The worker has done its work. If anything of its tasks is left, the rest is bounded from now on."""
         os.environ.pop(MARK, None)
-        self.kin.spot(os.getpid(), self._before.union(self.spared()))
+        self.kin.spot(os.getpid(), self._before)
         left = [
             thread for thread in threading.enumerate()
             if thread not in self._threads and not thread.daemon and thread is not threading.current_thread()
@@ -76,7 +74,7 @@ class Leaving:
 
     def end_kin(self) -> None:
         """End what the tasks have started and left; the process leaves."""
-        self.kin.end(self.spared())
+        self.kin.end()
 
     def _begin(self) -> None:
         if not self._hurries or os.getpid() != self._pid:

@@ -26,6 +26,7 @@ from rq.scheduler import RQScheduler
 from rq.scheduler import run as run_scheduler
 
 from ..protocol import logs
+from . import kin
 from .companion import RESTART_INTERVAL, portable, rebuild
 
 LAST_EFFORT = 5.0
@@ -52,7 +53,7 @@ class SchedulerProcess:
         """Start the process. Under its old name it has its locks again at once."""
         self._started = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, start_new_session=True, env=kin.environment()
         )
         message = {
             "connection": portable(self.connection), "name": self.name, "queues": list(self.queues),

@@ -156,7 +156,7 @@ class Worker(PlainEnds):
         self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
         self._notices = Notices(own[1], self.job_class, self.serializer, self._exc_handlers, self.log)
         claimer.settled = self._notices.settled
-        self._leaving = leaving = Leaving(page.fd, lambda: companion.guardians)
+        self._leaving = leaving = Leaving(page.fd)
         companion.token = leaving.kin.token
         status = 1
         try:
