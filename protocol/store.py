@@ -36,6 +36,9 @@ MAX_UNFIT = 500
 MAX_EVIDENCE = 8_000
 """Characters of what a dead worker left behind that the history of each request keeps."""
 
+LONGEST = 30.0
+"""Seconds to which the delay of a request grows that is released again and again."""
+
 DISK_TIMEOUT = 3.0
 """Seconds that a durable submit waits for the disk, which is synced every second by default."""
 
@@ -226,8 +229,9 @@ class Store(Reads):
         delay: float = 0.0,
         fingerprints: Sequence[str] = (),
         unable: bool = False,
+        longest: float = LONGEST,
     ) -> list[str]:
-        """Hand ``(id, execution)`` back in the order of their claims; ``delay`` in seconds.
+        """Hand ``(id, execution)`` back in the order of their claims; ``delay`` in seconds, doubling each time up to ``longest``.
 
         ``fingerprints`` (one per request, or none) are those of checkpoints that the caller could not
         match. ``unable``: the task could not be loaded here, which counts to no limit of executions.
@@ -241,7 +245,7 @@ class Store(Reads):
         values = {
             "incarnation": incarnation, "worker": worker, "reason": reason, "delay": delay,
             "alive_ms": in_ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
-            "exception": pack_exception(reason), "unable": int(unable),
+            "exception": pack_exception(reason), "unable": int(unable), "longest": longest,
         }  # fmt: skip
         return list(self._call("release", values, {"request": rows}))
 

@@ -455,6 +455,17 @@ def test_a_release_with_a_delay_waits(pool: Pool, hand: Hand):
     assert hand.take("a").attempt == 1
 
 
+@pytest.mark.parametrize("longest", [30.0, 1.0], ids=["grows", "stays"])
+def test_the_delay_of_releases_grows_as_far_as_its_caller_lets_it(pool: Pool, hand: Hand, longest: float):
+    """One that a broken worker may have failed waits for a moment, each time anew."""
+    pool.submit("a")
+    for _ in range(7):
+        pool.make_due("a")
+        mine = ("a", hand.take("a").execution)
+        pool.store.release(hand.incarnation, hand.name, [mine], reason="no", delay=1.0, longest=longest)
+    assert longest / 2 < pool.due_in("a") <= longest
+
+
 @pytest.mark.parametrize(("delay", "outcome"), [(0.0, "queued"), (5.0, "scheduled")])
 def test_a_request_that_is_always_handed_back_ends_some_day(connection: redis.Redis, delay: float, outcome: str):
     """Executions without progress are capped, releases too: in a drain, and where a task cannot be loaded."""

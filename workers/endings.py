@@ -102,7 +102,7 @@ class Endings:
             if mine:
                 answers = line.store.release(
                     line.incarnation, line.worker, [entry.holding.key], reason=entry.reason, delay=entry.delay,
-                    fingerprints=[entry.fingerprint], unable=entry.unable,
+                    fingerprints=[entry.fingerprint], unable=entry.unable, longest=entry.longest,
                 )  # fmt: skip
                 if answers[0] != "lost":
                     line.ledger.left(entry.holding, "released")

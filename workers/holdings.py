@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..protocol.errors import PerdureError
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import LEASE, Settings
+from ..protocol.store import LONGEST
 from ..recovery.failures import POLICIES, classify
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
@@ -39,6 +40,8 @@ class Handback:
     fingerprint: str = ""
     unable: bool = False
     """Its task could not be loaded here."""
+    longest: float = LONGEST
+    """Seconds to which a delay may grow when the request is released again and again."""
 
 
 @dataclass(slots=True)
@@ -244,14 +247,14 @@ class Holdings:
     def put_back(self, executions: Iterable[tuple[str, str]], reason: str, *, delay: float = 0.0) -> None:
         """Release requests, by id and execution, to the front of their queues, where they keep this order.
 
-        With a ``delay`` in seconds, they may be claimed again only after it.
+        With a ``delay`` in seconds, they may be claimed again only after it, however often that happens.
         """
         with self.lock:
             self._sign_of_life()
             for identifier, execution in executions:
                 holding = self.current(identifier, execution)
                 if holding is not None and not holding.leaving:
-                    self.handbacks.append(Handback(holding, reason, delay))
+                    self.handbacks.append(Handback(holding, reason, delay, longest=delay))
                     self.urgent = True
             self.lock.notify_all()
 

@@ -3,8 +3,9 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV reason       one line for people
--- ARGV delay        s until they may be claimed again, doubling up to 30 each time (up to 5 where a living worker has the
---                   model); 0 puts them in front of their queue at once
+-- ARGV delay        s until they may be claimed again, doubling up to `longest` each time (up to 5 where a living worker has
+--                   the model); 0 puts them in front of their queue at once
+-- ARGV longest      s
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
 -- ARGV unable       '1' if the task could not be loaded here: that counts to no limit, and nothing of it is a failure
@@ -19,7 +20,7 @@
 -- A fingerprint is known by queue: a worker of other queues that has the model can never take the request.
 -- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
 -- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
-local incarnation, worker, reason, delay, alive_ms = arg(), arg(), arg(), arg(), arg()
+local incarnation, worker, reason, delay, longest, alive_ms = arg(), arg(), arg(), arg(), arg(), arg()
 local max_executions, unable, exception = arg(), arg(), arg()
 local rows, answers = {}, {}
 for i = 1, tonumber(arg()) do
@@ -80,7 +81,7 @@ for i = #rows, 1, -1 do
       if gone then restart(id, 'no living worker has the model that began it', execution) end
       if tonumber(delay) > 0 and not gone then
         -- The one that can run it may be free at any moment; an idle one that cannot takes it again and again.
-        local most = fingerprint ~= '' and 5 or 30
+        local most = fingerprint ~= '' and 5 or tonumber(longest)
         to_retries(queue, id, backoff(id, math.max(1, times), tonumber(delay), math.max(most, tonumber(delay))))
         answers[i] = 'scheduled'
       else
