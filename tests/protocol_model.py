@@ -232,6 +232,7 @@ class World:
         if item.ended:
             item.requeued = True
         item.again = bool(item.execution)
+        item.stopped = False  # RQ writes its status over that of its stop command; what was wanted last counts
         item.stray = True
         self.check()
 
@@ -264,7 +265,7 @@ class World:
                 assert answer == ("canceled" if mine else "lost"), answer
             elif not execution and item.execution:
                 assert answer == "requested", answer
-                item.cancel = True
+                item.cancel, item.again = True, False
             elif item.ended:
                 assert answer == ("canceled" if item.verdict in ("canceled", "stopped") else "ended"), answer
             else:
@@ -429,6 +430,7 @@ class World:
             if item.gone or row.execution != item.execution:
                 expected = "already" if item.last == f"{row.execution}:finished" and not item.gone else "lost"
                 if row.id in self.plain:
+                    assert answer in ("lost", "already"), f"{answer}, though another job was saved over it"
                     continue
             elif (gap := self._append(item, row)) is not None:
                 expected = gap

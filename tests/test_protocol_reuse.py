@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -193,6 +194,36 @@ def test_one_that_was_enqueued_again_while_it_ran_can_be_canceled_after_that_run
     assert lists(pool, "a") == {"queue", "ended", "canceled"}
     assert hand.claim(1).claims == []
     assert lists(pool, "a") == {"canceled"}
+
+
+def test_a_cancel_of_one_that_runs_and_is_to_run_again_cancels_both(pool: Pool, hand: Hand, queue: Queue) -> None:
+    pool.submit("a")
+    claim = hand.take("a")
+    queue.enqueue_job(Job.fetch("a", connection=pool.connection))
+    assert pool.cancel("a") == "requested"
+    assert hand.step(claim, ["x"]) == "cancel"
+    hand.confirm_cancel(claim)
+    assert hand.claim(1).claims == []
+    assert (pool.status("a"), lists(pool, "a")) == (State.CANCELED, {"canceled"})
+
+
+def test_a_cancel_means_the_job_that_has_the_id_now(pool: Pool, hand: Hand, queue: Queue) -> None:
+    """Another one was saved over a request that runs: it waits, and the old run is heard no more."""
+    pool.submit("a")
+    claim = hand.take("a")
+    queue.enqueue("operator.add", 1, 2, job_id="a")
+    assert pool.cancel("a") == "canceled"
+    assert hand.step(claim, ["x"]) == "lost"
+    assert Hand(pool, "w2").claim(1).claims == []
+
+
+def test_another_job_under_the_id_has_not_the_deadline_of_the_request(pool: Pool, hand: Hand, queue: Queue) -> None:
+    """Nor is it given up because no worker can load the request's task."""
+    pool.store.enqueue([replace(pool.new("a"), deadline_at=1.0)])
+    queue.enqueue("operator.add", 1, 2, job_id="a")
+    pool.store.promote(["gpu"])
+    assert pool.store.give_up("gpu", TASK, kind="INVALID_REQUEST", reason="no such module", workers=[]) == 0
+    assert [(claim.id, claim.plain) for claim in hand.claim(1).claims] == [("a", True)]
 
 
 def test_an_old_copy_of_a_job_starts_nothing_again(pool: Pool, hand: Hand) -> None:

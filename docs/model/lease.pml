@@ -548,7 +548,12 @@ inline cancel_running(r, e, i) {
 /* Anybody else asks. The id stays in the list; the claim that pops it drops it. */
 inline cancel(r) {
     if
-    :: exec[r] != 0 -> cancel_wish[r] = 1
+    :: exec[r] != 0 ->
+        cancel_wish[r] = 1;
+#ifdef REUSE
+        again[r] = 0;                   /* that it is to run once more is canceled too */
+        owed[r] = 0
+#endif
     :: exec[r] == 0 && status[r] == QUEUED -> MOVE("cancel", QUEUED, CANCELED); ended_waiting(r)
     :: exec[r] == 0 && status[r] == SCHEDULED -> MOVE("cancel", SCHEDULED, CANCELED); ended_waiting(r)
 #ifdef REUSE

@@ -22,6 +22,7 @@ for _ = 1, tonumber(arg()) do
   local registry = verdict == 'stopped' and 'canceled' or verdict
   local ended = (registry == 'finished' or registry == 'failed' or registry == 'canceled')
     and redis.call('ZSCORE', KEY[registry] .. queue, id)
+  local again = execution == '' and job[2] and enqueued_again(read_dates(id))
   if not job[2] then
     forget(id)
     answers[#answers + 1] = 'unknown'
@@ -29,12 +30,13 @@ for _ = 1, tonumber(arg()) do
     void(id, execution, incarnation, queue)
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'
-  elseif execution == '' and job[1] and job[1] ~= '' then
+  elseif execution == '' and job[1] and job[1] ~= '' and again ~= 'new' then
+    if again then end_waiting(queue, id) end -- that it is to run once more after this run is canceled too
     -- Once: sent again, it is the same wish.
     if job[7] ~= '1' then history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason) end
     redis.call('HSET', name, 'cancel', '1')
     answers[#answers + 1] = 'requested'
-  elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') and not enqueued_again(read_dates(id)) then
+  elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') and not again then
     local already = verdict == 'canceled' or verdict == 'stopped'
     answers[#answers + 1] = already and 'canceled' or 'ended'
   else

@@ -37,7 +37,7 @@ local function end_those(ids)
   for _, id in ipairs(ids) do
     local job = redis.call('HMGET', KEY.job .. id, 'task', 'execution', 'holder', 'last', 'status')
     local over = ENDED[string.match(job[4] or '', ':(%a+)$')] or ENDED[job[5] or '']
-    if job[1] == task and not over and not runs(id, job[2], job[3]) then
+    if job[1] == task and not over and not runs(id, job[2], job[3]) and enqueued_again(read_dates(id)) ~= 'new' then
       bury(queue, id, '', '', nil, kind, reason, exception)
       ended = ended + 1
     end

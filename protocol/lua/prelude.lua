@@ -679,7 +679,7 @@ local function end_late(queue, limit)
     local waits = job[1] ~= 'finished' and job[1] ~= 'failed' and job[1] ~= 'canceled' and job[1] ~= 'stopped'
     if not job[1] then
       forget(id)
-    elseif waits and (job[2] or '') == '' then
+    elseif waits and (job[2] or '') == '' and enqueued_again(read_dates(id)) ~= 'new' then
       local reason = late(id)
       if reason then
         bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
