@@ -145,11 +145,14 @@ hidden byte given[REQUESTS], known[REQUESTS], some;
     (exec[r] != 0) == (status[r] == STARTED) && SAME(exec[r] != 0, lease[r]) \
     && (exec[r] == 0 || HELD(holder[r], r) == exec[r]) \
     && (status[r] != QUEUED || queue[r]) && SAME(status[r] == SCHEDULED, retry[r]) \
-    && (status[r] != STARTED || !queue[r] || AGAIN(r)))
+    && (status[r] != STARTED || !queue[r] || AGAIN(r) || TAKEN_BACK(r)))
 #ifdef REUSE
 /* Of a deleted id, a lease or a place aside may stand for a while. */
 #define SAME(a, b) (!(a) || (b))
+/* It was enqueued again and then canceled, with the run that goes on: a claim drops the entry. */
+#define TAKEN_BACK(r) cancel_wish[r]
 #else
+#define TAKEN_BACK(r) false
 #define SAME(a, b) ((a) == (b))
 #endif
 
