@@ -82,6 +82,7 @@ def test_answers_and_failures_have_the_shapes_of_openai(job: Job, pool: Lab) -> 
     assert job.out.read_bytes() + job.errors.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_gone_on_with(job: Job) -> None:
     """Kill -9 of the batch alone, twice: what was done is kept, what runs is found, and a full queue is waited for."""
     job.environment["PERDURE_QUEUE_LIMIT"] = "30"
@@ -117,6 +118,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(job: Job) -> None:
     assert len(job.read(job.out)) == 60
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_one(job: Job, pool: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     """The second is refused while the first lives, and takes its place when it is killed."""
     job.write(counting("t", 3))
@@ -133,6 +135,7 @@ def test_two_runs_at_once_are_one(job: Job, pool: Lab, capsys: pytest.CaptureFix
     assert len(job.read(job.out)) == 3
 
 
+@pytest.mark.slow
 def test_what_is_canceled_and_what_belongs_to_others_is_a_failure(
     redis_url: str, connection: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

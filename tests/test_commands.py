@@ -284,6 +284,7 @@ def test_submit_streams_outputs_and_waits(redis_url: str, hands: Hands) -> None:
     assert (out, err, process.returncode) == ('1\n[2]\nthree\n{"sum": 6}\n', "", 0)
 
 
+@pytest.mark.slow
 def test_generated_text_is_printed_as_text(perdure: Run, client: Client, hands: Hands) -> None:
     handle = client.submit(PATH, 1)
     claim = hands.claim()
@@ -344,6 +345,7 @@ def test_ctrl_c_leaves_the_request_alone(redis_url: str, connection: redis.Redis
 # --- show, list ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_show_has_the_promised_keys(perdure: Run, client: Client, hands: Hands) -> None:
     handle = client.submit(PATH, 1, id="shown")
     waiting = json.loads(perdure("show", "shown", "--json").stdout)
@@ -372,6 +374,7 @@ def test_show_has_the_promised_keys(perdure: Run, client: Client, hands: Hands) 
     assert handle.done()
 
 
+@pytest.mark.slow
 def test_show_says_what_was_asked_for_and_what_it_waits_for(
     perdure: Run, client: Client, hands: Hands, connection: redis.Redis
 ) -> None:

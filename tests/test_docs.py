@@ -91,6 +91,7 @@ def test_the_guide_runs_on_a_real_worker(lab: Lab, app: Path, monkeypatch: pytes
             namespace["client"].close()
 
 
+@pytest.mark.slow
 def test_the_test_of_the_guide_passes(app: Path) -> None:
     """And it is one: it has a function that pytest would collect."""
     pytest.importorskip("torch")

@@ -314,6 +314,7 @@ def test_each_item_is_applied_once_whatever_is_killed(lab: Lab, api: Callable[..
     assert lab.record(two).attempt == 0
 
 
+@pytest.mark.slow
 def test_what_may_pass_is_tried_again_and_what_cannot_is_written_down(lab: Lab, api: Callable[..., Api]) -> None:
     """503 is retried with backoff, with the same key; 422 is that item's answer; 401 ends the request."""
     flaky = api({1: ["503"], 2: ["422"]})

@@ -96,6 +96,7 @@ def _keys(value: Any) -> Any:
     return None
 
 
+@pytest.mark.slow
 def test_the_adapter_is_a_task() -> None:
     """The model of text-generation.md is loaded by a worker, not by who names it."""
     pytest.importorskip("transformers")

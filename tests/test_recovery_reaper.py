@@ -294,6 +294,7 @@ def test_the_process_sweeps_until_a_signal_and_ends_with_0(connection: redis.Red
     assert f"r1: sweeping {redis_url} every 0.02 s" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "text"),
     [

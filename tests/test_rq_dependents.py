@@ -53,6 +53,7 @@ def test_a_burst_runs_what_depends_on_its_requests(lab: Lab) -> None:
     assert [job.return_value() for job in jobs] == [8, 10]
 
 
+@pytest.mark.slow
 def test_after_a_failure_only_those_run_that_allow_it(lab: Lab) -> None:
     """``allow_failure``; after a cancel nobody runs, as with RQ."""
     failing, canceled = lab.submit("boom", max_retries=0), lab.submit("count", {"n": 3})

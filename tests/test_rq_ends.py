@@ -76,6 +76,7 @@ def test_the_end_of_a_plain_job_whose_worker_was_lost(lab: Lab) -> None:
     assert lab.connection.exists(key("notices"), key("parents")) == 0
 
 
+@pytest.mark.slow
 def test_a_lost_plain_job_with_retries_goes_on_to_repeat(lab: Lab) -> None:
     """``Retry`` runs it again, the failure callback hears of the loss, and ``Repeat`` is not forgotten by it."""
     worker = lab.worker()
@@ -263,6 +264,7 @@ def test_a_note_is_acted_upon_once(connection: redis.Redis) -> None:
     assert list(connection.scan_iter(f"{key('notice')}*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
 def test_plain_jobs_that_are_taken_back_while_they_wait(lab: Lab, ours: bool) -> None:
     """``Job.cancel`` and ``Job.delete`` of a waiting job: it never runs."""
@@ -275,6 +277,7 @@ def test_plain_jobs_that_are_taken_back_while_they_wait(lab: Lab, ours: bool) ->
     assert not lab.connection.exists(deleted.key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_plain_jobs_that_are_taken_back_while_they_run(lab: Lab, how: str) -> None:
     """As with RQ it runs to its end, which then counts; the worker goes on, and nothing of ours is left."""

@@ -33,6 +33,7 @@ def started(lab: Lab, names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: lab.record(name).started_at or "")
 
 
+@pytest.mark.slow
 def test_a_worker_leaves_after_its_idle_time(lab: Lab) -> None:
     """``--max-idle-time``: what comes in time is run first."""
     one = lab.submit("count", {"n": 3})

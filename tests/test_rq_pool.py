@@ -63,6 +63,7 @@ def test_rqs_worker_pool_runs_and_drains(lab: Lab) -> None:
     assert "redelivered" in [event for event, _ in lab.events(requests[0])]
 
 
+@pytest.mark.slow
 def test_a_pool_in_burst_mode_ends_by_itself(lab: Lab) -> None:
     """Requests and plain jobs, and no worker is left."""
     requests = [lab.submit("many", {"n": 5}) for _ in range(6)]

@@ -288,6 +288,7 @@ def test_systemd_hears_of_it_and_children_do_not_speak_for_it(lab: Lab) -> None:
             assert "STOPPING=1" in collect()
 
 
+@pytest.mark.slow
 def test_stopping_while_workers_load(lab: Lab) -> None:
     """SIGTERM before anybody is ready: nothing is waited for, nothing is left."""
     with up(lab, environment={"POOL_GATE": str(lab.folder / "gate")}, tasks=("pool_tasks.Slow",)) as process:

@@ -207,6 +207,7 @@ def exists(folder: Path, *names: str) -> None:
     eventually(lambda: all((folder / name).exists() for name in names))
 
 
+@pytest.mark.slow
 def test_async_requests_of_a_killed_worker_go_on(lab: Lab) -> None:
     """Three await in one worker, a fourth ends; kill -9; each goes on at its own checkpoint. A cancel closes one."""
     first = lab.worker()

@@ -166,6 +166,7 @@ def test_a_killed_worker_is_followed_by_one_of_the_other_release(lab: Lab, relea
     assert lab.nothing_held()
 
 
+@pytest.mark.slow
 def test_a_payload_that_was_degraded_stays_so_in_an_old_worker(lab: Lab, releases: Releases, client: Client) -> None:
     """The old release knows of no overrides; it runs what the new one has begun."""
     lab.connection.hset(key("mode"), mapping={"mode": "degraded", "until": 2**53, "asked": 9, "asked_until": 2**53})

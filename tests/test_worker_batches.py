@@ -95,6 +95,7 @@ def test_an_engine_that_always_raises_is_replaced_and_buries_nobody(lab: Lab) ->
         assert (record.status, record.attempt) == ("finished", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probe", "status"), [(True, "failed"), (False, "queued")])
 def test_a_task_s_own_probe_decides_at_once(lab: Lab, probe: bool, status: str) -> None:
     """Well: the request that raised alone is charged, on this worker. Not well: the worker leaves, nothing is charged."""
@@ -193,6 +194,7 @@ def test_plain_jobs_run_between_requests(lab: Lab) -> None:
     assert lab.connection.zcard(key("leases", "gpu")) == 0
 
 
+@pytest.mark.slow
 def test_a_plain_job_on_a_killed_worker_fails_as_with_rq(lab: Lab) -> None:
     """Without RQ's Retry a job whose worker was lost is failed; with it, it runs again. Both at once, not in minutes."""
     from rq import Retry

@@ -25,6 +25,7 @@ def test_a_hanging_step_is_found(lab: Lab) -> None:
     assert stuck.end() in (-signal.SIGABRT, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_gets_back_what_hung_in_it(lab: Lab) -> None:
     """The only worker claims the request again while its old step still hangs: outputs stay gapless and single."""
     lab.reaper()

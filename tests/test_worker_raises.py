@@ -80,6 +80,7 @@ def left(lab: Lab, worker: Process, name: str) -> None:
     assert {event for event, _ in lab.events(name)} == {"released"}
 
 
+@pytest.mark.slow
 def test_unfit_from_load_is_honoured(lab: Lab) -> None:
     """At once: no waiting for a second try in a process that has just said that it cannot."""
     Path(lab.folder, "first").write_text("unfit")

@@ -75,6 +75,7 @@ def test_a_killed_worker_in_the_middle_of_writing_a_state(
         proxy.close()
 
 
+@pytest.mark.slow
 def test_lost_replies_to_chunks_change_nothing(server: Server, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is sent again as it was."""
     proxy = Proxy(server.port, "chunk", 3)
