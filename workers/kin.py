@@ -88,7 +88,7 @@ class Kin:
             handle = _hold(pid)
             if handle < 0:
                 continue
-            if self._marked(pid):
+            if self._marked(pid) and not _own(pid):  # a guardian has the shared memory mapped too
                 found[pid] = handle
             else:
                 os.close(handle)
