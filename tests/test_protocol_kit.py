@@ -129,10 +129,10 @@ class Pool:
         return result
 
     def due_in(self, identifier: str, queue: str = "gpu") -> float:
-        """Seconds until a scheduled retry is due."""
+        """Seconds that a retry is to wait, from the moment in which it was put aside, however late a test asks."""
         score: Any = self.connection.zscore(key("retries", queue), identifier)
         assert score is not None, f"{identifier} waits for no retry"
-        return float(score) / 1000 - self.now()
+        return (float(score) - float(self.field(identifier, "aside_at"))) / 1000
 
     def now(self) -> float:
         reply: Any = self.connection.time()
