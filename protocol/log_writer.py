@@ -40,8 +40,7 @@ class Unblocked(logging.Handler):
         self.stream = inner.stream
         self._begin()
         try:
-            # Now, and not with the first line: that may come when there is no memory left for a thread, and whoever starts one
-            # then waits for it for ever.
+            # Now, and not with the first line: when no memory is left, whoever starts a thread waits for it for ever.
             # It takes no signal: those of a process go to any thread that does not block them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:

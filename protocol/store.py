@@ -231,7 +231,9 @@ class Store(Reads):
         unable: bool = False,
         longest: float = LONGEST,
     ) -> list[str]:
-        """Hand ``(id, execution)`` back in the order of their claims; ``delay`` in seconds, doubling each time up to ``longest``.
+        """Hand ``(id, execution)`` back in the order of their claims.
+
+        ``delay``, in seconds, doubles each time up to ``longest``.
 
         ``fingerprints`` (one per request, or none) are those of checkpoints that the caller could not
         match. ``unable``: the task could not be loaded here, which counts to no limit of executions.

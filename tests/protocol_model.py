@@ -164,7 +164,7 @@ class World:
         return [item for item in self.living if item.execution and item.holder == incarnation]
 
     def cut(self) -> int:
-        """What was written before this moment is stale: an hour before the last sweep, and the last gap before it does not count."""
+        """What was written before this moment is stale: an hour before the last sweep, not counting the last gap."""
         found: Any = self.store.connection.hmget(key("pulse"), "at", "away_from", "away_to")
         at, begun, ended = (int(value or 0) for value in found)
         swept = at if 0 < at < self.now else self.now

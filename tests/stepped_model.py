@@ -1,7 +1,7 @@
-"""The model under a server whose clock is set back and ahead: every promise that does not read a clock, and those that do by true time.
+"""The model under a server whose clock is set back and ahead. It counts the true time.
 
-What stands in Redis as a time is not compared: by how much it is off depends on when the clock was set. Instead: nobody who has
-spoken within his timeouts loses anything, and no key, no request and no retry is gone or late.
+Times that stand in Redis are not compared: how far they are off depends on when the clock was set. Instead, no
+worker that was heard within its timeouts may lose anything, and nothing may vanish or be late.
 """
 
 from __future__ import annotations

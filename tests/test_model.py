@@ -148,7 +148,7 @@ def test_a_store_that_forgets_its_last_second_keeps_what_it_had(spin, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_id_that_is_used_again_breaks_no_promise(spin, tmp_path):
-    """Deleted, submitted again, enqueued again, while it waits, runs, or has ended: with every order of two faults beside it."""
+    """Deleted, submitted again, enqueued again, at any time, with two more faults in every order."""
     checked = check(spin, tmp_path, "FAULTS=3", "REUSE")
     checked.whole()
     assert checked.number(r"(\S+) states, stored") > 1_000_000

@@ -1,4 +1,4 @@
-"""The property machine under a server whose clock is set back and ahead: nothing is lost, late or taken from the living."""
+"""The property machine while the server's clock is set: nothing is lost, late or taken from the living."""
 
 from __future__ import annotations
 

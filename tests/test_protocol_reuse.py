@@ -184,7 +184,7 @@ def test_a_request_enqueued_again_while_it_runs_runs_once_more_after_it(pool: Po
 def test_one_that_was_enqueued_again_while_it_ran_can_be_canceled_after_that_run(
     pool: Pool, hand: Hand, queue: Queue
 ) -> None:
-    """It waits, whatever status the run's end has written; canceled, it does not run, and its entry counts as no waiting one."""
+    """It waits, whatever status the run's end has written. Canceled, it does not run, and does not count as waiting."""
     pool.submit("a")
     claim = hand.take("a")
     queue.enqueue_job(Job.fetch("a", connection=pool.connection))

@@ -48,7 +48,7 @@ def sweeps(pool: Pool, clock: Clock, number: int = 12) -> None:
 
 
 def fill(pool: Pool, hand: Hand) -> None:
-    """A request of each kind: waits, is delayed, waits for a retry, has a deadline, is a suspect, runs; again after its end too."""
+    """A request of each kind: waits, is delayed, waits for a retry, has a deadline, is a suspect, runs, runs again."""
     pool.submit("crashes")
     crashed = Hand(pool, "crashed")
     crashed.take("crashes")

@@ -7,7 +7,7 @@ things tell whose it is; each of them survives the death of the worker, after wh
 2. the memory that the worker shares with its guardian: a child that was forked, and runs no other program, has it mapped;
 3. being seen below the worker while it lived (:meth:`Kin.spot`), for a program that was started with an environment of its own.
 
-What is marked as the worker's own (:data:`OWN`) is no kin, nor is what that has started.
+A process that is marked as the worker's own (:data:`OWN`) is no kin, nor is what it has started.
 
 A process is held by a descriptor before it is judged, so that a number which is used again never ends somebody else.
 Linux only; elsewhere nothing is found.
@@ -28,8 +28,7 @@ MARK: Final = "_PERDURE_KIN"
 """In the environment of what a task starts."""
 
 OWN: Final = "own"
-"""The mark of the worker's guardian and of RQ's scheduler beside it: each sees its end, has something to do then, and leaves by
-itself."""
+"""The mark of the worker's guardian and of RQ's scheduler. Both notice that it is gone, finish their work and exit."""
 
 MOST: Final = 512
 """Processes that are remembered from having been seen."""

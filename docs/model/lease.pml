@@ -15,11 +15,11 @@
  * Clocks are not modelled: a lease or heartbeat of somebody who is gone has run out whenever a reaper
  * looks, and that of a living worker runs out at any moment, at the price of one fault (it was stopped,
  * swapped out or cut off). A worker that "sleeps" is one that takes no step for a while; a zombie is one
- * that goes on afterwards. A step of the server's clock is an outage (`calm`): nobody may be judged by clocks then. Every
- * combination of at most FAULTS faults is looked at.
+ * that goes on afterwards. A step of the server's clock is an outage (`calm`): nobody may be judged by clocks then.
+ * Every combination of at most FAULTS faults is looked at.
  *
- * With REUSE, request 0 may be deleted at any time by RQ's Job.delete, of which ours knows nothing (or its keys may expire: to
- * the scripts that is the same), its id may be submitted again, and RQ may enqueue it again while it runs or after its end.
+ * With REUSE, RQ's Job.delete may delete request 0 at any time, unknown to our scripts (a key that expires is the
+ * same to them). Its id may be submitted again, and RQ may enqueue it again while it runs or after its end.
  */
 
 #define WORKERS  2
@@ -219,7 +219,7 @@ inline store(r, e, o, p) {
     fi
 }
 
-/* An execution that is not the current one; its holder's index lost it together with the rest, unless its job was deleted. */
+/* An execution that is not the current one; its holder's index lost it too, unless its job was deleted. */
 inline fenced(r, e, i) {
 #ifdef REUSE
     void(r, e, i);
@@ -324,7 +324,7 @@ inline live_again(r) {
     ends[r] = 0
 }
 
-/* RQ's Job.delete: the hash goes, and its entry in the list, of which there may be another one. Of ours it knows nothing. */
+/* RQ's Job.delete: the hash goes, and one entry in the list; there may be another one. What is ours stays. */
 inline delete(r) {
     deleted = 1;
     status[r] = CREATED;

@@ -31,7 +31,7 @@ for _ = 1, tonumber(arg()) do
     local mine = job[6] == execution .. ':canceled' or job[6] == execution .. ':stopped'
     answers[#answers + 1] = mine and 'canceled' or 'lost'
   elseif execution == '' and job[1] and job[1] ~= '' and again ~= 'new' then
-    if again then end_waiting(queue, id) end -- that it is to run once more after this run is canceled too
+    if again then end_waiting(queue, id) end -- its second run is canceled too
     -- Once: sent again, it is the same wish.
     if job[7] ~= '1' then history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason) end
     redis.call('HSET', name, 'cancel', '1')

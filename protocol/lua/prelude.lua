@@ -217,10 +217,10 @@ local function saved_over(entered, created_at, timeout)
   return (timeout or '-1') ~= '-1'
 end
 
--- Whether somebody has enqueued this id since its last claim: 'same' for the same job once more (`enqueue_job`), 'new' if
--- RQ's `enqueue` saved another job over it, which has not begun. RQ dates each coming into a queue. A date that the last
--- claim has seen, or that of the submit, is of somebody with an old copy of the job, who only wrote back what had been read.
--- Dates are compared for being the same, not by time: they are of the clocks of many producers.
+-- Whether somebody has enqueued this id since its last claim: 'same' for the same job once more (`enqueue_job`),
+-- 'new' if RQ's `enqueue` saved another job over it, which has not begun. RQ dates each entry into a queue. A date that
+-- the last claim has seen, or that of the submit, was only written back by somebody with an old copy of the job. Dates
+-- are compared for being the same, not by time: they come from the clocks of many producers.
 local function enqueued_again(job)
   if job.started_at == '' and saved_over(job.entered, job.created_at, job.timeout) then return 'new' end
   local date, seen = job.enqueued_at or '', job.entered and string.match(job.entered, '^(.*) ')
@@ -773,7 +773,7 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
   local reason = policy.reason
-  -- Without evidence, whoever has moved by more than one checkpoint is taken for a victim: kill -9 may come at any time.
+  -- Without evidence, one that has moved by more than a checkpoint is taken for a victim: kill -9 may come at any time.
   if alone and (policy.crash == '1' or policy.crash == 'alone' and not moved) then
     local crashes = add(name, 'crashes', 1)
     -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
@@ -810,8 +810,8 @@ end
 -- The registry in which a verdict puts an id.
 local ENDED = { finished = 'finished', failed = 'failed', canceled = 'canceled', stopped = 'canceled' }
 
--- An ended request that is to run again loses the TTL of its end. What it wrote lives for a day after each write, as that of
--- any living one: whoever deletes its job with RQ's tools leaves nothing that never expires.
+-- An ended request that is to run again loses the TTL of its end. Its outputs, history and results live for a day
+-- after each write, as for any living request. So if RQ's tools delete its job, nothing stays for ever.
 local function live_again(id)
   redis.call('PERSIST', KEY.job .. id)
   for _, name in ipairs({ KEY.output, KEY.history, KEY.results }) do redis.call('EXPIRE', name .. id, DAY) end
@@ -985,9 +985,9 @@ local function set_back()
   return now_ms < number_of(redis.call('HGET', KEY.pulse, 'back_until'))
 end
 
--- Checkpoints written before this moment (ms) are older than ttl_ms. Time in which nobody swept does not count, neither the last
--- such gap nor the one that may be going on: it was an outage, in which no request could go on, or a step ahead of the
--- server's clock, in which no time passed.
+-- Checkpoints written before this moment (ms) are older than ttl_ms. Time without sweeps does not count, neither the
+-- last gap nor one that still goes on: in an outage no request could go on, and when the server's clock steps ahead no
+-- time passes.
 local function stale_before(ttl_ms)
   local row = redis.call('HMGET', KEY.pulse, 'at', 'away_from', 'away_to')
   local at, from, to = number_of(row[1]), number_of(row[2]), number_of(row[3])

@@ -3,9 +3,8 @@
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
 -- ARGV reason       one line for people
--- ARGV delay        s until they may be claimed again, doubling up to `longest` each time (up to 5 where a living worker has
---                   the model); 0 puts them in front of their queue at once
--- ARGV longest      s
+-- ARGV delay        s until they may be claimed again, doubling each time; 0 puts them in front of their queue at once
+-- ARGV longest      s that such a delay may be at most; 5 where a living worker has the model
 -- ARGV alive_ms     a fingerprint that no worker has shown for so long is gone
 -- ARGV max_executions  executions without progress that make a dead letter
 -- ARGV unable       '1' if the task could not be loaded here: that counts to no limit, and nothing of it is a failure

@@ -44,7 +44,9 @@ class Seen:
     task: str
     payload: dict[str, Any]
     at: float = 0.0
-    """When its producer knew that it was stored (monotonic s), or began to ask; an id may have been another request's before."""
+    """When its producer was told that it is stored, or else began to submit it (monotonic s). Until then the id may be
+    another request's.
+    """
     accepted: bool = False
     outputs: list[tuple[float, int, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)

@@ -272,6 +272,6 @@ CLASSES: Final[dict[str, type[Fault]]] = {
     "crash": Trap, "redis_kill": RedisKill, "redis_stop": RedisStop, "script_flush": ScriptFlush,
     "client_kill": ClientKill, "full": Full, "cut": Network, "hidden_reply": Network, "black_hole": Network,
     "slow": Network, "clock_ahead": Visit, "clock_behind": Visit, "same_name": Visit, "second_reaper": Visit,
-    "no_reaper": NoReaper, "other_model": Visit, "half_broken": Visit, "busy": Busy, "clock_step": ClockStep, "no_replicas": NoReplicas, "reuse": Reuse,
-    "poison_raises": Poison, "poison_exits": Poison,
+    "no_reaper": NoReaper, "other_model": Visit, "half_broken": Visit, "busy": Busy, "clock_step": ClockStep,
+    "no_replicas": NoReplicas, "reuse": Reuse, "poison_raises": Poison, "poison_exits": Poison,
 }  # fmt: skip
