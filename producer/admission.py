@@ -14,13 +14,11 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-import redis
-
 from ..protocol.errors import Degraded, DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.records import NewRequest
 from ..protocol.refusals import conflict, key_conflict, queue_full, refusal
 from ..protocol.store import Store
-from .session import TRANSIENT, Session
+from .session import Session, Waiting
 from .submission import chunks
 
 Answer = TypeVar("Answer")
@@ -139,7 +137,7 @@ def _send_ahead(session: Session, parts: Sequence[Sequence[NewRequest]], enter: 
             answered += 1
 
     if parts:
-        with suppress(*TRANSIENT, RedisUnavailable, redis.exceptions.NoScriptError):
+        with suppress(Waiting, RedisUnavailable):
             session.attempt(operation)
     return answered
 

@@ -12,16 +12,19 @@ import contextvars
 import copy
 import random
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from ..protocol.errors import UsageError
+from ..protocol.patience import pause
 from ..protocol.records import RequestRecord
 from ..protocol.store import Store
+from .lanes import LANES
 from .replies import DEAF_POLL, Replies, Watch
-from .session import CLOSED, LANES, TRANSIENT, Session, pause
+from .session import CLOSED, Session, Waiting
 
 Answer = TypeVar("Answer")
 
@@ -112,14 +115,19 @@ class AsyncSession:
         self._session = session
         self.settings = session.settings
         self.patience = session.patience
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._phase = random.uniform(0, TICK)  # not the same as another client's
+        self._reset()
+        session.children.append(weakref.WeakMethod(self._reset))
+
+    def _reset(self) -> None:
+        """As new, and in a child that was forked: it has another loop, and no threads."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         # What waits for its turn, or sleeps through an outage, keeps no thread of the first; the second's may.
         self._attempts = ThreadPoolExecutor(LANES, "perdure-call")
         self._calls = ThreadPoolExecutor(LANES, "perdure-client")
         self._due: list[_Due] = []
         self._reading: asyncio.Task[None] | None = None
-        self._phase = random.uniform(0, TICK)  # not the same as another client's
 
     async def run(self, function: Callable[[], Answer]) -> Answer:
         """Run what may take its time, such as a method of the blocking client, in a thread."""
@@ -134,11 +142,11 @@ class AsyncSession:
         while True:
             try:
                 return await self._attempt(operation)
-            except TRANSIENT as error:
+            except Waiting as waiting:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise self._session.unavailable(error) from None
-                await asyncio.sleep(min(left, pause(tries)))
+                    raise self._session.unavailable(waiting.error) from None
+            await asyncio.sleep(min(left, pause(tries)))
             tries += 1
 
     async def fetch(self, identifier: str, deadline: float | None) -> RequestRecord | None:
@@ -214,8 +222,8 @@ class AsyncSession:
             identifiers = list(dict.fromkeys(due.id for due in page))
             try:
                 records = await self._attempt(partial(Store.fetch_many, identifiers=identifiers))
-            except TRANSIENT as error:
-                nearest = self._give_up(error)
+            except Waiting as waiting:
+                nearest = self._give_up(waiting.error)
                 await asyncio.sleep(min(nearest, pause(tries)))
                 tries += 1
                 continue

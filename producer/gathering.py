@@ -7,7 +7,6 @@ lost; so ten thousand cost a handful of calls every few seconds.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 import time
@@ -169,10 +168,10 @@ class Callbacks:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._closed = False
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        self._process = os.getpid()
+    def reset(self) -> None:
+        """As new, and in a child that was forked: the thread and its callbacks stayed behind."""
         self._lock = threading.Lock()
         self._bell = threading.Event()
         self._gathering = Gathering(self._session, self._bell)
@@ -181,14 +180,12 @@ class Callbacks:
 
     def add(self, identifier: str, call: Callable[[], object]) -> None:
         """Have ``call()`` called once the request has ended."""
-        if self._process != os.getpid():
-            self._reset()  # forked: the thread and its callbacks stayed behind
         with self._lock:
             if self._closed:
                 raise UsageError("this Client is closed; make a new one")
             self._calls.setdefault(identifier, []).append(call)
             self._gathering.add(identifier)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="perdure-callbacks", daemon=True)
                 self._thread.start()
 

@@ -7,11 +7,11 @@ and one subscription serves ten thousand waiters.
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
-from collections import Counter
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -96,21 +96,27 @@ class Replies:
     the client's own channel.
     """
 
-    def __init__(self, connection: redis.Redis, client_id: str) -> None:
-        self._connection = connection
+    def __init__(
+        self, connect: Callable[[], redis.Redis], client_id: str, publish: Callable[[str, bytes], object]
+    ) -> None:
+        """``connect`` makes a client for the listener alone; ``publish`` sends a word to a channel, and raises nothing."""
+        self._connect = connect
+        self._publish = publish
         self.own = client_id
         """The channel on which this client hears of what it has submitted itself."""
         self._closed = False
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        self._process = os.getpid()
+    def reset(self) -> None:
+        """As new, and in a child that was forked: the listener stayed behind, and with it perhaps a lock that was held."""
         self._changed = threading.Condition()
-        self._watches: dict[str, set[Watch]] = {}
-        self._wanted: Counter[str] = Counter()
+        # Weak: an interest whose waiter an exception has ended between two instructions ends by itself.
+        self._watches: dict[str, weakref.WeakSet[Watch]] = {}
+        self._wanted: dict[str, weakref.WeakSet[Watch]] = {}
+        self._renewed = False
         self._heard: set[str] = set()
         self._deaf = False
-        self._idle_since = 0.0
+        self._idle_since = self._tidied = time.monotonic()
         self._thread: threading.Thread | None = None
 
     def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> Watch:
@@ -119,9 +125,8 @@ class Replies:
         Read the keys after this: what happened before it is not told. ``outputs`` as for :class:`Watch`.
         """
         watch = Watch(self, identifier, channel, outputs=outputs)
-        tell = self.register(watch)
         try:
-            if tell:
+            if self.register(watch):
                 self.tell()
             if channel and not watch.heard:
                 with self._changed:
@@ -133,7 +138,7 @@ class Replies:
 
     def hear(self, identifier: str) -> Watch | None:
         """:meth:`watch` on the client's own channel; ``None`` if that is not listened to yet."""
-        if self._process != os.getpid() or not self.hears(self.own):
+        if not self.hears(self.own):
             return None
         watch = Watch(self, identifier, self.own)
         self.register(watch)
@@ -144,42 +149,39 @@ class Replies:
 
         Once subscribed, :meth:`Watch.subscribed` is called, unless it is heard already: read the keys then.
         """
-        if self._process != os.getpid():
-            self._reset()  # forked: the listener stayed behind, and with it perhaps a lock that was held
         if not watch.channels:
             return False  # put there by somebody who listens to nothing
         with self._changed:
-            self._watches.setdefault(watch.identifier, set()).add(watch)
-            self._wanted.update(watch.channels)
-            running = self._thread is not None
+            self._watches.setdefault(watch.identifier, weakref.WeakSet()).add(watch)
+            for channel in watch.channels:
+                self._wanted.setdefault(channel, weakref.WeakSet()).add(watch)
+            running = self._thread is not None and self._thread.is_alive()
             if not running and not self._closed:
                 self._deaf = False
                 self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
                 self._thread.start()
             # The first to want a channel tells the listener; one that is just starting sees it by itself.
             return running and any(
-                channel not in self._heard and self._wanted[channel] == 1 for channel in watch.channels
+                channel not in self._heard and len(self._wanted[channel]) == 1 for channel in watch.channels
             )
 
     def forget(self, watch: Watch) -> None:
         """End an interest. The channel is left when the listener next looks around."""
         with self._changed:
-            watches = self._watches.get(watch.identifier)
-            if watches is None or watch not in watches:
-                return
-            watches.discard(watch)
-            if not watches:
-                del self._watches[watch.identifier]
+            # Harmless when repeated, and after half a registration.
+            _discard(self._watches, watch.identifier, watch)
             for channel in watch.channels:
-                self._wanted[channel] -= 1
-                if not self._wanted[channel]:
-                    del self._wanted[channel]
+                _discard(self._wanted, channel, watch)
             if not self._watches:
                 self._idle_since = time.monotonic()
 
     def hears(self, channel: str) -> bool:
         """Whether hints of this producer arrive now, as far as anybody can know."""
         return channel in self._heard
+
+    def renew(self) -> None:
+        """Have the listener connect anew: the server may be the primary no more."""
+        self._renewed = True
 
     def close(self) -> None:
         """End the listener and wake all waiters."""
@@ -188,7 +190,7 @@ class Replies:
             thread = self._thread
             self._wake_waiters()
             self._changed.notify_all()
-        if thread is not None and self._process == os.getpid():
+        if thread is not None:
             self.tell()
             thread.join(2 * SLICE)
 
@@ -198,14 +200,16 @@ class Replies:
         tries = 0
         while True:
             began = time.monotonic()
-            pubsub = self._connection.pubsub()  # type: ignore[no-untyped-call]
+            self._renewed = False
+            connection = self._connect()
+            pubsub = connection.pubsub()  # type: ignore[no-untyped-call]
             try:
                 self._listen(pubsub)
                 return
             except (redis.RedisError, OSError):
                 tries = 0 if time.monotonic() - began > PING_AFTER else tries + 1
             finally:
-                _close(pubsub)
+                _close(pubsub, connection)
             with self._changed:
                 self._heard = set()
                 self._deaf = True
@@ -222,6 +226,7 @@ class Replies:
         last, pinged = time.monotonic(), False
         while True:
             with self._changed:
+                self._forget_lost()
                 if self._finished():
                     self._thread, self._heard = None, set()
                     return
@@ -235,6 +240,8 @@ class Replies:
             subscribed = wanted
             message = pubsub.get_message(timeout=SLICE)
             now = time.monotonic()
+            if self._renewed:
+                raise redis.ConnectionError("another server may be the primary by now")
             if message is not None:
                 last, pinged = now, False
                 self._take(message)
@@ -275,15 +282,31 @@ class Replies:
                 watch.wake()
 
     def tell(self) -> None:
-        """Have the listener look around now."""
-        try:
-            self._connection.publish(key("replies", self.own), _WAKE)
-        except redis.RedisError:
-            pass  # it looks around by itself within a slice
+        """Have the listener look around now. If that fails, it does so by itself within a slice."""
+        self._publish(key("replies", self.own), _WAKE)
+
+    def _forget_lost(self) -> None:
+        """Leave what nobody waits for any more without having said so (lock held)."""
+        now = time.monotonic()
+        if now - self._tidied < PING_AFTER:
+            return
+        self._tidied = now
+        for sets in (self._watches, self._wanted):
+            for name in [name for name, watches in sets.items() if not len(watches)]:
+                del sets[name]
 
 
-def _close(pubsub: Any) -> None:
+def _discard(sets: dict[str, weakref.WeakSet[Watch]], name: str, watch: Watch) -> None:
+    watches = sets.get(name)
+    if watches is not None:
+        watches.discard(watch)
+        if not len(watches):
+            del sets[name]
+
+
+def _close(pubsub: Any, connection: redis.Redis) -> None:
     try:
         pubsub.close()
+        connection.close()
     except (redis.RedisError, OSError):
         pass  # it was broken already

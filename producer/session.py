@@ -7,19 +7,23 @@ again, so a call that got no answer is repeated, with jittered and growing pause
 from __future__ import annotations
 
 import os
-import random
-import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import redis
 
-from ..protocol.connection import connect, explain, resolve_url
-from ..protocol.errors import RedisUnavailable, TryAgainLater, UsageError
+from ..protocol.connection import connect, resolve_url
+from ..protocol.errors import PerdureError, RedisUnavailable, TryAgainLater, UsageError
+from ..protocol.explaining import explain, url_of
+from ..protocol.patience import PAUSE_CAP, pause
+from ..protocol.refusals import memory_full, passing, waited_for
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .gathering import Callbacks
+from .lanes import Lanes, Owner, separate
 from .replies import Replies
 
 Answer = TypeVar("Answer")
@@ -27,22 +31,19 @@ Answer = TypeVar("Answer")
 PATIENCE: Final = 15.0
 """Seconds that a call outlasts an outage of Redis by default."""
 
-PAUSE_BASE: Final = 0.05
-PAUSE_CAP: Final = 1.0
-"""Seconds between two tries: a random part of a pause that doubles from base to cap."""
-
-LANES: Final = 8
-"""Calls in flight at once. A thousand threads that wait share as many connections."""
-
 LANE_WAIT: Final = 60.0
 """Seconds; a call is a millisecond, or a timeout when Redis is away."""
 
-TRANSIENT: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
-"""What a call that may be sent again can end with."""
-
 CLOSED: Final = "this Client is closed; make a new one"
 
-_FINAL = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
+
+class Waiting(Exception):
+    """The same call may be taken in a moment: Redis does not answer, or refuses for a reason that passes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+        """What redis-py raised."""
 
 
 class Session:
@@ -61,16 +62,26 @@ class Session:
         elif url is not None:
             raise UsageError("give Client either a url or a connection, not both")
         else:
-            self._url = _url_of(connection)
+            self._url = url_of(connection)
             if connection.get_encoder().decode_responses:
                 raise UsageError("Client needs a connection whose replies are bytes: make it without decode_responses")
         self._connection = connection
-        # Each call takes a connection of its own from the pool, and a store keeps nothing between two calls.
-        self._store = Store(connection, self.settings)
-        self.replies = Replies(connection, self.client_id)
-        self.callbacks = Callbacks(self)
-        self._lanes = threading.BoundedSemaphore(LANES)
         self._closed = False
+        self._lanes = Lanes(connection, self.settings)
+        self.replies = Replies(lambda: separate(connection), self.client_id, self._publish)
+        self.callbacks = Callbacks(self)
+        self.children: list[weakref.WeakMethod[Callable[[], None]]] = []
+        """What else is to begin anew in a child that was forked."""
+        _sessions.add(self)
+
+    def forked(self) -> None:
+        """In a child: what the parent's threads have in their hands is none of ours, and their locks may be held for ever."""
+        self._lanes = Lanes(self._connection, self.settings)
+        self.replies.reset()
+        self.callbacks.reset()
+        for reference in self.children:
+            if reset := reference():
+                reset()
 
     def call(self, operation: Callable[[Store], Answer], *, deadline: float | None = None) -> Answer:
         """Run ``operation``, again while Redis does not answer, until ``deadline`` (monotonic; default: patience).
@@ -84,39 +95,51 @@ class Session:
         while True:
             try:
                 return self.attempt(operation, wait=deadline - time.monotonic())
-            except TRANSIENT as error:
+            except Waiting as waiting:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise self.unavailable(error) from None
-                time.sleep(min(left, pause(tries)))
+                    raise self.unavailable(waiting.error) from None
+            time.sleep(min(left, pause(tries)))
             tries += 1
 
     def attempt(self, operation: Callable[[Store], Answer], *, wait: float = LANE_WAIT) -> Answer:
-        """Run ``operation`` once. Raises one of :data:`TRANSIENT` if it may be run again.
+        """Run ``operation`` once. Raises :class:`Waiting` if it may be run again, and nothing of redis-py's.
 
-        ``wait``: seconds for one of the :data:`LANES`, within bounds.
+        ``wait``: seconds for one of the lanes, within bounds.
         """
-        if self._closed:
-            raise UsageError(CLOSED)
+        lanes, owner = self._lanes, Owner()
         try:
-            if not self._lanes.acquire(timeout=min(max(wait, PAUSE_CAP), LANE_WAIT)):
+            if self._closed:
+                raise UsageError(CLOSED)
+            lane = lanes.take(owner, min(max(wait, PAUSE_CAP), LANE_WAIT))
+            if lane is None or lane.store is None:
                 raise redis.TimeoutError("all connections wait for answers")
             try:
-                return operation(self._store)
-            except Exception:
-                if self._closed:
-                    # close() took the connection away in the middle of the call: redis-py may raise nearly anything.
-                    raise UsageError(CLOSED) from None
+                answer = operation(lane.store)
+            except redis.ResponseError:
+                lane.clean = True  # an answer like any other
                 raise
-            finally:
-                self._lanes.release()
-        except _FINAL as error:
-            raise self.unavailable(error) from None
-        except redis.exceptions.OutOfMemoryError:
-            raise TryAgainLater(
-                "Redis is at its maxmemory and takes no new requests; free some memory or raise the limit",
-                retry_after=1.0,
-            ) from None
+            lane.clean = True
+            return answer
+        except Exception as error:
+            if self._closed:
+                # close() took the connection away in the middle of the call: redis-py may raise nearly anything.
+                raise UsageError(CLOSED) from None
+            if passing(error):
+                lanes.renew()
+                self.replies.renew()
+            if waited_for(error):
+                raise Waiting(error) from None
+            if memory_full(error):
+                raise TryAgainLater(
+                    "Redis is at its maxmemory and takes no new requests; free some memory or raise the limit",
+                    retry_after=1.0,
+                ) from None
+            if isinstance(error, redis.RedisError):
+                raise self.unavailable(error) from None
+            raise
+        finally:
+            lanes.give_back(owner)
 
     def ping(self) -> None:
         """Raise :class:`RedisUnavailable` unless Redis answers now, and ``ProtocolMismatch`` if it speaks a newer protocol.
@@ -124,17 +147,23 @@ class Session:
         Nothing is tried twice.
         """
         try:
-            self._store.check_protocol()
-        except redis.RedisError as error:
-            raise self.unavailable(error) from None
+            self.attempt(Store.check_protocol)
+        except Waiting as waiting:
+            raise self.unavailable(waiting.error) from None
 
     def close(self) -> None:
         """End the listener and the connections. What waits raises :class:`UsageError`. Harmless when repeated."""
         self._closed = True
         self.callbacks.close()
         self.replies.close()
+        self._lanes.close()
         if self._owned:
             self._connection.close()
+
+    def _publish(self, channel: str, word: bytes) -> None:
+        """Tell the listener something; it looks around by itself soon if that fails."""
+        with suppress(PerdureError, Waiting):
+            self.attempt(lambda store: store.connection.publish(channel, word), wait=0.0)
 
     def unavailable(self, error: Exception) -> RedisUnavailable:
         """What to tell the user about this error of redis-py."""
@@ -142,14 +171,12 @@ class Session:
         return explain(error, self._url)
 
 
-def pause(tries: int) -> float:
-    """Seconds before the next try, after ``tries`` + 1 failed ones. Random, so that many clients spread."""
-    return random.uniform(0, min(PAUSE_CAP, PAUSE_BASE * 2 ** min(tries, 16)))
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def _url_of(connection: redis.Redis) -> str:
-    """Where a given connection leads, for messages; without its password."""
-    known = connection.connection_pool.connection_kwargs
-    if known.get("path"):
-        return f"unix://{known['path']}?db={known.get('db') or 0}"
-    return f"redis://{known.get('host', 'localhost')}:{known.get('port', 6379)}/{known.get('db') or 0}"
+def _in_child() -> None:
+    for session in list(_sessions):
+        session.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)

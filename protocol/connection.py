@@ -6,24 +6,24 @@ knows whether it may be sent again. Every wait is bounded. No message holds a pa
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
-import ssl
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .errors import RedisUnavailable, SettingsError
+from .explaining import explain, scrub
+from .patience import when_it_may
 from .settings import Settings, redact
 
 TIMEOUT = 5.0  # seconds; longer than any command here blocks (1 s), shorter than a person waits
@@ -124,6 +124,7 @@ def connect(
     connect_timeout: float | None = None,
     name: str = "perdure",
     check: bool = True,
+    wait: Callable[[str], object] | None = None,
 ) -> redis.Redis:
     """A client for ``redis://``, ``rediss://`` or ``unix://``; replies are bytes, nothing is retried.
 
@@ -133,6 +134,8 @@ def connect(
         connect_timeout: seconds that connecting may take; ``timeout`` if not given.
         name: what ``CLIENT LIST`` shows.
         check: ask the server once now; without, the first command finds out.
+        wait: with ``check``, wait for a server that answers and refuses for a reason that passes, as while it loads; it is
+            called with a text for people then.
 
     Raises:
         SettingsError: the URL cannot be used.
@@ -151,16 +154,20 @@ def connect(
             client_name=name,
         )
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"Cannot use {redact(url)} as the URL of Redis: {_scrub(str(error), url)}") from None
+        raise SettingsError(f"Cannot use {redact(url)} as the URL of Redis: {scrub(str(error), url)}") from None
     if check:
         try:
-            client.ping()
+            if wait is None:
+                client.ping()
+            else:
+                when_it_may(client.ping, url, wait)
+        except RedisUnavailable:
+            client.close()
+            raise
         except (redis.RedisError, OSError, TypeError) as error:
             client.close()
             if isinstance(error, TypeError):  # redis-py hands unknown options on until a socket is made
-                raise SettingsError(
-                    f"Cannot use {redact(url)} as the URL of Redis: {_scrub(str(error), url)}"
-                ) from None
+                raise SettingsError(f"Cannot use {redact(url)} as the URL of Redis: {scrub(str(error), url)}") from None
             # Not "from error": its text and its locals may hold the password, and a log would print them.
             raise explain(error, url) from None
     return client
@@ -177,69 +184,6 @@ def keep_alive(connection: redis.Redis) -> None:
         options = {socket.TCP_KEEPIDLE: 4, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
         pool.connection_kwargs |= {"socket_keepalive": True, "socket_keepalive_options": options}
         pool.disconnect()
-
-
-def explain(error: BaseException, url: str) -> RedisUnavailable:
-    """What to tell a person about an error of the connection: where, why, and the next command."""
-    reason = _reason(error, url)
-    where = redact(url)
-    causes = list(_causes(error))
-    if any(isinstance(cause, redis.AuthenticationError | redis.exceptions.NoPermissionError) for cause in causes):
-        advice = "Check the user and the password in PERDURE_REDIS_URL."
-    elif any(isinstance(cause, redis.BusyLoadingError) for cause in causes):
-        advice = "Try again when it is done."
-    elif any(isinstance(cause, ssl.SSLError) for cause in causes):
-        advice = "Check the scheme (redis:// without TLS, rediss:// with it) and the certificates."
-    else:
-        advice = 'Start one with "perdure up QUEUE" or set PERDURE_REDIS_URL.'
-    return RedisUnavailable(f"Cannot reach Redis at {where} ({reason}). {advice}")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, at most a few: chains can be circular."""
-    current: BaseException | None = error
-    for _ in range(10):
-        if current is None:
-            return
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _reason(error: BaseException, url: str) -> str:
-    for cause in _causes(error):
-        match cause:
-            case redis.AuthenticationError() | redis.exceptions.NoPermissionError():
-                return "the user or the password is wrong or missing"
-            case redis.BusyLoadingError():
-                return "it is still loading its data"
-            case ssl.SSLError():
-                return f"TLS failed: {_scrub(cause.reason or str(cause), url)}"
-            case socket.gaierror():
-                return "the name of the host is unknown"
-            case ConnectionRefusedError():
-                return "connection refused"
-            case FileNotFoundError():
-                return "no such socket"
-            case PermissionError():
-                return "permission denied"
-            case TimeoutError() | redis.TimeoutError():
-                return "no answer in time"
-            case OSError(errno=errno.EHOSTUNREACH | errno.ENETUNREACH):
-                return "no route to the host"
-            case ConnectionError():
-                return "the connection was closed"
-    lines = str(error).strip().splitlines()
-    return _scrub(lines[0] if lines else type(error).__name__, url)
-
-
-def _scrub(text: str, url: str) -> str:
-    """The text without anything that is a password in the URL."""
-    parts = urlsplit(url)
-    secrets = [parts.password or "", unquote(parts.password or ""), *parse_qs(parts.query).get("password", [])]
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
-    return text
 
 
 def _check_url(url: str) -> None:

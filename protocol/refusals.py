@@ -1,8 +1,13 @@
-"""The errors that answers of Redis stand for."""
+"""What answers of Redis stand for: errors of ours, and refusals that pass.
+
+The one table of what is waited for; clients, workers, guardians, reapers and commands ask it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Final
 
 import redis
 
@@ -54,33 +59,78 @@ def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
     )
 
 
-def memory_full(error: redis.ResponseError) -> bool:
+def memory_full(error: Exception) -> bool:
     """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
-    # Redis 6.2 puts the error of a call within a script into the text of another one.
-    return isinstance(error, redis.exceptions.OutOfMemoryError) or "-OOM " in str(error)
+    return isinstance(error, redis.exceptions.OutOfMemoryError) or code_of(error) == "OOM"
 
 
-_PASSING = (
-    redis.exceptions.BusyLoadingError, redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError,
-    redis.exceptions.MasterDownError, redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError,
-    redis.exceptions.NoScriptError, redis.exceptions.NoPermissionError, redis.exceptions.AuthenticationError,
-)  # fmt: skip
-_PASSING_CODES = (
-    "BUSY",
-    "LOADING",
-    "READONLY",
-    "NOREPLICAS",
-    "MISCONF",
-    "MASTERDOWN",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-    "NOAUTH",
+PASSING: Final = {
+    # what its words begin with -> how a person is told
+    "LOADING": "it is still loading its data",
+    "BUSY": "it is busy with a script or a function",
+    "READONLY": "it is a replica, which takes no writes",
+    "MASTERDOWN": "it is a replica that has lost its primary",
+    "UNBLOCKED": "it has just become a replica",
+    "NOREPLICAS": "too few of its replicas are connected",
+    "MISCONF": "it cannot write to its disk",
+    "CLUSTERDOWN": "its cluster is down",
+    "TRYAGAIN": "its cluster moves the keys right now",
+    "NOSCRIPT": "it has forgotten the scripts that it was just sent",
+}
+"""The refusals that say something of the server, which may change, and nothing of the call. All of them are waited for, and
+the next try is made over another connection: where the server is a primary no more, its address leads elsewhere by now."""
+
+FORBIDDEN: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
+"""Refusals of the user. Only a person can change that: a client tells him at once, and a worker, whose requests are not to be
+lost over it, waits."""
+
+_CLASSES: Final = {
+    redis.exceptions.BusyLoadingError: "LOADING",
+    redis.exceptions.ReadOnlyError: "READONLY",
+    redis.exceptions.MasterDownError: "MASTERDOWN",
+    redis.exceptions.ClusterDownError: "CLUSTERDOWN",
+    redis.exceptions.TryAgainError: "TRYAGAIN",
+    redis.exceptions.NoScriptError: "NOSCRIPT",
+    redis.exceptions.NoPermissionError: "NOPERM",
+    redis.exceptions.AuthenticationError: "WRONGPASS",
+    redis.exceptions.OutOfMemoryError: "OOM",
+}
+"""Those that redis-py knows: it takes the code off the text."""
+
+# What redis-py puts in front of an error of a pipeline: the command may have any text in it, so the last such words count.
+_IN_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
+# Redis 6.2 puts the error of a call within a script into the text of another one.
+_CODE = re.compile(
+    r"(?:ERR )?Error running script .*? -([A-Z]+) |(?:Transaction discarded because of: )?([A-Z]+) ", re.DOTALL
 )
 
 
-def passing(error: redis.RedisError) -> bool:
-    """Whether an error says something of the server, which may change, and nothing of the call."""
-    if isinstance(error, _PASSING):
-        return True
+def code_of(error: BaseException) -> str:
+    """The first word of an answer of Redis that is an error; empty for other errors."""
+    for kind, code in _CLASSES.items():
+        if isinstance(error, kind):
+            return code
+    if not isinstance(error, redis.RedisError):
+        return ""
     text = str(error)
-    return text.startswith(_PASSING_CODES) or any(f"-{code} " in text for code in (*_PASSING_CODES, "OOM"))
+    if found := _IN_PIPELINE.match(text):
+        text = text[found.end() :]
+    found = _CODE.match(text)
+    return (found[1] or found[2]) if found else ""
+
+
+def forbidden(error: BaseException) -> bool:
+    """Whether Redis refuses this user, or this user's call."""
+    return code_of(error) in FORBIDDEN
+
+
+def passing(error: BaseException) -> bool:
+    """Whether Redis answers, and refuses for a reason that may pass. A worker counts :data:`FORBIDDEN` among them."""
+    return code_of(error) in PASSING or forbidden(error)
+
+
+def waited_for(error: BaseException) -> bool:
+    """Whether the same call may be taken in a moment: Redis does not answer, or refuses for a reason that passes."""
+    if forbidden(error):
+        return False
+    return code_of(error) in PASSING or isinstance(error, redis.ConnectionError | redis.TimeoutError)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings.from_environment(strict=True).replace(redis_url=arguments.redis_url, **changes)
         logs.configure(settings.log_format, date_format=None)
         url = resolve_url(settings)
-        connection = connect(url, name="perdure-reaper")
+        connection = connect(url, name="perdure-reaper", wait=logging.getLogger("perdure.reaper").warning)
     except UsageError as error:
         return _refuse(error, USAGE)
     except RedisUnavailable as error:

@@ -132,6 +132,8 @@ class Reaper:
                 self.sweep()
             except (redis.RedisError, OSError) as error:
                 self._log_outage(error)
+                # Its address may lead to another server by now, where this one refuses as a replica.
+                self.store.connection.connection_pool.disconnect()
                 stop.wait(self._outage_delay())
                 continue
             if self._outages:

@@ -139,6 +139,8 @@ def run(command: click.Command, argv: Sequence[str] | None, name: str) -> int:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong and return the exit code. What is not a known error is a bug, with its traceback."""
+    import redis
+
     from ..protocol.errors import (
         PerdureError,
         RedisUnavailable,
@@ -147,6 +149,7 @@ def _explain(error: Exception) -> int:
         UnknownRequest,
         UsageError,
     )
+    from ..protocol.explaining import explain
 
     match error:
         case RedisUnavailable():
@@ -157,6 +160,8 @@ def _explain(error: Exception) -> int:
             code = FAILED
         case PerdureError() | TimeoutError():
             code = UNHEALTHY
+        case redis.RedisError():
+            error, code = explain(error, ""), UNREACHABLE  # what was raised where nobody knows the address
         case _:
             raise error
     click.echo(f"perdure: {error}", err=True)

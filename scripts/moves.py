@@ -9,8 +9,9 @@ import click
 import redis
 
 from ..protocol.codec import RestrictedPickle
-from ..protocol.connection import connect, explain, resolve_url
+from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import UnknownRequest
+from ..protocol.explaining import explained
 from ..protocol.keys import check_id, check_queue, key
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -62,11 +63,8 @@ def requeue(identifiers: tuple[str, ...], everything: bool, queue: str | None, a
         raise click.UsageError("--queue goes with --all; a request knows its queue")
     settings = read_settings(url)
     address = resolve_url(settings)
-    with connect(address, name="perdure-requeue") as connection:
-        try:
-            done, missing = _requeue(connection, settings, identifiers, queue)
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise explain(error, address) from None
+    with connect(address, name="perdure-requeue") as connection, explained(address):
+        done, missing = _requeue(connection, settings, identifiers, queue)
     if as_json:
         print_json({"items": [{"id": identifier} for identifier in done]})
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -52,7 +53,7 @@ def worker(
         check_queue(queue)
     settings = read_settings(url, **changes)
     settings = settings.replace(redis_url=resolve_url(settings))
-    connect(settings.redis_url).close()
+    connect(settings.redis_url, wait=partial(click.echo, err=True)).close()
     options = ["--name", name] if name else []
     options += ["--max-jobs", str(max_jobs)] if max_jobs else []
     options += [flag for flag, given in (("--burst", burst), ("--verbose", verbose), ("--quiet", quiet)) if given]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-import redis
-
-from ..protocol.connection import connect, explain, resolve_url
+from ..protocol.connection import connect, resolve_url
+from ..protocol.explaining import explained
 from ..protocol.keys import check_queue, served
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -23,11 +22,9 @@ def open_store(url: str | None, settings: Settings | None = None) -> Iterator[St
     address = resolve_url(settings)
     with connect(address, name="perdure-inspect") as connection:
         store = Store(connection, settings)
-        try:
+        with explained(address):
             store.check_protocol()
             yield store
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise explain(error, address) from None
 
 
 def chosen_queues(store: Store, queue: str | None) -> list[str]:

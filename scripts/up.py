@@ -14,6 +14,7 @@ import click
 from ..protocol import logs
 from ..protocol.connection import connect, running_server, state_folders
 from ..protocol.errors import SettingsError
+from ..protocol.explaining import explained
 from ..protocol.keys import check_queue
 from ..protocol.settings import Settings, redact
 from ..protocol.store import Store
@@ -47,8 +48,9 @@ def run(
     told = _signals()
     with contextlib.ExitStack() as stack:
         url = settings.redis_url or _own_server(stack, folder)
-        connection = connect(url)
-        Store(connection, settings).check_protocol()
+        connection = connect(url, wait=log.warning)
+        with explained(url):
+            Store(connection, settings).check_protocol()
         connection.close()
         pool = Pool(
             url, queues, workers, settings, spares=spares, gpus=chosen, notifier=notifier,

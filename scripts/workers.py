@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-import redis
 
-from ..protocol.connection import connect, explain, resolve_url
+from ..protocol.connection import connect, resolve_url
+from ..protocol.explaining import explained
 from ..protocol.store import Store
 from .console import json_option, one_line, print_json, print_table, read_settings, url_option
 from .reading import duration
@@ -29,12 +29,10 @@ def workers(as_json: bool, url: str | None) -> None:
     address = resolve_url(settings)
     with connect(address, name="perdure-workers") as connection:
         store = Store(connection, settings)
-        try:
+        with explained(address):
             store.check_protocol()
             items = [as_item(worker) for worker in store.workers()]
             unfit = store.unfit_devices()
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise explain(error, address) from None
     items.sort(key=lambda item: (item["host"], item["name"]))
     if as_json:
         print_json({"items": items, "unfit_devices": unfit})

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from perdure.protocol.connection import connect, explain, state_folders
+from perdure.protocol.connection import connect, state_folders
 from perdure.protocol.errors import RedisUnavailable, SettingsError
+from perdure.protocol.explaining import explain
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from perdure.producer import AsyncClient, AsyncHandle, Client, Handle, as_completed_async, questions
-from perdure.producer.session import LANES
+from perdure.producer.lanes import LANES
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
     IdempotencyConflict,

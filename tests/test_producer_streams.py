@@ -24,8 +24,8 @@ import pytest
 import redis
 
 from perdure.producer import Client, Handle
+from perdure.producer.lanes import LANES
 from perdure.producer.outputs import OutputReader
-from perdure.producer.session import LANES
 from perdure.protocol.codec import pack, pack_result
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import redis
 
-from ..protocol.refusals import passing
+from ..protocol.refusals import passing, waited_for
 from ..protocol.store import Store
 from .checkpoints import Checkpoints
 from .claimer import Claimer
@@ -183,12 +183,9 @@ class Courier:
             if time.monotonic() >= self._claims_from and not self.claimer.claim(self.incarnation):
                 self._rejoin()
             self.line.ledger.flush(self.store, self.incarnation)
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            self._count_refusal(error)
-            self._ride_out(error)
-        except redis.ResponseError as error:
-            # BUSY, LOADING and the like pass; a broken script would repeat itself, so it is shown each time.
-            self.line.log.error("Redis refused a call: %s", error)
+        except redis.RedisError as error:
+            if not passing(error) and not waited_for(error):
+                self.line.log.error("Redis refused a call: %s", error)  # a broken script, say: shown each time
             self._count_refusal(error)
             self._ride_out(error)
         else:

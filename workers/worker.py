@@ -36,10 +36,13 @@ from ..protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
 from ..protocol.keys import check_queue, served
 from ..protocol.log_writer import flush, unblock
 from ..protocol.packed_state import check_compression
+from ..protocol.patience import be_patient
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from . import arrival
 from .adoption import left_out_of, payload_of, task_of
+from .arrival import arrive
 from .claimer import Claimer, Limits
 from .companion import Companion, Guarded, private_connection
 from .courier import Courier
@@ -116,14 +119,15 @@ class Worker(PlainEnds):
             for queue in self.queues:
                 check_queue(queue.name)
             store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
-            store.check_protocol()
-            findings = look_at(store.connection)
+            arrive(self.connection, store.check_protocol)
+            findings = arrive(self.connection, lambda: look_at(store.connection))
         except PerdureError as error:
             sys.exit(f"perdure worker: {error}")
         for finding in findings:
             if finding.fatal:
                 sys.exit(f"perdure worker: {finding}")
         keep_alive(self.connection)
+        be_patient(self.connection)
         logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
         # From here on: a reader of this process' output who stops must stop nothing else.
@@ -437,6 +441,9 @@ class Worker(PlainEnds):
 
     def run_maintenance_tasks(self) -> None:
         """Nothing: the reaper does ours, and RQ's would judge executions by other rules."""
+
+
+arrival.greet()
 
 
 def check_rq(settings: Settings) -> None:

@@ -12,8 +12,9 @@ import redis
 
 from ...producer import Client
 from ...producer.listing import read_listing
-from ...protocol.connection import connect, explain
+from ...protocol.connection import connect
 from ...protocol.errors import InvalidRequest, PerdureError
+from ...protocol.explaining import explain
 from ...protocol.inspection import dead_letters, grouped, leases, pressure
 from ...protocol.keys import check_id, check_queue
 from ...protocol.settings import Settings, redact
