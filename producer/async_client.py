@@ -41,6 +41,8 @@ class AsyncHandle(Reference[AsyncSession]):
 
     __slots__ = ()
 
+    _kind = "async"
+
     # --- questions -------------------------------------------------------------------------------
 
     async def record(self) -> RequestRecord:
@@ -123,9 +125,7 @@ class AsyncHandle(Reference[AsyncSession]):
     # --- within ----------------------------------------------------------------------------------
 
     def _limit(self, timeout: float | None) -> Limit:
-        if timeout is None:
-            return Limit(self._session.settings.response_timeout, default=True)
-        return Limit(waited(timeout, "timeout"))
+        return Limit.of_call(timeout, self._session.settings)
 
     async def _ask(self, question: Question[Answer]) -> Answer:
         with closing(question):
@@ -168,6 +168,24 @@ class AsyncHandle(Reference[AsyncSession]):
         raise TypeError(f"no step: {step!r}")
 
 
+class FoundHandle(AsyncHandle):
+    """What :meth:`AsyncClient.get` gives: a handle, of which ``await`` makes the one that ``await client.submit(…)`` gives.
+
+    So ``handle = await client.get(id)`` and ``await client.get(id).result()`` both do what they say.
+    """
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, AsyncHandle]:
+        return self._plain().__await__()
+
+    async def _plain(self) -> AsyncHandle:
+        return AsyncHandle(self.id, self._session_or_none)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AsyncHandle, (self.id, None)
+
+
 def _awaited(
     method: Callable[Concatenate[Client, P], Answer],
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, Answer]]:
@@ -189,7 +207,7 @@ def _handing_out(
     @wraps(method)
     async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncHandle:
         signature.bind(self, *args, **kwargs)
-        return self.get((await self._through(submission(self._client, *args, **kwargs))).id)
+        return await self.get((await self._through(submission(self._client, *args, **kwargs))).id)
 
     return call
 
@@ -202,7 +220,8 @@ def _handing_out_many(
     @wraps(method)
     async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> list[AsyncHandle]:
         signature.bind(self, *args, **kwargs)
-        return [self.get(handle.id) for handle in await self._through(submission(self._client, *args, **kwargs))]
+        handles = await self._through(submission(self._client, *args, **kwargs))
+        return [await self.get(handle.id) for handle in handles]
 
     return call
 
@@ -249,9 +268,12 @@ class AsyncClient:
     mode = _awaited(Client.mode)
     ping = _awaited(Client.ping)
 
-    def get(self, id: str) -> AsyncHandle:
-        """The handle of a request, whoever submitted it. Asks nobody: an unknown id shows when it is used."""
-        return AsyncHandle(check_id(id), self._session)
+    def get(self, id: str) -> FoundHandle:
+        """The handle of a request, whoever submitted it; ``await`` it, as what :meth:`submit` gives, or use it at once.
+
+        Asks nobody: an unknown id shows when it is used.
+        """
+        return FoundHandle(check_id(id), self._session)
 
     async def _through(self, submission: Submission[Answer]) -> Answer:
         """Drive a submit: its steps block in a thread, its pauses keep none."""

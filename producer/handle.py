@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ..protocol.errors import PerdureError, UsageError
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
-from .arguments import waited, whole
+from .arguments import whole
 from .outputs import OutputReader
 from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
 from .session import Session
@@ -27,6 +27,9 @@ class Reference(Generic[SessionT]):
     """What every handle is: an id, bound to a client's session or not."""
 
     __slots__ = ("_session_or_none", "id")
+
+    _kind: ClassVar[str] = ""
+    """Handles of one kind with one id are equal."""
 
     def __init__(self, id: str, session: SessionT | None) -> None:
         self.id = id
@@ -42,7 +45,7 @@ class Reference(Generic[SessionT]):
         return f"<{type(self).__name__} {self.id}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and other.id == self.id
+        return isinstance(other, Reference) and other.id == self.id and self._kind is other._kind
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -114,9 +117,10 @@ class Handle(Reference[Session]):
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end and return the result.
 
-        ``timeout`` in seconds; ``None`` takes ``PERDURE_RESPONSE_TIMEOUT``, and twice as long if the pool was degraded when
-        the request was submitted; ``math.inf`` waits for ever. Raises
-        :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the request goes on then.
+        ``timeout`` in seconds; without one, and with ``None``, it waits as long as the request takes, through outages of
+        Redis too, once it has been there. (``PERDURE_RESPONSE_TIMEOUT`` sets another default, which counts twice if the pool
+        was degraded at the submit.) Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
+        request goes on then.
         """
         return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
 
@@ -151,8 +155,8 @@ class Handle(Reference[Session]):
             start: skip as many outputs, which you have already.
             restarts: when the request began again from zero and puts out something else than before, go on with
                 the new outputs from the first. If they are equal, they go on where they were in any case.
-            timeout: longest time in seconds without a new output; ``None`` and ``math.inf`` as in :meth:`result`. While
-                Redis does not answer it stands still, once more for as long; then ``RedisUnavailable`` is raised.
+            timeout: longest time in seconds without a new output; ``None`` as in :meth:`result`. While Redis does not
+                answer it stands still, once more for as long; then ``RedisUnavailable`` is raised.
 
         Raises, after all that was put out, :class:`RequestFailed` or :class:`RequestCanceled`; also
         :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.
@@ -170,9 +174,7 @@ class Handle(Reference[Session]):
     # --- within ----------------------------------------------------------------------------------
 
     def _limit(self, timeout: float | None) -> Limit:
-        if timeout is None:
-            return Limit(self._session.settings.response_timeout, default=True)
-        return Limit(waited(timeout, "timeout"))
+        return Limit.of_call(timeout, self._session.settings)
 
     def _ask(self, question: Question[Answer]) -> Answer:
         steps = self._steps(question)

@@ -9,6 +9,7 @@ A step that fails ends the question with its error; no question handles one.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
@@ -19,8 +20,10 @@ from typing import Any, Final, TypeVar
 from ..protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
 from ..protocol.output_log import Page, Place
 from ..protocol.records import Checkpoint, Details, Event, FailureKind, RequestRecord
+from ..protocol.settings import Settings
 from ..protocol.states import State
 from ..protocol.store import Store
+from .arguments import waited
 from .outputs import OutputReader
 from .replies import Watch
 from .timeline import complete
@@ -93,6 +96,20 @@ class Limit:
 
     seconds: float
     default: bool = False
+
+    @classmethod
+    def of_call(cls, timeout: float | None, settings: Settings) -> Limit:
+        """The limit for a method's ``timeout``. Raises :class:`InvalidRequest` for what is no time."""
+        if timeout is not None:
+            return cls(waited(timeout, "timeout"))
+        return cls(settings.response_timeout or math.inf, default=True)
+
+    def contact(self, began: float) -> float | None:
+        """Until when Redis must have answered for the first time (monotonic); ``None``: for as long as the client is patient.
+
+        Who waits for ever is to hear of an address at which nobody is.
+        """
+        return None if self.default and self.seconds == math.inf else began + self.seconds
 
     def of(self, record: RequestRecord) -> float:
         return 2 * self.seconds if self.default and record.stretched else self.seconds
@@ -177,7 +194,7 @@ def ended(identifier: str, limit: Limit, ahead: Ahead | None = None) -> Question
     with own or nullcontext():
         if own is not None:
             own.look = False
-        record = yield from fetched(identifier, began + limit.seconds, ahead)
+        record = yield from fetched(identifier, limit.contact(began), ahead)
         if record.ended:
             return record
         seconds = limit.of(record)
@@ -255,7 +272,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     While Redis does not answer nothing new can come: that time does not count, up to once more as long.
     """
     began = time.monotonic()
-    record = yield from fetched(identifier, began + silence.seconds)
+    record = yield from fetched(identifier, silence.contact(began))
     limit = silence.of(record)
     deadline = began + limit
     reader.notice(record.epoch)

@@ -81,7 +81,9 @@ class Settings:
     drain_timeout: float = field(
         default=10.0, metadata={"help": "seconds a stopping worker waits for the running step"}
     )
-    response_timeout: float = field(default=60.0, metadata={"help": "seconds that result() waits by default"})
+    response_timeout: float = field(
+        default=0.0, metadata={"help": "seconds that result() and stream() wait by default; 0: until the request ends"}
+    )
     result_ttl: float = field(
         default=86400.0, metadata={"help": "seconds that a finished request and its outputs are kept"}
     )
@@ -157,7 +159,7 @@ class Settings:
     _POSITIVE: ClassVar[tuple[str, ...]] = (
         "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "missing_timeout", "unloadable_timeout",
         "checkpoint_interval", "checkpoint_ttl",
-        "retry_base", "retry_cap", "reap_interval", "response_timeout", "result_ttl", "failure_ttl", "max_crashes",
+        "retry_base", "retry_cap", "reap_interval", "result_ttl", "failure_ttl", "max_crashes",
         "max_crashes_total", "max_executions", "max_payload", "max_state", "slots", "ranks", "health_interval",
     )  # fmt: skip
 

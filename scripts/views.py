@@ -268,7 +268,7 @@ def as_item(record: RequestRecord) -> dict[str, Any]:
 @click.argument("identifier", metavar="ID")
 @click.option("--stream", is_flag=True, help="Print outputs as they come, instead of the result.")
 @click.option("--start", default=0, type=click.IntRange(min=0), metavar="N", help="Skip the first N outputs.")
-@timeout_option("Longest time to wait; default PERDURE_RESPONSE_TIMEOUT. 0 only looks.")
+@timeout_option("Longest time to wait; by default until it ends. 0 only looks.")
 @json_option
 @url_option
 def result(identifier: str, stream: bool, start: int, timeout: float | None, as_json: bool, url: str | None) -> None:

@@ -250,6 +250,22 @@ def test_waiting_too_long_says_what_the_request_does(play: Any, hands: Hands) ->
     play(scene)
 
 
+def test_a_handle_that_is_found_again_is_awaited_as_one_that_was_submitted(play: Any, hands: Hands) -> None:
+    async def scene(client: AsyncClient) -> None:
+        submitted = await client.submit(PATH, 1, id="one")
+        (claim,) = hands.claim()
+        hands.finish(claim, 0, "end")
+        found = await client.get("one")
+        assert type(found) is type(submitted) is AsyncHandle
+        assert found == submitted == client.get("one")
+        assert client.get("one") == found
+        assert len({found, submitted, client.get("one")}) == 1
+        assert [await found, await found.result(), await client.get("one").result()] == ["end"] * 3
+        assert type(pickle.loads(pickle.dumps(client.get("one")))) is AsyncHandle
+
+    play(scene)
+
+
 def test_lost_hints_cost_time_and_nothing_else(
     play: Any, hands: Hands, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

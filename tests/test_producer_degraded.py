@@ -199,7 +199,7 @@ def test_whoever_waits_without_a_limit_of_his_own_waits_twice_as_long(redis_url:
         async with AsyncClient(redis_url, settings=settings) as other:
             for name, seconds in (("stretched", "0.2 s"), ("plain", "0.1 s")):
                 with pytest.raises(TimeoutError, match=f"within {seconds}"):
-                    await other.get(name)
+                    await (await other.get(name))
                 with pytest.raises(TimeoutError, match=f"for {seconds}"):
                     [output async for output in other.get(name).stream()]
 

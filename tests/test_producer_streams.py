@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -606,6 +607,50 @@ def test_waiting_too_long_says_what_the_request_does(client: Client, hands: Hand
     hands.finish(claim, 1, "b")
     assert handle.result(timeout=math.inf) == "b"
     assert list(handle.stream(timeout=math.inf)) == ["a"]
+
+
+@pytest.mark.slow
+def test_without_a_timeout_an_end_is_waited_for_however_late(client: Client, hands: Hands) -> None:
+    """Longer than the 60 s that were once the default; a stream as well, though nothing new comes."""
+    handle = client.submit(PATH, 1)
+    (claim,) = hands.claim()
+    with ThreadPoolExecutor(4) as pool, client:
+        waits = [
+            pool.submit(handle.result), pool.submit(handle.result, None), pool.submit(handle.wait),
+            pool.submit(lambda: list(handle.stream())),
+        ]  # fmt: skip
+        time.sleep(61)  # the time itself is what is tried
+        assert not any(one.done() for one in waits)
+        hands.put(claim, 0, "late")
+        hands.finish(claim, 1, "end")
+        assert [one.result(LONG) for one in waits] == ["end", "end", True, ["late"]]
+
+
+def test_who_waits_without_a_timeout_hears_of_an_address_at_which_nobody_is() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{probe.getsockname()[1]}/0"
+    with Client(url, settings=Settings(), patience=0.2) as client:
+        handle = client.get("somebody")
+        for call in (handle.result, handle.exception, handle.wait, lambda: list(handle.stream())):
+            with pytest.raises(RedisUnavailable, match="connection refused"):
+                call()
+
+
+def test_who_waits_without_a_timeout_outlasts_an_outage_longer_than_the_patience(own_server: Server) -> None:
+    with ThreadPoolExecutor(2) as pool, Client(own_server.url, settings=Settings(), patience=0.2) as client:
+        handle = client.submit(PATH, 1)
+        waits = [pool.submit(handle.result), pool.submit(lambda: list(handle.stream()))]
+        until(lambda: len(client._session.replies._watches.get(handle.id, ())) == 2)
+        own_server.kill()
+        with pytest.raises(RedisUnavailable):
+            handle.status()
+        own_server.restart()
+        with connect(own_server.url) as connection:
+            hands = Hands(connection)
+            (claim,) = hands.claim()
+            hands.finish(claim, 0, "end")
+        assert [one.result(LONG) for one in waits] == ["end", []]
 
 
 def test_a_hint_that_is_lost_costs_time_and_nothing_else(client: Client, hands: Hands, connections: Any) -> None:
