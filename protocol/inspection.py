@@ -17,7 +17,7 @@ from typing import Any, Final
 import redis
 
 from .codec import unpack_exception
-from .keys import NAMES, key
+from .keys import NAMES, all_served, key
 from .records import RequestRecord, whole
 from .store import Store
 
@@ -51,7 +51,7 @@ def queue_facts(store: Store, names: Sequence[str]) -> list[QueueFacts]:
     """Depth, age and totals of these queues: two round trips, whatever waits."""
     workers: dict[str, int] = dict.fromkeys(names, 0)
     for worker in store.workers():
-        for name in worker["queues"]:
+        for name in all_served(worker["queues"]):
             workers[name] = workers.get(name, 0) + 1
     with store.connection.pipeline(transaction=False) as pipe:
         pipe.time()

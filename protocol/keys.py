@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from redis import Redis
@@ -172,6 +173,11 @@ def served(queue: str) -> list[str]:
     A name that is one of a priority already (``gpu-high``) stands for itself.
     """
     return [queue] if queue.endswith(_SUFFIXES) else [f"{queue}-high", queue, f"{queue}-low"]
+
+
+def all_served(queues: Iterable[str]) -> set[str]:
+    """Every queue that a worker serves which was started for these."""
+    return {name for queue in queues for name in served(queue)}
 
 
 def check_task(path: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .keys import served
+from .keys import all_served
 from .records import whole
 
 
@@ -48,7 +48,7 @@ def sentence(queue: str, task: str, item: Inability, workers: int) -> str:
 
 def serving(words: Iterable[WorkerWord], queue: str) -> list[WorkerWord]:
     """Those that serve a queue, by its name or as a priority of another one; not those that stand by as spares."""
-    return [word for word in words if not word.spare and any(queue in served(name) for name in word.queues)]
+    return [word for word in words if not word.spare and queue in all_served(word.queues)]
 
 
 def trouble(words: Iterable[WorkerWord], queue: str, task: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..protocol.keys import served
+from ..protocol.keys import all_served
 from ..protocol.records import FailureKind
 from ..protocol.words import WorkerWord, sentence, serving
 
@@ -37,7 +37,7 @@ def unserved(words: Sequence[WorkerWord], now: float, *, missing: float, broken:
     loaded for another reason. It is the longer one as long as one worker has the module.
     """
     result = []
-    for queue in sorted({name for word in words for plain in word.queues for name in served(plain)}):
+    for queue in sorted(all_served(plain for word in words for plain in word.queues)):
         theirs = serving(words, queue)
         for task in sorted({item.task for word in theirs for item in word.unable}):
             said = [item for word in theirs for item in word.unable if item.task == task]

@@ -17,7 +17,7 @@ from rq.version import VERSION
 
 from ..protocol.deployment import look_at
 from ..protocol.inspection import checkpoints, leases, pressure, queue_facts
-from ..protocol.keys import key
+from ..protocol.keys import all_served, key
 from ..protocol.records import whole
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -201,7 +201,7 @@ def judge_pool(
     """The findings from what was read. ``pulse_age``: seconds since anybody swept; ``states``: bytes of all checkpoints."""
     ready = [worker for worker in workers if worker["ready"] and worker["dead_in"] > 0]
     found = [Finding(Level.OK, f"{len(ready)} of {len(workers)} workers are ready")] if workers else []
-    served = {queue for worker in workers for queue in worker["queues"]}
+    served = all_served(queue for worker in workers for queue in worker["queues"])
     for item in queues:
         if item.waiting and item.name not in served:
             why = "no worker that lives serves it" if workers else "no worker lives"
@@ -251,8 +251,8 @@ def _unable(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
     found = []
     lacks = {(lack["task"], worker["worker"]): lack["reason"] for worker in workers for lack in worker["unable"]}
     for (task, name), reason in lacks.items():
-        queues = next(set(worker["queues"]) for worker in workers if worker["worker"] == name)
-        others = {worker["worker"] for worker in workers if queues & set(worker["queues"])}
+        queues = next(all_served(worker["queues"]) for worker in workers if worker["worker"] == name)
+        others = {worker["worker"] for worker in workers if queues & all_served(worker["queues"])}
         nobody = all((task, other) in lacks for other in others)
         what = f"worker {name} could not load {task}{', and no other one of its queues could' if nobody else ''}"
         change = "install there what is missing; it tries again by itself"

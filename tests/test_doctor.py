@@ -38,6 +38,31 @@ def bad(told: dict[str, Any]) -> list[str]:
     return [item["what"] for item in told["findings"] if item["level"] != "ok"]
 
 
+def test_priorities_of_a_served_queue_are_served_in_every_view(lab: Lab) -> None:
+    """A worker for gpu serves gpu-high and gpu-low; nobody says that what waits there waits for nobody."""
+    lab.worker()
+    lab.moved(lab.submit("count", {"n": 10_000, "sleep": 0.05}))
+    for queue in ("gpu-high", "gpu-low", "cpu-low"):
+        lab.submit("count", {"n": 1}, queue=queue)
+    assert [what for what in bad(doctor(lab)[1]) if "wait in" in what] == ["1 requests wait in cpu-low"]
+    queues = json.loads(call("queues", "--json", PERDURE_REDIS_URL=lab.url).stdout)["items"]
+    assert {item["name"]: item["workers"] for item in queues} == {"gpu": 1, "gpu-high": 1, "gpu-low": 1, "cpu-low": 0}
+    page = {item["name"]: item["workers"] for item in Looks(Settings(redis_url=lab.url), None, 10).take()["queues"]}
+    assert page == {"gpu": 1, "gpu-high": 1, "gpu-low": 1, "cpu-low": 0}
+
+
+def test_a_task_that_one_of_a_queues_workers_lacks_is_not_lacked_by_those_of_its_priorities() -> None:
+    """One worker for gpu, and one for gpu-low only: they serve one queue together."""
+    lack = {"task": "app.big", "reason": "no memory"}
+    one = {"worker": "one", "queues": ["gpu"], "ready": True, "dead_in": 3, "unfit": "", "unable": [lack]}
+    other = one | {"worker": "other", "queues": ["gpu-low"], "unable": []}
+    found = judge_pool(
+        workers=[one, other], stock={}, queues=[], overdue=[], pulse_age=0, unfit=[], mode="", states=0, room=None,
+        reap_interval=1, heartbeat=1,
+    )  # fmt: skip
+    assert [item.level for item in found if "could not load" in item.what] == [Level.WARN]
+
+
 # --- RQ's own hole -------------------------------------------------------------------------------
 
 
