@@ -72,7 +72,10 @@ def queue_facts(store: Store, names: Sequence[str]) -> list[QueueFacts]:
         length, ended, suspects, retries, leases, failed, finished, _, first = row
         since = [now - score / 1000 for _, score in first]
         counters = {
-            event.removesuffix(f":{name}"): number for event, number in totals.items() if event.endswith(f":{name}")
+            event.removesuffix(f":{name}"): number
+            for event, number in totals.items()
+            # Names may have colons, and one may be the end of another; events have none.
+            if event.endswith(f":{name}") and ":" not in event.removesuffix(f":{name}")
         }
         result.append(
             QueueFacts(

@@ -114,7 +114,7 @@ PRIORITIES: Final = ("high", "normal", "low")
 _SUFFIXES = ("-high", "-low")
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,200}")
-_QUEUE = re.compile(r"[A-Za-z0-9_.@-]{1,200}")
+_LONGEST_QUEUE = 500
 _TASK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
@@ -140,12 +140,30 @@ def id_of_key(idempotency_key: object) -> str:
 
 
 def check_queue(name: object) -> str:
-    """Return the queue's name; raise :class:`InvalidRequest` for one that is empty or could break a key."""
-    if not isinstance(name, str) or not _QUEUE.fullmatch(name):
+    """Return the queue's name, which may be any text, as in RQ; raise :class:`InvalidRequest` for what is none, or too long."""
+    if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_QUEUE or not _is_text(name):
         raise InvalidRequest(
-            f"a queue name has 1 to 200 letters, digits, '_', '.', '@' or '-', but this one is {_shown(name)}", "queue"
+            f"a queue name is a text of 1 to {_LONGEST_QUEUE} characters, but this one is {_shown(name)}", "queue"
         )
     return name
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def listed(queues: Iterable[str]) -> str:
+    """Queues as the text that a worker's record holds: with commas between, and ``%2C`` for a comma of a name."""
+    return ",".join(queue.replace("%", "%25").replace(",", "%2C") for queue in queues)
+
+
+def unlisted(text: str) -> list[str]:
+    """The queues of such a text."""
+    return [queue.replace("%2C", ",").replace("%25", "%") for queue in text.split(",")]
 
 
 def with_priority(queue: str, priority: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from .codec import RestrictedPickle, unpack_exception, unpack_result
-from .keys import key
+from .keys import key, unlisted
 from .mode import DEGRADED, Mode
 from .output_log import Outputs, Page, Place, read_page, unpack_entry
 from .packed_state import unpack_state
@@ -60,7 +60,7 @@ class Reads:
                 {
                     "incarnation": raw.decode(errors="replace"),
                     "worker": fields.get("worker", ""),
-                    "queues": fields.get("queues", "").split(","),
+                    "queues": unlisted(fields.get("queues", "")),
                     "pid": whole(fields.get("pid")),
                     "host": fields.get("host", ""),
                     "device": fields.get("device", ""),
@@ -101,7 +101,7 @@ class Reads:
         texts = [[(value or b"").decode(errors="replace") for value in row] for row in rows]
         return [
             WorkerWord(
-                name, worker, queues.split(","), ready == "spare", whole(started) / 1000, WorkerWord.inabilities(unable)
+                name, worker, unlisted(queues), ready == "spare", whole(started) / 1000, WorkerWord.inabilities(unable)
             )
             for name, (worker, queues, ready, started, unable) in zip(names, texts, strict=True)
         ], now

@@ -17,7 +17,7 @@ import redis
 from .codec import envelope, pack_exception, shortened
 from .errors import DurabilityUnavailable
 from .identities import new_stem
-from .keys import SCHEMA, key
+from .keys import SCHEMA, key, listed
 from .mode import Count, Tally
 from .packed_state import stored
 from .reads import Reads, queue_names
@@ -135,7 +135,7 @@ class Store(Reads):
         the heartbeat timeout.
         """
         values: dict[str, str | int] = {
-            "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
+            "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
             "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": in_ms(self.settings.lease),
             "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": in_ms(self.settings.checkpoint_ttl),
             "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
@@ -302,7 +302,7 @@ class Store(Reads):
         task that it could not load.
         """
         values = {
-            "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": ",".join(queues),
+            "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
             "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready),
             "timeout_ms": in_ms(self.settings.heartbeat_timeout),
             # Less than a heartbeat: a guardian that sweeps alone does so at each.

@@ -56,6 +56,8 @@ class Claimer:
     unable: Callable[[], list[str]] = list
     """Tasks that this worker could not load, and leaves to others for now."""
     claimed: int = 0
+    taken_from: str = ""
+    """The queue of the last claim, for whoever turns the order of the queues after it."""
     settled: Callable[[], bool] = lambda: True
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
@@ -91,6 +93,8 @@ class Claimer:
             return False
         self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
+        if answer.claims:
+            self.taken_from = answer.claims[-1].queue
         if self.ledger is not None:
             self.ledger.claimed(answer.claims)
         self._receive(answer.claims)

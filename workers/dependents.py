@@ -8,6 +8,7 @@ whether that process lived on; and a request on which nothing depends costs no c
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ WAITING = (JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.RATE_LIMITED, JobSta
 class Dependents:
     """Looks for ended requests that others wait for. Over a connection of its own, in a thread of its own.
 
-    A burst has no time to wait for the thread: it calls :meth:`enqueue` itself, before each claim.
+    A burst has no time to wait for the thread: it calls :meth:`enqueue` and :meth:`clean` itself, before each claim.
     """
 
     connection: redis.Redis
@@ -54,7 +55,7 @@ class Dependents:
     serializer: Any
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _cleaned: float = 0.0
+    _cleaned: float = -math.inf
 
     def start(self) -> None:
         """Look from now on."""
@@ -67,9 +68,7 @@ class Dependents:
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
-                if time.monotonic() - self._cleaned > CLEANUP_INTERVAL:
-                    self._cleaned = time.monotonic()
-                    self._clean()
+                self.clean()
                 self.enqueue()
             except redis.RedisError:
                 self.connection.connection_pool.disconnect()  # an outage: the courier logs it
@@ -126,6 +125,12 @@ class Dependents:
         promoted += registry.acquire_and_enqueue(job.rate_limit_concurrency)
         if promoted:
             self.log.info("%d job(s) under the rate limit %s are enqueued", len(promoted), registry.key)
+
+    def clean(self) -> None:
+        """RQ's maintenance of registries and groups, if it is due. Raises ``RedisError``."""
+        if time.monotonic() - self._cleaned > CLEANUP_INTERVAL:
+            self._cleaned = time.monotonic()
+            self._clean()
 
     def _clean(self) -> None:
         for name in self.queues:

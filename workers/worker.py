@@ -48,6 +48,7 @@ from .companion import Companion, Guarded, private_connection
 from .courier import Courier
 from .dependents import Dependents
 from .fitness import status_after
+from .foreign import foreign, stock_worker
 from .forks import at_home, end_if_forked
 from .health import UNFIT_SIGNAL
 from .holdings import Holdings
@@ -112,6 +113,11 @@ class Worker(PlainEnds):
         Arguments are RQ's. Exits the process with status 1 when it cannot begin (a model that does not load, an
         untested RQ), and with one of :mod:`.statuses` when it has become unfit, after a message that says why.
         """
+        if why := foreign(self):
+            self.log.warning("Worker %s: %s: RQ's own worker serves its queues, and no requests", self.name, why)
+            return stock_worker(self).work(
+                burst, logging_level, date_format, log_format, max_jobs, max_idle_time, with_scheduler, dequeue_strategy
+            )
         try:
             settings = Settings.from_environment(strict=True)
             check_rq(settings)
@@ -380,11 +386,17 @@ class Worker(PlainEnds):
 
         Called by the courier before each claim.
         """
-        assert self._courier is not None
-        if self._dependents is not None and self._courier.claimer.limits.burst:
+        courier = self._courier
+        assert courier is not None
+        if self._dependents is not None and courier.claimer.limits.burst:
             self._dependents.enqueue()
-        if self._dequeue_strategy != DequeueStrategy.DEFAULT and self._ordered_queues:
-            self.reorder_queues(self._ordered_queues[0])
+            self._dependents.clean()
+        # As RQ: after what was taken, and by where that came from; the first queue named is the first served.
+        taken_from, courier.claimer.taken_from = courier.claimer.taken_from, ""
+        for queue in self._ordered_queues if taken_from else ():
+            if taken_from in served(queue.name):
+                self.reorder_queues(queue)
+                break
         # A queue that is named by itself too (gpu gpu-low) is served where it first comes.
         return list(dict.fromkeys(name for queue in self._ordered_queues for name in served(queue.name)))
 
@@ -402,7 +414,15 @@ class Worker(PlainEnds):
             return
         execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
         self.executions[execution.id] = execution
-        self.perform_job(job, queue, execution)
+        names = {"RQ_WORKER_ID": self.name, "RQ_JOB_ID": job.id}
+        os.environ.update(names)
+        try:
+            self.perform_job(job, queue, execution)
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+            if self.connection.exists(self.key):  # its registration must not come back without its fields
+                self.set_state(WorkerStatus.IDLE)
 
     def _adopt(self, claim: Claim, job: Job, task: str) -> None:
         """``Queue.enqueue(task, ...)``: make a request of it, and put it back in front."""

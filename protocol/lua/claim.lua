@@ -2,7 +2,7 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated
+-- ARGV queues_text  its queues, comma-separated (see listed in the prelude)
 -- ARGV timeout_ms   ms until an incarnation of which no heartbeat has come yet counts as dead
 -- ARGV lease_ms     length of a lease, but for requests that have a step timeout of their own
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
@@ -265,8 +265,8 @@ local function passed_over(id, queue, suspects, job)
   -- A heartbeat names queues without their priorities.
   local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
   for _, other in ipairs(living) do
-    local serves = string.find(other.names, ',' .. queue .. ',', 1, true)
-      or string.find(other.names, ',' .. plain .. ',', 1, true)
+    local serves = string.find(other.names, ',' .. listed(queue) .. ',', 1, true)
+      or string.find(other.names, ',' .. listed(plain) .. ',', 1, true)
     if serves and (other.empty or not suspects) and not failed_there(job.failed_on, other.place) then
       -- Once: the other is woken now, and this one is not to be woken by its own bell until then.
       if redis.call('HSETNX', name, 'passed_at', now_text) == 1 then ring(queue) end

@@ -25,7 +25,8 @@ local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf')) do
   local record = redis.call('HMGET', KEY.incarnation .. incarnation, 'queues', 'ready', 'unable')
   local names = ',' .. (record[1] or '') .. ','
-  local serves = string.find(names, ',' .. queue .. ',', 1, true) or string.find(names, ',' .. plain .. ',', 1, true)
+  local serves = string.find(names, ',' .. listed(queue) .. ',', 1, true)
+    or string.find(names, ',' .. listed(plain) .. ',', 1, true)
   if serves and record[2] ~= 'spare' then
     local says = string.find('\n' .. (record[3] or ''), '\n' .. task .. '\t', 1, true)
     if not (named[incarnation] and says) then return '-1' end

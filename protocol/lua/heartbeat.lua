@@ -3,7 +3,7 @@
 -- ARGV schema       protocol version of the caller
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated
+-- ARGV queues_text  its queues, comma-separated (see listed in the prelude)
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on

@@ -193,6 +193,15 @@ local function plain_lease(timeout)
   return timeout > 0 and timeout * 1000 + 30000 or 10 * 365 * DAY * 1000
 end
 
+-- A worker's queues stand in one text with commas between: a comma of a name is %2C there, and a percent sign %25.
+local function listed(queue)
+  return (string.gsub(queue, '[%%,]', { ['%'] = '%25', [','] = '%2C' }))
+end
+
+local function unlisted(text)
+  return (string.gsub(text, '%%2[5C]', { ['%25'] = '%', ['%2C'] = ',' }))
+end
+
 -- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
 local function show_state(worker, incarnation)
   if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end
@@ -326,7 +335,8 @@ local function void(id, execution, incarnation, queue)
     return
   end
   local looked = 0
-  for name in string.gmatch(redis.call('HGET', KEY.incarnation .. incarnation, 'queues') or '', '[^,]+') do
+  for text in string.gmatch(redis.call('HGET', KEY.incarnation .. incarnation, 'queues') or '', '[^,]+') do
+    local name = unlisted(text)
     if looked >= 64 then break end -- in others the sweep finds it, once it has run out
     looked = looked + 1
     for _, suffix in ipairs({ '', '-high', '-low' }) do
