@@ -59,7 +59,7 @@ def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
     )
 
 
-def memory_full(error: Exception) -> bool:
+def memory_full(error: BaseException) -> bool:
     """Whether a script was refused because Redis is at its maxmemory; it has then written nothing."""
     return isinstance(error, redis.exceptions.OutOfMemoryError) or code_of(error) == "OOM"
 
@@ -75,7 +75,6 @@ PASSING: Final = {
     "MISCONF": "it cannot write to its disk",
     "CLUSTERDOWN": "its cluster is down",
     "TRYAGAIN": "its cluster moves the keys right now",
-    "NOSCRIPT": "it has forgotten the scripts that it was just sent",
 }
 """The refusals that say something of the server, which may change, and nothing of the call. All of them are waited for, and
 the next try is made over another connection: where the server is a primary no more, its address leads elsewhere by now."""
@@ -125,12 +124,20 @@ def forbidden(error: BaseException) -> bool:
 
 
 def passing(error: BaseException) -> bool:
-    """Whether Redis answers, and refuses for a reason that may pass. A worker counts :data:`FORBIDDEN` among them."""
-    return code_of(error) in PASSING or forbidden(error)
+    """Whether Redis answers, and refuses for a reason that may pass. For a worker these are also full memory, which its
+    checkpoints wait for, and :data:`FORBIDDEN`.
+    """
+    return _may_pass(error) or forbidden(error) or memory_full(error)
 
 
 def waited_for(error: BaseException) -> bool:
     """Whether the same call may be taken in a moment: Redis does not answer, or refuses for a reason that passes."""
     if forbidden(error):
         return False
-    return code_of(error) in PASSING or isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return _may_pass(error) or isinstance(error, redis.ConnectionError | redis.TimeoutError)
+
+
+def _may_pass(error: BaseException) -> bool:
+    # A server that has forgotten a script which it was just sent: it was started again, or is another one. Not in the table:
+    # whoever sent the name of a script alone is to send the script.
+    return code_of(error) in PASSING or isinstance(error, redis.exceptions.NoScriptError)

@@ -21,6 +21,7 @@ from perdure.protocol.connection import connect
 from perdure.protocol.errors import RedisUnavailable, TryAgainLater
 from perdure.protocol.explaining import explain
 from perdure.protocol.keys import key
+from perdure.protocol.patience import be_patient
 from perdure.protocol.refusals import PASSING, code_of, memory_full, passing, waited_for
 from perdure.protocol.settings import Settings
 from perdure.scripts.server import Server
@@ -72,6 +73,13 @@ def test_a_refusal_that_passes_is_known_in_whatever_words_it_comes(error: Except
 )
 def test_what_does_not_pass_is_not_waited_for(error: Exception) -> None:
     assert not waited_for(error)
+
+
+def test_a_script_that_is_not_there_is_left_to_who_sent_its_name(redis_url: str) -> None:
+    """RQ's code, and ours, send a script's name first, and the script when the server has not got it."""
+    with connect(redis_url) as connection:
+        be_patient(connection)
+        assert connection.register_script("return 7")() == 7
 
 
 def test_full_memory_is_known_in_the_words_of_old_and_new_servers() -> None:
