@@ -88,6 +88,8 @@ POLICIES: Final[Mapping[FailureKind, Policy]] = MappingProxyType(
         # Its answer would come too late.
         FailureKind.DEADLINE: Policy(charge=False, crash=False, loss=False, retry=False, worker="go on"),
         # The task's own error, perhaps one of the moment.
+        FailureKind.ERROR: Policy(charge=True, crash=False, loss=False, retry=True, worker="go on"),
+        # Workers of the release before say this where these say ERROR.
         FailureKind.UNKNOWN: Policy(charge=True, crash=False, loss=False, retry=True, worker="go on"),
     }
 )
@@ -104,7 +106,7 @@ _NETWORK_ERRNO = frozenset(
 
 
 def classify(error: BaseException) -> FailureKind:
-    """The kind of failure that ``error`` is; ``UNKNOWN`` if its types say nothing.
+    """The kind of failure that ``error`` is; ``ERROR`` if its types say nothing.
 
     The first error that says something decides, from the outermost inwards; but a device error decides wherever
     it stands, since the process is unfit whoever wrapped it. ``INVALID_REQUEST`` needs intent: an error that
@@ -118,7 +120,7 @@ def classify(error: BaseException) -> FailureKind:
         if kind is FailureKind.INVALID_REQUEST and not meant:
             continue
         found = found or kind
-    return found or FailureKind.UNKNOWN
+    return found or FailureKind.ERROR
 
 
 def lost_peer(error: BaseException) -> bool:

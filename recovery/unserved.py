@@ -50,7 +50,7 @@ def unserved(words: Sequence[WorkerWord], now: float, *, missing: float, broken:
             chosen = next((item for item in said if item.kind != MISSING), said[0])
             result.append(
                 Unserved(
-                    queue, task, FailureKind.INVALID_REQUEST if all_missing else FailureKind.UNKNOWN,
+                    queue, task, FailureKind.INVALID_REQUEST if all_missing else FailureKind.ERROR,
                     sentence(queue, task, chosen, len(theirs)), tuple(word.incarnation for word in theirs), now - since,
                     now - since >= limit,
                 )

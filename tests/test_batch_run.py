@@ -70,7 +70,7 @@ def test_answers_and_failures_have_the_shapes_of_openai(job: Job, pool: Lab) -> 
     assert {name: row["response"]["status_code"] for name, row in failed.items()} == {"bad": 400, "worse": 500}
     assert failed["bad"]["error"] == {"code": "INVALID_REQUEST", "message": "n must be at least 1"}
     assert failed["worse"]["response"]["body"]["error"] == {
-        "message": failed["worse"]["error"]["message"], "type": "server_error", "param": None, "code": "UNKNOWN",
+        "message": failed["worse"]["error"]["message"], "type": "server_error", "param": None, "code": "ERROR",
     }  # fmt: skip
     assert "boom" in failed["worse"]["error"]["message"]
     record = pool.record(failed["worse"]["response"]["request_id"])

@@ -190,7 +190,7 @@ def never_end(e: Evidence) -> None:
 
 
 def fail(e: Evidence) -> None:
-    e.stored["r1"].status, e.stored["r1"].kind = "failed", "UNKNOWN"
+    e.stored["r1"].status, e.stored["r1"].kind = "failed", "ERROR"
 
 
 def end_without_entry(e: Evidence) -> None:
@@ -285,7 +285,7 @@ def finish_a_poison(e: Evidence) -> None:
 
 def bury_a_poison_for_another_reason(e: Evidence) -> None:
     e.seen["r1"].payload["poison"] = {"kind": "exits", "mark": "mark"}
-    e.stored["r1"].status, e.stored["r1"].kind = "failed", "UNKNOWN"
+    e.stored["r1"].status, e.stored["r1"].kind = "failed", "ERROR"
 
 
 def damage_checkpoint(e: Evidence) -> None:

@@ -114,7 +114,7 @@ def test_no_prompt_steers_the_classification(prompt: str, kind: type[Exception],
         outer = kind(prompt, prompt)
         outer.__cause__ = outer.__context__ = error
         error = outer
-    assert classify(error) is FailureKind.UNKNOWN
+    assert classify(error) is FailureKind.ERROR
     record = failure("a", "e", error)
     assert (record.charge, record.crash, record.loss) == (True, False, False)
     assert POLICIES[record.kind].worker == "go on"
@@ -123,13 +123,13 @@ def test_no_prompt_steers_the_classification(prompt: str, kind: type[Exception],
 ROW = [
     # What the usual substring matching takes for something else, and what it is.
     (MemoryError(), "HOST_OOM"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "UNKNOWN"),
-    (OSError(28, "No space left on device"), "UNKNOWN"),
-    (ValueError("summarize: 'a timeout of the network'"), "UNKNOWN"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "ERROR"),
+    (OSError(28, "No space left on device"), "ERROR"),
+    (ValueError("summarize: 'a timeout of the network'"), "ERROR"),
     (ConnectionRefusedError(111, "Connection refused"), "NETWORK"),
     (ConnectionResetError(104, "Connection reset by peer"), "NETWORK"),
     (OSError(110, "anything"), "NETWORK"),
-    (KeyError("CUDA"), "UNKNOWN"),
+    (KeyError("CUDA"), "ERROR"),
 ]
 
 

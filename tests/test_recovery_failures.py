@@ -27,13 +27,13 @@ def raised(error: BaseException, *, cause: BaseException | None = None, context:
 
 
 TYPES = [
-    (ValueError("wrong"), FailureKind.UNKNOWN),
-    (RuntimeError(), FailureKind.UNKNOWN),
-    (KeyboardInterrupt(), FailureKind.UNKNOWN),
+    (ValueError("wrong"), FailureKind.ERROR),
+    (RuntimeError(), FailureKind.ERROR),
+    (KeyboardInterrupt(), FailureKind.ERROR),
     (MemoryError(), FailureKind.HOST_OOM),
     (OSError(errno.ENOMEM, "no memory"), FailureKind.HOST_OOM),
-    (OSError(errno.ENOSPC, "no space"), FailureKind.UNKNOWN),
-    (FileNotFoundError(errno.ENOENT, "no file"), FailureKind.UNKNOWN),
+    (OSError(errno.ENOSPC, "no space"), FailureKind.ERROR),
+    (FileNotFoundError(errno.ENOENT, "no file"), FailureKind.ERROR),
     (ConnectionRefusedError(), FailureKind.NETWORK),
     (ConnectionResetError(), FailureKind.NETWORK),
     (BrokenPipeError(), FailureKind.NETWORK),
@@ -44,11 +44,11 @@ TYPES = [
     (redis.ConnectionError("gone"), FailureKind.NETWORK),
     (redis.TimeoutError("late"), FailureKind.NETWORK),
     (redis.BusyLoadingError("loading"), FailureKind.NETWORK),
-    (redis.ResponseError("WRONGTYPE"), FailureKind.UNKNOWN),
+    (redis.ResponseError("WRONGTYPE"), FailureKind.ERROR),
     (RedisUnavailable("gone"), FailureKind.NETWORK),
     (InvalidRequest("max_tokens is 0", "max_tokens"), FailureKind.INVALID_REQUEST),
     (PayloadTooLarge("an output has 9 MiB"), FailureKind.INVALID_REQUEST),
-    (SettingsError("PERDURE_DEVICE"), FailureKind.UNKNOWN),
+    (SettingsError("PERDURE_DEVICE"), FailureKind.ERROR),
 ]
 
 
@@ -73,7 +73,7 @@ def test_the_type_says_the_kind(error, kind):
 def test_no_text_says_anything(text):
     """The text may be the user's prompt: it must not decide what becomes of the pool."""
     for error in (RuntimeError(text), ValueError(text), OSError(text), Exception(text, text)):
-        assert classify(error) is FailureKind.UNKNOWN
+        assert classify(error) is FailureKind.ERROR
 
 
 def test_the_cause_is_looked_at():
@@ -97,14 +97,14 @@ def test_the_outermost_error_that_says_something_decides():
 
 def test_an_invalid_request_needs_intent():
     """An error that merely happened while one was handled is retried: refusing for ever is the graver mistake."""
-    assert classify(raised(RuntimeError(), context=InvalidRequest("x"))) is FailureKind.UNKNOWN
+    assert classify(raised(RuntimeError(), context=InvalidRequest("x"))) is FailureKind.ERROR
     assert classify(raised(RuntimeError(), cause=InvalidRequest("x"))) is FailureKind.INVALID_REQUEST
 
 
 def test_the_members_of_a_group_are_looked_at():
     """A task group wraps what its tasks raised."""
     assert classify(ExceptionGroup("two", [KeyError("x"), ConnectionResetError()])) is FailureKind.NETWORK
-    assert classify(BaseExceptionGroup("one", [KeyboardInterrupt()])) is FailureKind.UNKNOWN
+    assert classify(BaseExceptionGroup("one", [KeyboardInterrupt()])) is FailureKind.ERROR
 
 
 def test_a_circular_chain_ends():
@@ -112,7 +112,7 @@ def test_a_circular_chain_ends():
     first, second = ValueError(), KeyError()
     first.__context__, second.__context__ = second, first
     first.__cause__ = first
-    assert classify(first) is FailureKind.UNKNOWN
+    assert classify(first) is FailureKind.ERROR
 
 
 class TestWithTorch:
@@ -154,7 +154,7 @@ def test_torch_is_never_imported_for_it():
 import sys
 from perdure.recovery.failures import classify
 class OutOfMemoryError(RuntimeError): pass
-assert classify(OutOfMemoryError("CUDA out of memory")) == "UNKNOWN"
+assert classify(OutOfMemoryError("CUDA out of memory")) == "ERROR"
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -179,7 +179,7 @@ def test_a_request_is_not_charged_for_what_happened_to_its_worker():
 def test_the_table_cannot_be_changed_by_accident():
     """One table for the whole process."""
     with pytest.raises(TypeError):
-        POLICIES[FailureKind.CRASH] = POLICIES[FailureKind.UNKNOWN]  # type: ignore[index]
+        POLICIES[FailureKind.CRASH] = POLICIES[FailureKind.ERROR]  # type: ignore[index]
 
 
 class Unspeakable(Exception):

@@ -26,7 +26,7 @@ def due(words: list[WorkerWord], now: float, **limits: Any) -> set[tuple[str, Fa
 GPU = {"gpu-high", "gpu", "gpu-low"}
 
 
-@pytest.mark.parametrize(("item", "limit", "kind"), [(MISSING, 60, "INVALID_REQUEST"), (BROKEN, 900, "UNKNOWN")])
+@pytest.mark.parametrize(("item", "limit", "kind"), [(MISSING, 60, "INVALID_REQUEST"), (BROKEN, 900, "ERROR")])
 def test_requests_end_once_all_have_failed_for_long_enough(item: Inability, limit: float, kind: str) -> None:
     """In the queue and its priorities, with the reason; not a moment before."""
     words = [word("a", item), word("b", replace(item, since=130.0))]
@@ -63,7 +63,7 @@ def test_as_long_as_one_has_the_module_its_trouble_counts() -> None:
     words = [word("a", MISSING), word("b", BROKEN)]
     assert due(words, 200) == set()
     (found, *_) = unserved(words, 1000.0, missing=60, broken=900)
-    assert (found.kind, found.due) == (FailureKind.UNKNOWN, True)
+    assert (found.kind, found.due) == (FailureKind.ERROR, True)
     assert found.reason.endswith("FileNotFoundError: /models/x")
 
 

@@ -43,7 +43,7 @@ def test_one_requests_fault_leaves_its_mates_alone(lab: Lab) -> None:
     for name, identifier in bad.items():
         record = lab.ended(identifier)
         assert record.status == "failed", name
-        kind = "INVALID_REQUEST" if name in ("unpackable", "oversize") else "UNKNOWN"
+        kind = "INVALID_REQUEST" if name in ("unpackable", "oversize") else "ERROR"
         assert record.error_kind == kind, (name, record)
         # What it had put out before is there to be read.
         assert len(lab.outputs(identifier)) == (0 if name == "admit" else 3), name
@@ -61,7 +61,7 @@ def test_a_step_that_raises_is_charged_to_the_request_that_it_was_alone(lab: Lab
     good += [lab.submit("Batch", {"n": 10}, max_retries=0) for _ in range(3)]
     worker = lab.worker()
     record = lab.ended(bad)
-    assert (record.status, record.error_kind, record.attempt) == ("failed", "UNKNOWN", 1)
+    assert (record.status, record.error_kind, record.attempt) == ("failed", "ERROR", 1)
     assert {"raise": "the whole step", "no step": "step() gives Steps"}[kind] in lab.store.traceback(bad)
     for name in good:
         record = lab.ended(name)
@@ -78,7 +78,7 @@ def test_a_lone_poison_on_fresh_workers_ends_as_a_dead_letter(lab: Lab) -> None:
     for _ in range(3):
         assert lab.worker(wait=False).end() == UNFIT
     record = lab.record(bad)
-    assert (record.status, record.error_kind, record.attempt) == ("failed", "UNKNOWN", 0)
+    assert (record.status, record.error_kind, record.attempt) == ("failed", "ERROR", 0)
     assert "alone with each of 3 workers" in record.error_reason
     assert "the whole step" in lab.store.traceback(bad)
 
@@ -116,7 +116,7 @@ def test_sys_exit_in_a_task_ends_its_request_only(lab: Lab) -> None:
     worker = lab.worker()
     one = lab.submit("leave", max_retries=0)
     record = lab.ended(one)
-    assert (record.status, record.error_kind, lab.outputs(one)) == ("failed", "UNKNOWN", ["before"])
+    assert (record.status, record.error_kind, lab.outputs(one)) == ("failed", "ERROR", ["before"])
     assert worker.running
 
 
@@ -145,7 +145,7 @@ def test_a_worker_outlives_an_ordinary_error(lab: Lab) -> None:
     worker = lab.worker()
     one = lab.submit("starve", {"folder": str(lab.folder), "error": "ordinary"})
     record = lab.check(one, 1)
-    assert (record.worker, record.attempt, lab.events(one)) == (worker.name, 1, [("retry", "UNKNOWN")])
+    assert (record.worker, record.attempt, lab.events(one)) == (worker.name, 1, [("retry", "ERROR")])
     assert worker.running
 
 

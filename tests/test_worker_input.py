@@ -31,7 +31,7 @@ def test_bad_requests_fail_with_a_reason(lab: Lab) -> None:
         broken: ("INVALID_REQUEST", "payload", 1),
         lab.submit("refuse"): ("INVALID_REQUEST", "n must be at least 1", 1),
         lab.submit("no_such_module.task", max_retries=2): ("INVALID_REQUEST", "cannot import no_such_module", 0),
-        lab.submit("boom", max_retries=1): ("UNKNOWN", "boom", 2),
+        lab.submit("boom", max_retries=1): ("ERROR", "boom", 2),
     }
     for name, (kind, reason, attempts) in cases.items():
         record = lab.ended(name)

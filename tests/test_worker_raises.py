@@ -36,7 +36,7 @@ def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) 
     well = lab.submit(f"raise_tasks.{task}", {})
     for what, name in bad.items():
         record = lab.ended(name)
-        assert (record.status, record.error_kind, record.executions) == ("failed", "UNKNOWN", 1), (what, record)
+        assert (record.status, record.error_kind, record.executions) == ("failed", "ERROR", 1), (what, record)
         text = lab.store.traceback(name)
         assert NAMES[what] in text
         assert "of the task's own" in text

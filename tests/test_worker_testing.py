@@ -235,7 +235,7 @@ def fails(request: Request) -> Steps:
 
 def test_a_task_that_fails_without_a_cut_is_told() -> None:
     """With its own error."""
-    with pytest.raises(AssertionError, match=r"without any cut:\s+UNKNOWN: RuntimeError: always"):
+    with pytest.raises(AssertionError, match=r"without any cut:\s+ERROR: RuntimeError: always"):
         resume_at_every_step(fails)
 
 

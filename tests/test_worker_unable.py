@@ -98,7 +98,7 @@ def test_what_no_worker_can_load_ends_with_the_reason(lab: Lab, kind: str) -> No
     missing = kind in ("no module", "no task", "no task at all")
     for name in (early, low):
         record = lab.ended(name)
-        assert (record.status, record.error_kind) == ("failed", "INVALID_REQUEST" if missing else "UNKNOWN")
+        assert (record.status, record.error_kind) == ("failed", "INVALID_REQUEST" if missing else "ERROR")
         assert record.error_reason.startswith(
             f"none of the 2 workers of queue {record.queue} could load special.work: "
         )

@@ -136,7 +136,7 @@ class Admissions:
 
     def _refusal(self, engine: Engine, entry: Waiting, error: BaseException) -> BaseException:
         """Why a request is not admitted whose memory could not be told: it may be one that the task itself refuses."""
-        if classify(error) is not FailureKind.UNKNOWN or isinstance(error, Unfit):
+        if classify(error) is not FailureKind.ERROR or isinstance(error, Unfit):
             return error
         try:
             with logs.running(entry.claim.id, entry.claim.execution):

@@ -372,7 +372,7 @@ class EngineLoop:
             self._drop_all(engine)
             self._admissions.ran_out(engine, concerned + engine.take_waiting(), len(concerned), error, needed)
             return
-        if kind is FailureKind.UNKNOWN or (kind is FailureKind.INVALID_REQUEST and len(concerned) > 1):
+        if kind is FailureKind.ERROR or (kind is FailureKind.INVALID_REQUEST and len(concerned) > 1):
             self._blame(engine, concerned, error)
             return
         if kind is not FailureKind.GPU_ERROR:

@@ -28,7 +28,7 @@ TURNS: Final = ("redelivered", "retry", "released", "failed", "canceled")
 
 ENDS: Final = ("finished", "failed", "canceled", "stopped")
 
-POISONS: Final = {"raises": ("UNKNOWN", "WORKER_LOST", "CRASH", "HANG"), "exits": ("WORKER_LOST", "CRASH", "HANG")}
+POISONS: Final = {"raises": ("ERROR", "WORKER_LOST", "CRASH", "HANG"), "exits": ("WORKER_LOST", "CRASH", "HANG")}
 """How a request that does harm each time may end: other faults may end its workers as well."""
 
 SHOWN: Final = 20
