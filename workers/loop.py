@@ -29,7 +29,7 @@ from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
 from .soundness import Blame
 from .statuses import HUNG, UNFIT
-from .tasks import RAISED, AnyTask, Request, Step, resolve
+from .tasks import RAISED, AnyTask, Raised, Request, Step, resolve
 from .unable import BROKEN, Unable
 from .unfit import Unfit
 from .watchdog import WAIT, Watchdog
@@ -297,10 +297,17 @@ class EngineLoop:
         full = {name: executions[name] for name in kinds if kinds[name] is FailureKind.GPU_OOM and name in executions}
         needed = [engine.needed.get(name) for name in full]
         unfit = [(name, executions[name]) for name in kinds if isinstance(errors[name], Unfit) and name in executions]
+        doubtful = {
+            step.request_id: executions[step.request_id]
+            for step in steps
+            if isinstance(step, Raised)
+            and kinds[step.request_id] is FailureKind.ERROR
+            and step.request_id in executions
+        }
         for step in steps:
             if step.ends:
                 engine.left(step.request_id)
-        spared = {*full, *dict(unfit)}
+        spared = {*full, *dict(unfit), *doubtful}
         if spared:
             steps = [_without_error(step) if step.request_id in spared else step for step in steps]
         broken = self.holdings.offer(steps, executions)
@@ -316,7 +323,9 @@ class EngineLoop:
             self._admissions.ran_out(engine, list(full.items()), len(executions), errors[next(iter(full))], needed[0])
         elif steps:
             self._admissions.went_well(engine, len(executions))
-            engine.soundness.stepped([step.request_id for step in steps if step.error is None])
+            engine.soundness.stepped([step.request_id for step in steps if step.request_id not in errors])
+        for name, execution in doubtful.items():
+            self._blame(engine, [(name, execution)], errors[name])
         for error in errors.values():
             self.fitness.judge(error)
         return [step.request_id for step in steps if step.durable and not step.ends]
@@ -381,7 +390,8 @@ class EngineLoop:
 
     def _blame(self, engine: Engine, concerned: Sequence[tuple[str, str]], error: BaseException) -> None:
         """An error that says nothing of whose it is: the request's that was alone, one of several, or the engine's."""
-        self._drop_all(engine)
+        for identifier, _ in concerned:
+            self._drop(identifier)
         if self.fitness.left:
             return  # by what a drop has raised
         blame = engine.soundness.raised([name for name, _ in concerned], lambda: self._probe(engine))

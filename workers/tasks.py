@@ -104,6 +104,15 @@ class Step:
         return self.result is not NOTHING or self.error is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Raised(Step):
+    """What an engine raised while it computed for one request only.
+
+    Unlike with an ``error`` that a task found in a request, nobody knows yet whether the request is to blame or the
+    engine (:mod:`.soundness`).
+    """
+
+
 class BatchTask:
     """Many requests in one forward pass, on one warm instance per worker process.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...protocol.settings import Settings
 from ..tasks import BatchTask, Request, Step
-from .parameters import Parameters, complete
+from .parameters import Parameters, check_size, complete
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -73,6 +73,7 @@ class Generate(BatchTask):
         self._fingerprint = ""
         self._llama: Llama | None = None
         self._facts: dict[str, Any] = {}
+        self._asked: tuple[Any, list[int]] | None = None
 
     @property
     def ranks(self) -> int:  # type: ignore[override]
@@ -167,9 +168,8 @@ class Generate(BatchTask):
         Raises :class:`~perdure.protocol.errors.InvalidRequest` as :meth:`admit` does.
         """
         engine, _ = self._loaded()
-        parameters = Parameters.of(payload, "")
-        prompt = self._encoded(parameters)
-        parameters.check_room(len(prompt), self._context)
+        parameters, prompt = self._read(payload, "")
+        self._asked = payload, prompt
         return engine.memory_needed(len(prompt), parameters)
 
     def memory_free(self) -> int | None:
@@ -191,13 +191,11 @@ class Generate(BatchTask):
             raise RuntimeError(f"request {request.id} is already admitted")
         if len(engine) >= self.slots:
             raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
-        parameters = Parameters.of(request.payload, request.id)
+        parameters, prompt = self._read(request.payload, request.id)
+        self._asked = None
         if self.group is not None:
             # Each rank has the keys of its own heads, and a request one state: that of rank 0.
             parameters = dataclasses.replace(parameters, kv=False)
-        parameters.check_vocabulary(len(tokenizer.pieces))
-        prompt = self._encoded(parameters)
-        parameters.check_room(len(prompt), self._context)
         transcripts = [
             Transcript(
                 tokenizer.pieces,
@@ -231,13 +229,24 @@ class Generate(BatchTask):
         if self._engine is not None:
             self._engine.drop(request_id)
 
-    def _encoded(self, parameters: Parameters) -> list[int]:
+    def _read(self, payload: Any, request_id: str) -> tuple[Parameters, list[int]]:
+        """What a payload asks for, and the ids of its prompt; every limit is checked before the work that it bounds."""
         _, tokenizer = self._loaded()
+        check_size(payload, self._context)
+        parameters = Parameters.of(payload, request_id)
+        size = len(tokenizer.pieces)
+        parameters.check_vocabulary(size)
+        parameters.check_result(size, self._settings().max_payload)
+        if self._asked is not None and self._asked[0] is payload:
+            return parameters, self._asked[1]  # tokenised when it was asked what memory it needs
         if parameters.token_ids is not None:
-            return list(parameters.token_ids)
-        if parameters.prompt is not None:
-            return tokenizer.encode(parameters.prompt)
-        return tokenizer.encode_chat(parameters.messages or ())
+            prompt = list(parameters.token_ids)
+        elif parameters.prompt is not None:
+            prompt = tokenizer.encode(parameters.prompt, self._context)
+        else:
+            prompt = tokenizer.encode_chat(parameters.messages or (), self._context)
+        parameters.check_prompt(prompt, size, self._context)
+        return parameters, prompt
 
     def _settings(self) -> Settings:
         if self._given is None:

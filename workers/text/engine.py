@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from ..tasks import Step
+from ..collectives import CollectiveFailed
+from ..tasks import RAISED, Raised, Step
 from .generation import Generation, Sibling
 from .key_memory import KeyMemory
 from .kv import held, restore, room, save
@@ -86,9 +87,19 @@ class Engine:
         waiting = [item for item in self._requests.values() if item.in_prefill or self._behind(item)]
         running = [item for item in self._requests.values() if item not in waiting]
         if waiting and (not running or self._computed < PREFILLS * self._llama.chunk):
-            return self._prefill(waiting[0]) if waiting[0].in_prefill else self._catch_up(waiting[0])
+            return self._alone(waiting[0])
         self._computed = 0
         return self._decode(running) if running else []
+
+    def _alone(self, item: Generation) -> list[Step]:
+        """A pass for one request only: what it raises is that one's, and no other is concerned."""
+        try:
+            return self._prefill(item) if item.in_prefill else self._catch_up(item)
+        except CollectiveFailed:
+            raise  # that is the group's, whoever's pass it was
+        except RAISED as error:
+            self.drop(item.id)
+            return [Raised(request_id=item.id, error=error)]
 
     def _prefill(self, item: Generation) -> list[Step]:
         start = item.prefilled
@@ -228,6 +239,9 @@ class Engine:
             except ArithmeticError as error:
                 self.drop(item.id)
                 return [*steps, Step(request_id=item.id, error=error)]
+            except RAISED as error:
+                self.drop(item.id)
+                return [*steps, Raised(request_id=item.id, error=error)]
             if item.ended:
                 steps.append(self._end(item, output))
             elif output is None:

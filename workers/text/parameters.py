@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import msgpack
 
 from ...protocol.errors import InvalidRequest
 from .checks import checked
@@ -127,24 +130,72 @@ class Parameters:
                     field="logit_bias",
                 )
 
-    def check_room(self, prompt_tokens: int, context: int) -> None:
-        """Compare a prompt of so many tokens, and what is to follow it, with a model's context.
+    def check_prompt(self, prompt: Sequence[int], size: int, context: int) -> None:
+        """Compare a prompt's tokens, and what is to follow them, with a model of ``size`` tokens and its context.
 
         Raises :class:`InvalidRequest` naming the field.
         """
-        if prompt_tokens == 0:
+        count = len(prompt)
+        if count == 0:
             raise InvalidRequest(f"{self.source} holds no token for this model", field=self.source)
-        if prompt_tokens >= context:
+        if count >= context:
             raise InvalidRequest(
-                f"{self.source} has {prompt_tokens} tokens, but the model's context is {context} including the answer",
+                f"{self.source} has {count} tokens, but the model's context is {context} including the answer",
                 field=self.source,
             )
-        if prompt_tokens + self.max_tokens > context:
+        if count + self.max_tokens > context:
             raise InvalidRequest(
-                f"max_tokens is {self.max_tokens}, but after {prompt_tokens} tokens of {self.source} the "
-                f"model's context of {context} has room for {context - prompt_tokens}",
+                f"max_tokens is {self.max_tokens}, but after {count} tokens of {self.source} the "
+                f"model's context of {context} has room for {context - count}",
                 field="max_tokens",
             )
+        # A tokenizer may have been given tokens that its model has no weights for.
+        if unknown := [token for token in prompt if not 0 <= token < size]:
+            raise InvalidRequest(
+                f"{self.source} has the token {unknown[0]}, but the model knows the tokens 0 to {size - 1}: its tokenizer "
+                "has one that its weights lack",
+                field=self.source,
+            )
+
+    def check_result(self, size: int, limit: int) -> None:
+        """Compare what a result of all ``max_tokens`` would take with the most bytes that one may have.
+
+        Counted are the tokens and log-probabilities; the text comes on top. Raises :class:`InvalidRequest`.
+        """
+        token = len(msgpack.packb(size - 1))
+        each = token
+        if self.logprobs is not None:
+            top = min(self.logprobs, size)
+            named = {"token": 0, "logprob": 0.5, **({"top_logprobs": [[0, 0.5]] * top} if top else {})}
+            each += len(msgpack.packb(named)) + (1 + top) * (token - 1)
+        whole = self.n * self.max_tokens * each
+        if whole > limit:
+            raise InvalidRequest(
+                f"max_tokens is {self.max_tokens:,}: {_times(self.n)}with {each} bytes a token the result would have "
+                f"{whole:,}, more than the limit of {limit:,} (PERDURE_MAX_PAYLOAD); ask for fewer tokens, answers or logprobs",
+                field="max_tokens",
+            )
+
+
+def check_size(payload: Any, context: int) -> None:
+    """Refuse a payload that cannot fit into a context of so many tokens, before anything of it is looked at closely.
+
+    Raises :class:`InvalidRequest` naming the field.
+    """
+    if not isinstance(payload, Mapping):
+        return
+    for name, what in (("token_ids", "tokens"), ("messages", "messages")):
+        value = payload.get(name)
+        # No message is less than a token.
+        if isinstance(value, list | tuple) and len(value) >= context:
+            raise InvalidRequest(
+                f"{name} has {len(value)} {what}, but the model's context is {context} including the answer", field=name
+            )
+    most = payload.get("max_tokens")
+    if isinstance(most, int) and most >= context:
+        raise InvalidRequest(
+            f"max_tokens is {most}, but the model's context is {context} including the prompt", field="max_tokens"
+        )
 
 
 def complete(payload: Any) -> dict[str, Any]:
@@ -158,3 +209,7 @@ def complete(payload: Any) -> dict[str, Any]:
     if fields["seed"] is None:
         fields["seed"] = secrets.randbits(63)
     return {name: value for name, value in fields.items() if value is not None and value != _OFF.get(name)}
+
+
+def _times(n: int) -> str:
+    return f"for {n} answers " if n > 1 else ""

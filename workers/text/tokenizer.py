@@ -10,13 +10,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import tokenizers
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...protocol.errors import InvalidRequest, SettingsError
+
+PIECE: Final = 32_768
+"""Characters of a long text that are counted at a time: some 15 MB of the tokenizer's memory, some 50 ms."""
 
 # Names under which models know the token that ends a turn, besides the one their metadata names.
 END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>")
@@ -53,25 +56,34 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary, size: int) -> None:
         """``size``: how many tokens the model knows; ids that no text has stand for no bytes.
 
-        Raises :class:`SettingsError` for a tokenizer whose tokens cannot be told as bytes.
+        Raises :class:`SettingsError` for a tokenizer whose tokens cannot be told as bytes, or that does not belong to
+        the model.
         """
+        for token in (*vocabulary.ends, *vocabulary.prefix):
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise SettingsError(f"the model names a token that is no whole number: {token!r:.60}")
+        if unknown := [token for token in vocabulary.prefix if not 0 <= token < size]:
+            raise SettingsError(f"the model begins each prompt with {unknown[0]}, but knows the tokens 0 to {size - 1}")
         self._vocabulary = vocabulary
         self._inner = tokenizers.Tokenizer.from_str(vocabulary.definition)
         self._inner.no_truncation()
         self._inner.no_padding()
         self._template = _compile(vocabulary.template) if vocabulary.template else None
-        self.ends = frozenset(vocabulary.ends)
+        # -1 is how some models say that there is none.
+        self.ends = frozenset(token for token in vocabulary.ends if 0 <= token < size)
         self.pieces: list[bytes] = _pieces(self._inner, vocabulary.definition, size)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a raw prompt, as the model wants it to begin."""
+    def encode(self, text: str, context: int | None = None) -> list[int]:
+        """The ids of a raw prompt, as the model wants it to begin. Raises as :meth:`check_length` if ``context`` is given."""
+        self.check_length(text, context, "prompt")
         ids = self._inner.encode(text, add_special_tokens=self._vocabulary.post_process).ids
         return [*self._vocabulary.prefix, *ids]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], context: int | None = None) -> list[int]:
         """The ids of a conversation, up to where the assistant answers.
 
-        Raises :class:`InvalidRequest` when the model has no chat template or it refuses the messages.
+        Raises :class:`InvalidRequest` when the model has no chat template or it refuses the messages, and as
+        :meth:`check_length` if ``context`` is given.
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use prompt instead of messages", field="messages")
@@ -86,7 +98,28 @@ class Tokenizer:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
+        self.check_length(text, context, "messages")
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def check_length(self, text: str, context: int | None, field: str) -> None:
+        """Refuse a text that is much too long for a context of so many tokens, before all of it is tokenised.
+
+        What takes seconds and gigabytes as a whole is counted in pieces, as far as needed. A piece may be cut within a
+        token, so only twice the context is too much here; what passes is counted exactly afterwards.
+
+        Raises :class:`InvalidRequest`.
+        """
+        if context is None or len(text) <= max(PIECE, context // 4):
+            return  # no character is more than four tokens
+        tokens = 0
+        for start in range(0, len(text), PIECE):
+            tokens += len(self._inner.encode(text[start : start + PIECE], add_special_tokens=False))
+            if tokens >= 2 * context:
+                raise InvalidRequest(
+                    f"{field} has {len(text):,} characters, and the first {min(start + PIECE, len(text)):,} of them are "
+                    f"{tokens:,} tokens, but the model's context is {context} including the answer",
+                    field=field,
+                )
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...protocol.errors import InvalidRequest, SettingsError
 from ...protocol.settings import Settings
-from ..tasks import BatchTask, Request, Step
-from .parameters import Parameters, complete
+from ..tasks import RAISED, BatchTask, Raised, Request, Step
+from .parameters import Parameters, check_size, complete
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -75,6 +75,7 @@ class CausalLM(BatchTask):
         self._tokenizer: Tokenizer | None = None
         self._fingerprint = ""
         self._context = 0
+        self._size = 0
         self._requests: dict[str, _Running] = {}
 
     @property
@@ -109,7 +110,10 @@ class CausalLM(BatchTask):
         self._model = model.to(device).eval()
         self._encoder = encoder
         definition = encoder.backend_tokenizer.to_str()
-        size = int(model.get_output_embeddings().weight.shape[0])
+        # What it can read: it may be able to write more, or fewer.
+        self._size = size = min(
+            int(layer().weight.shape[0]) for layer in (model.get_input_embeddings, model.get_output_embeddings)
+        )
         self._tokenizer = Tokenizer(Vocabulary(definition=definition, ends=_ends(model, encoder)), size)
         self._context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
         self._fingerprint = _digest(model, definition, describe_device(device), transformers.__version__)
@@ -137,13 +141,15 @@ class CausalLM(BatchTask):
             raise RuntimeError(f"request {request.id} is already admitted")
         if len(self._requests) >= self.slots:
             raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
+        check_size(request.payload, self._context)
         parameters = Parameters.of(request.payload, request.id)
         if parameters.n > 1 or parameters.kv or not parameters.exact:
             self.prepare(request.payload)  # raises
-        size = len(self._tokenizer.pieces)
+        size = self._size
         parameters.check_vocabulary(size)
-        prompt = self._encoded(parameters)
-        parameters.check_room(len(prompt), self._context)
+        parameters.check_result(size, self._settings().max_payload)
+        prompt = self._encoded(parameters, self._tokenizer)
+        parameters.check_prompt(prompt, size, self._context)
         transcript = Transcript(
             self._tokenizer.pieces,
             self._tokenizer.ends,
@@ -157,8 +163,18 @@ class CausalLM(BatchTask):
         self._requests[request.id] = _Running(item, pending=[*prompt, *item.siblings[0].generated])
 
     def step(self) -> list[Step]:
-        """One token for each request, one request after the other."""
-        return [self._advance(item) for item in list(self._requests.values())]
+        """One token for each request, one request after the other; what one of them raises is that one's alone."""
+        steps: list[Step] = []
+        for name, item in list(self._requests.items()):
+            try:
+                steps.append(self._advance(item))
+            except ArithmeticError as error:
+                steps.append(Step(request_id=name, error=error))
+            except RAISED as error:
+                steps.append(Raised(request_id=name, error=error))
+            if steps[-1].error is not None:
+                self.drop(name)
+        return steps
 
     def drop(self, request_id: str) -> None:
         """Forget a request and its cache; unknown ids are ignored."""
@@ -174,13 +190,9 @@ class CausalLM(BatchTask):
             with torch.inference_mode():
                 ids = torch.tensor([item.pending], device=self._model.device)
                 found = self._model(input_ids=ids, past_key_values=item.cache, use_cache=True)
-                logits = found.logits[0, -1].float().cpu().numpy()
+                logits = found.logits[0, -1, : self._size].float().cpu().numpy()
             item.cache = found.past_key_values
-            try:
-                output = generation.advance(sibling, logits)
-            except ArithmeticError as error:
-                self.drop(generation.id)
-                return Step(request_id=generation.id, error=error)
+            output = generation.advance(sibling, logits)
             item.pending = sibling.generated[-1:]
         if not generation.ended:
             return Step(request_id=generation.id, output=output)
@@ -190,10 +202,11 @@ class CausalLM(BatchTask):
             return Step(request_id=generation.id, result=result)
         return Step(request_id=generation.id, output=output, result=result)
 
-    def _encoded(self, parameters: Parameters) -> list[int]:
+    def _encoded(self, parameters: Parameters, tokenizer: Tokenizer) -> list[int]:
         if parameters.token_ids is not None:
             return list(parameters.token_ids)
         if parameters.prompt is not None:
+            tokenizer.check_length(parameters.prompt, self._context, "prompt")
             return [int(token) for token in self._encoder(parameters.prompt)["input_ids"]]
         if not self._encoder.chat_template:
             raise InvalidRequest("this model has no chat template; use prompt instead of messages", field="messages")
@@ -206,6 +219,7 @@ class CausalLM(BatchTask):
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
+        tokenizer.check_length(text, self._context, "messages")
         return [int(token) for token in self._encoder(text, add_special_tokens=False)["input_ids"]]
 
     def _settings(self) -> Settings:
