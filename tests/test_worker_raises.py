@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from perdure.workers import Unfit
 from perdure.workers.statuses import UNFIT
 
-from .worker_kit import Lab, Process
+from .worker_kit import Lab, Process, eventually
 
 NAMES = {
     "panic": "Panic",
@@ -43,6 +45,32 @@ def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) 
         assert "Traceback" in text or where == "error"
     assert lab.ended(well).status == "finished"
     assert worker.running
+
+
+def logged(worker: Process, text: str, times: int) -> bool:
+    return worker.log.count(text) == times
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_worker_s_log_shows_where_a_task_raised(lab: Lab, form: str) -> None:
+    """Whichever way it runs: file, line and function of the task's own code, at every attempt. Not for a wrong request."""
+    worker = lab.worker(log_format=form)
+    for task in ("alone", "threads", "loop"):
+        name = lab.submit(f"raise_tasks.{task}", {"where": "step", "what": "value"}, max_retries=1)
+        assert lab.ended(name).error_kind == "ERROR"
+        eventually(partial(logged, worker, f"({name}): ValueError", 2))
+    wrong = lab.submit("raise_tasks.alone", {"where": "step", "what": "invalid"})
+    assert lab.ended(wrong).error_kind == "INVALID_REQUEST"
+    eventually(lambda: f"({wrong}): of the task's own" in worker.log)
+    assert worker.log.count("Traceback (most recent call last)") == 6
+    for line in ('raise_tasks.py", line', "in alone", "in threads", "in loop", "fail(request.payload"):
+        assert line in worker.log.replace('\\"', '"')
+    assert "\x1b[31m" not in worker.log, "a message steers no terminal"
+    if form == "json":
+        rows = [json.loads(row) for row in worker.log.splitlines() if row.startswith("{")]
+        traces = [row["error"] for row in rows if row.get("request") and "error" in row]
+        assert len(traces) == 6
+        assert all("\n" in trace and "Traceback" not in row["message"] for trace in traces for row in rows)
 
 
 def test_a_drop_that_panics_leaves_the_worker_as_it_was(lab: Lab) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..protocol.logs import about
-from ..protocol.records import Failure, Finish
+from ..protocol.logs import about, traced
+from ..protocol.records import Failure, FailureKind, Finish
 from ..protocol.scripts import MAX_REQUESTS
 from .line import Line
 
@@ -40,6 +41,7 @@ class Endings:
 
     def _settle(self, rows: Sequence[Finish | Failure], answers: list[str]) -> None:
         line, holdings = self.line, self.line.holdings
+        told: set[str] = set()
         with holdings.lock:
             for row, answer in zip(rows, answers, strict=True):
                 holding = holdings.current(row.id, row.execution)
@@ -55,9 +57,13 @@ class Endings:
                 if isinstance(row, Failure):
                     if answer != "lost":
                         line.ledger.left(holding, "failed", row.kind)
-                    line.log.warning(
-                        "%s: %s (%s): %s; %s", row.kind, holding.claim.task, row.id, row.reason, answer, extra=who
-                    )
+                    # Who made a wrong request knows what to change; several that were in one step have one traceback.
+                    trace = "" if row.kind is FailureKind.INVALID_REQUEST or row.traceback in told else row.traceback
+                    told.add(trace)
+                    traced(
+                        line.log, logging.WARNING, trace if "\n" in trace.strip() else "", "%s: %s (%s): %s; %s",
+                        row.kind, holding.claim.task, row.id, row.reason, answer, extra=who,
+                    )  # fmt: skip
                 elif answer == "lost":
                     line.log.warning(
                         "request %s was given to another worker; its result here is dropped", row.id, extra=who

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
-from perdure.workers import BatchTask, Request, Step, Unfit, task
+from perdure.workers import BatchTask, InvalidRequest, Request, Step, Unfit, task
 
 
 class Panic(BaseException):
@@ -23,13 +23,15 @@ RAISES: dict[str, type[BaseException]] = {
     "exit": SystemExit,
     "generator exit": GeneratorExit,
     "unfit": Unfit,
+    "value": ValueError,
+    "invalid": InvalidRequest,
 }
 
 
 def fail(payload: dict[str, Any], where: str) -> None:
     """Raise what the payload names, if it is meant for this place."""
     if payload.get("where") == where:
-        raise RAISES[payload["what"]]("of the task's own")
+        raise RAISES[payload["what"]]("of the task's own" + (" \x1b[31m" if payload["what"] == "value" else ""))
 
 
 @task
