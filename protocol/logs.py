@@ -104,7 +104,7 @@ def _message(record: logging.LogRecord) -> str:
 
 def configure(log_format: str, *, date_format: str | None = "%H:%M:%S", **context: str) -> None:
     """Set up the logs of a process of ours, from INFO on, to standard error; a reader that stops keeps nobody waiting."""
-    if not _wants_json(log_format):
+    if not wants_json(log_format):
         logging.basicConfig(level=logging.INFO, format=_TEXT, datefmt=date_format)
     else:
         _to_root(context)
@@ -117,7 +117,7 @@ def take_over(log_format: str, **context: str) -> None:
 
     Levels stay as they are. RQ adds handlers of its own only where it finds none.
     """
-    if not _wants_json(log_format):
+    if not wants_json(log_format):
         return
     _to_root(context)
     for name, logger in list(logging.root.manager.loggerDict.items()):
@@ -126,7 +126,8 @@ def take_over(log_format: str, **context: str) -> None:
             logger.propagate = True
 
 
-def _wants_json(log_format: str) -> bool:
+def wants_json(log_format: str) -> bool:
+    """Whether a process that prints to this standard error prints JSON."""
     return log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
 
 

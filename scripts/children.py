@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..protocol.settings import PREFIX, Settings
-from ..workers import undertaker
+from ..workers import relay, undertaker
 from ..workers.notify import VARIABLES
 from ..workers.places import INCARNATION
+
+LAST_WORDS = 2.0
+"""Seconds that the end of a pool waits for what its children have printed to be shown."""
 
 STARTER = """
 import ctypes, os, signal, sys
@@ -34,24 +38,29 @@ def environment_for(url: str, settings: Settings) -> dict[str, str]:
     return environment | {"RQ_REDIS_URL": url, "PYTHONUNBUFFERED": "1"}
 
 
-def launch(command: Sequence[str], environment: dict[str, str], output: Path | None) -> subprocess.Popen[bytes]:
+def launch(
+    command: Sequence[str], environment: dict[str, str], output: Path | tuple[int, int] | None
+) -> subprocess.Popen[bytes]:
     """Start a process that leads a session of its own and gets SIGTERM when the calling thread ends.
 
-    ``output`` takes what it prints; ``None``: the terminal.
+    ``output`` takes what it prints: a file, or two descriptors, which are closed here; ``None``: the terminal.
     """
-    file = output.open("ab") if output else None
+    if isinstance(output, Path):
+        with output.open("ab") as file:
+            output = os.dup(file.fileno()), os.dup(file.fileno())
+    stdout, stderr = output or (None, None)
     try:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
+            stdout=stdout,
+            stderr=stderr,
             start_new_session=True,
             env=environment,
         )
     finally:
-        if file is not None:
-            file.close()
+        for descriptor in output or ():
+            os.close(descriptor)
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:
@@ -72,6 +81,39 @@ def signal_group(pid: int, number: int) -> None:
         pass  # nobody is left in it
     except PermissionError:
         pass  # a member has become another user's
+
+
+class Relay:
+    """Prints what children print, each line with the name of its place (:mod:`perdure.workers.relay`)."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-I", "-S", str(relay.__file__)]
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
+
+    def pipes(self, name: str) -> tuple[int, int] | None:
+        """Where a child of this name is to print: output and errors; ``None``, the terminal, if the relay is gone."""
+        pairs = [os.pipe(), os.pipe()]
+        writing = pairs[0][1], pairs[1][1]
+        try:
+            socket.send_fds(self._socket, [name.encode()], [reading for reading, _ in pairs])
+        except OSError:
+            for descriptor in writing:
+                os.close(descriptor)
+            return None
+        finally:
+            for reading, _ in pairs:
+                os.close(reading)
+        return writing
+
+    def close(self) -> None:
+        """No more children come. Waits until all that was printed is shown, if those who print have ended."""
+        self._socket.close()
+        try:
+            self._process.wait(LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            pass  # something that a task has left behind can still print
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from ..workers.gpus import Gpu
 from ..workers.notify import Notifier
 from ..workers.places import INCARNATION, Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell
 from ..workers.supervisor import Supervisor
-from .children import Undertaker, ended, environment_for, launch, signal_group
+from .children import Relay, Undertaker, ended, environment_for, launch, signal_group
 from .examiner import Examiner
 from .sight import Sight
 
@@ -72,6 +72,8 @@ class Pool:
     settings: Settings
     output: Path | None = None
     quiet: bool = False
+    named: bool = False
+    """On the terminal, each line has the name of its place in front."""
     spares: int = 0
     gpus: Sequence[Gpu] = ()
     notifier: Notifier = field(default_factory=Notifier)
@@ -86,6 +88,7 @@ class Pool:
     _sight: Sight = field(init=False)
     _examiner: Examiner = field(init=False)
     _undertaker: Undertaker = field(init=False)
+    _relay: Relay | None = None
     _thread: threading.Thread | None = None
     _up: bool = False
 
@@ -134,6 +137,8 @@ class Pool:
             end.setblocking(False)
         self._selector.register(self._bell[0], selectors.EVENT_READ)
         self._sight.start()
+        if self.named and self.output is None:
+            self._relay = Relay()
         self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
 
@@ -172,6 +177,8 @@ class Pool:
         else:
             self._undertaker.dismiss()
         finally:
+            if self._relay is not None:
+                self._relay.close()
             self._sight.stop()
             self._examiner.stop()
             self.notifier.status(self.supervisor.summary())
@@ -268,7 +275,8 @@ class Pool:
                 more |= gpu.environment()
             self._sight.watch(run, incarnation)
         try:
-            process = launch(command, environment_for(self.url, settings) | more, self.output)
+            output = self.output if self._relay is None else self._relay.pipes(run.rpartition("-")[0])
+            process = launch(command, environment_for(self.url, settings) | more, output)
         except OSError as error:
             # No memory, no more processes: as if it had ended at once, so that the pause grows.
             log.error("cannot start %s: %s", run, error)

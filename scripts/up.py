@@ -52,8 +52,13 @@ def run(
         with explained(url):
             Store(connection, settings).check_protocol()
         connection.close()
+        named = not logs.wants_json(settings.log_format)
+        if named:
+            settings = settings.replace(
+                log_format="text"
+            )  # "auto" looks at the terminal, and children print into a pipe
         pool = Pool(
-            url, queues, workers, settings, spares=spares, gpus=chosen, notifier=notifier,
+            url, queues, workers, settings, spares=spares, gpus=chosen, notifier=notifier, named=named,
             release=f"kill -USR1 {os.getpid()}",
         )  # fmt: skip
         what = f"GPUs {', '.join(gpu.token for gpu in chosen)}" if chosen else f"{workers} worker(s)"
