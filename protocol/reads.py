@@ -42,7 +42,8 @@ class Reads:
         """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held.
 
         ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
-        not to be used; ``health``: where its health is served; ``task`` and ``slots``: of what it claimed last.
+        not to be used; ``health``: where its health is served; ``model``: its setting; ``stale``: a file that was edited after it had been
+        loaded; ``task`` and ``slots``: of what it claimed last.
         A spare has loaded its tasks, and claims only when it is told to (``spare``).
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
@@ -70,6 +71,8 @@ class Reads:
                     "age": whole(fields["timeout"]) / 1000 - (deadline / 1000 - now) if "timeout" in fields else None,
                     "unfit": fields.get("unfit", ""),
                     "health": fields.get("health", ""),
+                    "model": fields.get("model", ""),
+                    "stale": fields.get("stale", ""),
                     "task": fields.get("task", ""),
                     "slots": whole(fields.get("slots")) or None,
                     "unable": [

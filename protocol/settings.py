@@ -133,6 +133,10 @@ class Settings:
     spare: bool = field(
         default=False, metadata={"help": "1 loads the tasks and then claims nothing until SIGUSR1 says so"}
     )
+    reload: bool = field(
+        default=False,
+        metadata={"help": "1 has a worker leave when code that it has loaded was edited, to be started again"},
+    )
     log_format: str = field(
         default="text", metadata={"help": "text, json (one object a line), or auto: text on a terminal, JSON elsewhere"}
     )

@@ -293,12 +293,15 @@ class Store(Reads):
         fingerprints: Iterable[str] = (),
         unfit: str = "",
         health: str = "",
+        model: str = "",
+        stale: str = "",
         unable: Sequence[Mapping[str, Any]] = (),
     ) -> Pulse:
         """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
         to be told, ``unfit`` if its device is not to be used.
 
-        ``health`` is the URL of its health pages. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each
+        ``health`` is the URL of its health pages, ``model`` the setting of that name, ``stale`` a file that was edited after it
+        had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each
         task that it could not load.
         """
         values = {
@@ -307,7 +310,7 @@ class Store(Reads):
             "timeout_ms": in_ms(self.settings.heartbeat_timeout),
             # Less than a heartbeat: a guardian that sweeps alone does so at each.
             "due_ms": in_ms(max(1.5 * self.settings.reap_interval, 0.75 * self.settings.heartbeat)),
-            "unfit": unfit[:MAX_UNFIT], "health": health,
+            "unfit": unfit[:MAX_UNFIT], "health": health, "model": model, "stale": stale[:MAX_UNFIT],
         }  # fmt: skip
         groups = {
             "queue": [{"queue": queue} for queue in queues],

@@ -221,6 +221,7 @@ def judge_pool(
             what = f"worker {worker['worker']} leaves its device"
             found.append(Finding(Level.WARN, what, worker["unfit"], "repair the device, or take it out"))
     found += _unable(ready)
+    found += _stale(ready)
     for entry in unfit:
         what = f"{entry['device']} on {entry['host']} is not used"
         found.append(Finding(Level.WARN, what, entry["reason"], "repair the device, then start a worker on it"))
@@ -258,6 +259,18 @@ def _unable(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
         change = "install there what is missing; it tries again by itself"
         found.append(Finding(Level.FAIL if nobody else Level.WARN, what, reason, change))
     return found
+
+
+def _stale(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Who runs code that was edited since."""
+    return [
+        Finding(
+            Level.WARN, f"worker {worker['worker']} runs old code", f"{worker['stale']} was edited after it had been loaded",
+            "restart it; perdure up --reload does so by itself",
+        )
+        for worker in workers
+        if worker["stale"]
+    ]  # fmt: skip
 
 
 def strays_found(strays: Sequence[Stray], fixed: Sequence[str], *, deep: bool) -> list[Finding]:

@@ -145,6 +145,7 @@ Examples:
   perdure up gpu --workers 2
   perdure up gpu --gpus all --tasks app.tasks.Generate
   perdure up gpu --gpus 0,2 --spares 2
+  perdure up gpu --reload
 
 A place whose process ends again and again, or whose GPU needs repair, is quarantined; the log says why. SIGUSR1 has
 all of them tried again. A second Ctrl-C or SIGTERM does not wait for running steps, a third one kills."""
@@ -158,15 +159,18 @@ all of them tried again. A second Ctrl-C or SIGTERM does not wait for running st
 )  # fmt: skip
 @click.option("--url", help="Redis; else PERDURE_REDIS_URL, RQ_REDIS_URL, or an embedded server.")
 @click.option("--tasks", help="Dotted paths, comma-separated, that workers load before they claim.")
+@click.option("--reload", is_flag=True, help="Restart workers when code that they have loaded is edited.")
 @click.option("--data", metavar="FOLDER", help="Where the embedded server keeps its data.")
 def up(
     queues: tuple[str, ...], workers: int | None, gpus: str | None, spares: int, url: str | None, tasks: str | None,
-    data: str | None,
+    reload: bool, data: str | None,
 ) -> None:  # fmt: skip
     """Run a reaper and workers in the foreground; the dead are replaced. Ctrl-C or SIGTERM drains them."""
     if gpus is not None and workers is not None:
         raise click.UsageError("--gpus and --workers exclude each other: a GPU takes one worker.")
     settings = Settings.from_environment(strict=True).replace(redis_url=url)
+    if reload:
+        settings = settings.replace(reload=True)
     if tasks:
         settings = settings.replace(tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()))
     raise SystemExit(run(settings, list(queues), workers or 1, data, spares=spares, gpus=gpus))

@@ -44,6 +44,9 @@ def workers(as_json: bool, url: str | None) -> None:
     for item in items:
         if item["unfit"]:
             click.secho(one_line(f"{item['name']} leaves its device: {item['unfit']}"), fg="red")
+        if item["stale"]:
+            text = f"{item['name']} runs old code: {item['stale']} was edited after it had been loaded; restart it"
+            click.secho(one_line(text), fg="yellow")
         for lack in item["unable"]:
             text = f"{item['name']} could not load {lack['task']} ({duration(lack['seconds'])} ago): {lack['reason']}"
             click.secho(one_line(text), fg="red")
@@ -74,6 +77,8 @@ def as_item(worker: dict[str, Any]) -> dict[str, Any]:
         "task": worker["task"] or None,
         "unfit": worker["unfit"] or None,
         "unable": worker["unable"],
+        "model": worker["model"] or None,
+        "stale": worker["stale"] or None,
         "health": worker["health"] or None,
     }
 

@@ -75,3 +75,21 @@ def test_a_pool_that_is_killed_breaks_nothing_under_what_drains(lab: Lab) -> Non
     record = lab.record(one)
     assert (record.status, record.attempt) == ("queued", 0), lab.events(one)
     assert "BrokenPipe" not in pool.log
+
+
+def test_reload_restarts_the_worker_and_its_requests_go_on(lab: Lab, tmp_path: Path) -> None:
+    """Edited code runs from the next step on."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    source = folder / "fresh_tasks.py"
+    text = (TASKS / "printing_tasks.py").read_text()
+    source.write_text(text)
+    up(lab, "--reload", path=str(folder))
+    one = lab.submit("fresh_tasks.slowly", {"n": 300})
+    lab.moved(one)
+    source.write_text(text.replace("output=index", "output=-index"))
+    record = lab.ended(one, 2 * LONG)
+    assert (record.status, record.attempt) == ("finished", 0)
+    outputs = lab.outputs(one)
+    cut = next(place for place, value in enumerate(outputs) if value < 0)
+    assert outputs == [*range(cut), *(-index for index in range(cut, 300))]

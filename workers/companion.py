@@ -59,6 +59,8 @@ class Companion:
     ready: bool | str = False
     unable: list[dict[str, Any]] = field(default_factory=list)
     """Tasks that this worker could not load: task, kind, reason, and since when by the monotonic clock."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Files of the code that it has loaded, with the digests of what it has loaded."""
     page: Page = field(default_factory=Page.create)
     """The counters of the engine loop and the courier; the guardian reads them."""
     crash_file: int = field(default_factory=lambda: os.open(os.devnull, os.O_WRONLY))
@@ -116,9 +118,10 @@ class Companion:
         fingerprints: list[str] | None = None,
         ready: bool | str | None = None,
         unable: list[dict[str, Any]] | None = None,
+        sources: dict[str, str] | None = None,
     ) -> None:
-        """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to), and what
-        it could not load.
+        """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to), what
+        it could not load, and the files of what it has (:mod:`.sources`).
         """
         if fingerprints is not None:
             self.fingerprints = fingerprints
@@ -126,9 +129,12 @@ class Companion:
             self.ready = ready
         if unable is not None:
             self.unable = unable
+        if sources is not None:
+            self.sources = sources
         with self._lock:
             self._report_crashes()  # what was just loaded may have turned it elsewhere
-        self._send({"fingerprints": self.fingerprints, "ready": self.ready, "unable": self.unable})
+        news: dict[str, Any] = {"fingerprints": self.fingerprints, "ready": self.ready, "unable": self.unable}
+        self._send(news if sources is None else {**news, "sources": self.sources})
 
     def abandon(self) -> None:
         """Leave without the word that the end is clean: the guardian reaps as soon as Redis answers."""
@@ -191,6 +197,7 @@ class Companion:
                 "fingerprints": self.fingerprints,
                 "ready": self.ready,
                 "unable": self.unable,
+                "sources": self.sources,
                 "drains": True,
                 "page": self.page.fd,
                 "token": self.token,

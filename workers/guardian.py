@@ -14,6 +14,7 @@ second and a failing driver cannot take it along.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from ..recovery.deaths import Death, exit_status
 from ..recovery.failures import POLICIES
 from .companion import Guarded, rebuild
 from .kin import LAST, Kin
+from .sources import Sources
 from .sweeper import Sweeper
 from .vitals import Vitals
 from .watchdog import Lookout, Page
@@ -73,6 +75,8 @@ class Guardian:
     ready: bool | str
     unable: list[dict[str, Any]] = field(default_factory=list)
     """Tasks that the worker could not load; see :class:`.companion.Companion`."""
+    sources: Sources = field(default_factory=Sources)
+    """What the worker has loaded of its user's code."""
     drains: bool = False
     """Whether the worker knows the signal that its device is unfit."""
     token: str = ""
@@ -95,6 +99,8 @@ class Guardian:
     _oom: OomKills = field(init=False)
     _kin: Kin = field(init=False)
     _verdict: Guarded = Guarded.WELL
+    _told: list[str] = field(default_factory=list)
+    _asked: bool = False
     _news: bool = False
     _vitals: Vitals = field(init=False)
     _sweeper: Sweeper = field(init=False)
@@ -181,6 +187,8 @@ class Guardian:
             self.fingerprints = message.get("fingerprints", self.fingerprints)
             self.ready = message.get("ready", self.ready)
             self.unable = message.get("unable", self.unable)
+            if "sources" in message:
+                self.sources.watch(message["sources"])
             self._news = True
 
     def _beat(self) -> bool:
@@ -197,6 +205,8 @@ class Guardian:
                 ready=self.ready,
                 fingerprints=self.fingerprints,
                 unable=[{**row, "age": time.monotonic() - row["since"]} for row in self.unable],
+                model=self.settings.model,
+                stale=self._stale(),
                 **self._vitals.beat(),
             )
         except redis.RedisError:
@@ -207,6 +217,21 @@ class Guardian:
         if pulse.sweep_due:
             self._sweeper.ask()
         return True
+
+    def _stale(self) -> str:
+        """A file that was edited since the worker has loaded it; said in the log once for each state of the files."""
+        stale = self.sources.stale()
+        if stale and stale != self._told:
+            what = f"{stale[0]} was edited after {self.worker} had loaded it"
+            if self.settings.reload and not self._asked:
+                self.log.warning("%s; it hands its requests back and leaves, to be started again", what)
+                self._asked = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGTERM)
+            elif not self.settings.reload:
+                self.log.warning("%s, which goes on with the old code: restart it (perdure up --reload does)", what)
+        self._told = stale
+        return stale[0] if stale else ""
 
     def _look_at_end(self) -> None:
         """Read with what the worker has ended, as long as its parent has not asked for it."""
@@ -297,7 +322,8 @@ def main() -> int:
     # A beat that is on its way counts once a slow server comes to it: to give it up and connect again only costs time.
     timeout = max(1.0, settings.heartbeat_timeout)
     connection = rebuild(config.pop("connection"), timeout=timeout, acknowledged=timeout / 2)
-    status = Guardian(store=Store(connection, settings), settings=settings, **config).run()
+    sources = Sources(config.pop("sources", {}))
+    status = Guardian(store=Store(connection, settings), settings=settings, sources=sources, **config).run()
     if not flush():
         os._exit(status)  # nobody reads what it has printed
     return status

@@ -64,6 +64,8 @@ class EngineLoop:
     watchdog: Watchdog = field(default_factory=Watchdog)
     hung: Callable[[str], None] = lambda why: None
     """Called when this process can run nothing any more and must be replaced."""
+    broken: Callable[[str, BaseException], None] = lambda task, error: None
+    """Called with a task that could not be loaded."""
     between: Callable[[], None] = lambda: None
     """Called in every turn, outside of the task's code: what a step may have changed of the process is made good."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
@@ -212,6 +214,7 @@ class EngineLoop:
 
     def _cannot_load(self, claim: Claim, error: BaseException) -> None:
         """Leave the task to others for a while. That nobody can is found by a sweep (:mod:`perdure.recovery.unserved`)."""
+        self.broken(claim.task, error)  # first: who hears of it may mend it at once
         found = self.unable.failed(claim.task, error)
         self.log.error(
             "cannot load %s (%s); its requests are handed back, and left to others for %.0f s", claim.task, found.reason,

@@ -342,7 +342,13 @@ def resolve(path: str) -> AnyTask:
     try:
         candidate = getattr(module, attribute)
     except AttributeError:
-        raise UnknownTask(f"module {module_name} has no task named {attribute}") from None
+        # Late: what reads files is not for those who only submit.
+        from .sources import added
+
+        text = f"module {module_name} has no task named {attribute}"
+        if place := added(module, attribute):
+            text += f", but {place} has it by now: this process loaded it before; restart it"
+        raise UnknownTask(text) from None
     if not is_task(candidate):
         raise UnknownTask(
             f"{path} is a {type(candidate).__name__}, not a task; workers run only objects made with "

@@ -61,6 +61,7 @@ from .places import INCARNATION
 from .plain_ends import PlainEnds
 from .scheduler import SchedulerProcess, move_due
 from .signals import SignalWatcher
+from .sources import Loaded
 from .standby import StandBy
 from .statuses import UNFIT_DEVICE
 from .tasks import RAISED
@@ -91,6 +92,7 @@ class Worker(PlainEnds):
         self._dependents: Dependents | None = None
         self._notices: Notices | None = None
         self._leaving: Leaving | None = None
+        self._sources = Loaded()
         self._signals: list[float] = []
         self._blocked: list[Callable[[], None]] = []
         """What makes the handlers of logs as they were before."""
@@ -158,6 +160,7 @@ class Worker(PlainEnds):
             holdings, settings, self._run_plain, self._loaded,
             Watchdog(page.loop, companion.crash_file), companion.give_up,
             unable=Unable(lambda rows: companion.tell(unable=rows)),
+            broken=lambda task, error: companion.tell(sources=self._sources.failed(task, error)),
         )  # fmt: skip
         claimer.unable = loop.unable.left_alone
         self._companion, self._courier, self._loop = companion, courier, loop
@@ -293,7 +296,7 @@ class Worker(PlainEnds):
         """Another task has been loaded, which may have set up logs of its own."""
         assert self._companion is not None
         self._blocked.append(unblock())
-        self._companion.tell(fingerprints=fingerprints)
+        self._companion.tell(fingerprints=fingerprints, sources=self._sources.well())
 
     def _tended(self) -> Guarded:
         """What runs beside this worker, looked after in every round of the courier."""

@@ -12,6 +12,8 @@
 -- ARGV due_ms       a sweep is due when the reapers' pulse is older than so many ms
 -- ARGV unfit        why its device is not to be used; '' if it may be
 -- ARGV health       URL of its health pages; '' for none
+-- ARGV model        the model that it has for text generation, as its setting names it
+-- ARGV stale        the file of which it runs what stood there before; '' for none
 -- EACH queue: queue         the worker's queues
 -- EACH model: fingerprint   fingerprints of the tasks that it has loaded
 -- EACH inability: task      tasks that it could not load: dotted path ...
@@ -30,7 +32,7 @@
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
 local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
 local host, device, ready, timeout_ms, due_ms = arg(), arg(), arg(), arg(), arg()
-local unfit, health = arg(), arg()
+local unfit, health, model, stale = arg(), arg(), arg(), arg()
 local queues = {}
 for _ = 1, tonumber(arg()) do
   local queue = arg()
@@ -51,7 +53,8 @@ else
   redis.call('EXPIRE', KEY.unready, DAY)
 end
 redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
-  'ready', ready, 'timeout', timeout_ms, 'unfit', unfit, 'health', health)
+  'ready', ready, 'timeout', timeout_ms, 'unfit', unfit, 'health', health,
+  'model', model, 'stale', stale)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
 -- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash, and a device that is
