@@ -14,7 +14,7 @@ from perdure.protocol.codec import unpack
 from perdure.protocol.errors import InvalidRequest, UsageError
 from perdure.protocol.settings import Settings
 from perdure.scripts.batch import bodies
-from perdure.scripts.batch.lines import SHOWN, Checked, Source, check, made, parse, request_id
+from perdure.scripts.batch.lines import LONGEST, SHOWN, Checked, Source, check, made, parse, refuse_bad, request_id
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -38,7 +38,7 @@ def checked(tmp_path: Path, content: bytes, **options: Any) -> Checked:
 def told(tmp_path: Path, content: bytes) -> tuple[str, list[str]]:
     """What is said of a file with bad lines."""
     with pytest.raises(UsageError) as caught:
-        checked(tmp_path, content)
+        refuse_bad(checked(tmp_path, content))
     return str(caught.value), list(getattr(caught.value, "__notes__", ()))
 
 
@@ -79,6 +79,50 @@ def test_of_many_bad_lines_the_first_are_told_and_the_others_counted(tmp_path: P
     message, notes = told(tmp_path, b"x\n" * (SHOWN + 3))
     assert message.startswith(f"{SHOWN + 3} bad lines")
     assert (len(notes), notes[-1]) == (SHOWN + 1, "… and 3 more")
+
+
+def test_bad_lines_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    """What is good is run; what is bad keeps its own name, unless it has none or another line has it."""
+    content = (
+        b"{\n"
+        + raw(line("a"), line("b", url="/v1/embeddings"), line("a"), line(7), line("b"))
+        + raw(line("c", {"prompt": "x", "model": "other"}))
+    )
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with Source(str(path), tmp_path) as source:
+        found = check(source, Settings(), {}, models=frozenset({"tiny"}))
+        assert {number: bad.custom_id for number, bad in found.bad.items()} == {
+            1: "",
+            3: "b",
+            4: "",
+            5: "",
+            6: "",
+            7: "c",
+        }
+        assert found.count == 7
+        assert all(bad.reason.startswith(f"line {number}: ") for number, bad in found.bad.items())
+        assert "body.model: 'other' is not served; the workers have tiny" in found.bad[7].reason
+        assert list(found.request_ids(source)) == [found.request_id("a")]
+    ids = [found.bad_id(number) for number in found.bad]
+    assert len({*ids, found.request_id("a")}) == 7
+    assert found.bad_id(3) == found.request_id("b")
+
+
+def test_a_line_that_is_too_long_is_one_bad_line(tmp_path: Path) -> None:
+    """What comes after it is read from its own beginning; its end is not kept in memory."""
+    path = tmp_path / "in.jsonl"
+    with path.open("wb") as file:
+        file.write(raw(line("a")) + b'{"custom_id": "')
+        file.truncate(LONGEST + 3 * 2**20)
+        file.seek(0, 2)
+        file.write(b"\n" + raw(line("b")))
+    with Source(str(path), tmp_path) as source:
+        found = check(source, Settings(), {})
+        assert (found.count, list(found.bad), found.line_of("b")) == (3, [2], 3)
+        assert "more than" in found.bad[2].reason
+        offsets = [offset for offset, _ in source.raw()]
+        assert parse(source.at(offsets[2]), 3).custom_id == "b"
 
 
 @pytest.mark.parametrize(("content", "word"), [(b"", "it is empty"), (b"\n \r\n", "its lines are blank")])
@@ -241,23 +285,23 @@ def test_several_answers_become_choices_of_a_chat() -> None:
     body = bodies.answer(CHAT, "i1", "", 7, {"choices": choices, "usage": RESULT["usage"]})
     assert (body["object"], body["id"], body["model"]) == ("chat.completion", "chatcmpl-i1", bodies.GENERATE)
     assert body["choices"][1] == {
-        "index": 1, "message": {"role": "assistant", "content": "t1"}, "logprobs": None, "finish_reason": "length",
+        "index": 1, "message": {"role": "assistant", "content": "t1", "refusal": None}, "logprobs": None, "finish_reason": "length",
     }  # fmt: skip
 
 
 def test_logprobs_name_tokens_by_number() -> None:
-    """In the two shapes of the two urls; what is no number in JSON is null."""
+    """In the two shapes of the two urls; minus infinity is the number that OpenAI has for it."""
     scores = [{"logprob": -0.5, "top_logprobs": [[4, -0.5], [9, -2.0]]}, {"logprob": float("-inf"), "top_logprobs": []}]
     result = {**RESULT, "logprobs": scores}
     (choice,) = bodies.answer(COMPLETIONS, "i1", "m", 7, result)["choices"]
     assert choice["logprobs"] == {
-        "tokens": ["token_id:4", "token_id:5"], "token_logprobs": [-0.5, None],
+        "text_offset": None, "tokens": ["token_id:4", "token_id:5"], "token_logprobs": [-0.5, -9999.0],
         "top_logprobs": [{"token_id:4": -0.5, "token_id:9": -2.0}, {}],
     }  # fmt: skip
     (choice,) = bodies.answer(CHAT, "i1", "m", 7, result)["choices"]
     first, second = choice["logprobs"]["content"]
     assert first["top_logprobs"][1] == {"token": "token_id:9", "logprob": -2.0, "bytes": None}
-    assert (second["token"], second["logprob"]) == ("token_id:5", None)
+    assert (second["token"], second["logprob"]) == ("token_id:5", -9999.0)
 
 
 def test_what_is_no_result_of_text_generation_is_told() -> None:

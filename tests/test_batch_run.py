@@ -18,8 +18,10 @@ from perdure.protocol.errors import UsageError
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
+from perdure.scripts.batch import bodies
 from perdure.scripts.batch.ledger import Ledger
 from perdure.scripts.batch.lines import Source, check
+from perdure.scripts.batch.models import served_models
 from perdure.scripts.batch.progress import Screen
 from perdure.scripts.batch.run import Run
 from perdure.scripts.batch.tally import Tally
@@ -80,6 +82,74 @@ def test_answers_and_failures_have_the_shapes_of_openai(job: Job, pool: Lab) -> 
     code, summary, _ = job.run()
     assert (code, summary["kept"], summary["seconds"] < LONG) == (1, 3, True), "it says again that lines have failed"
     assert job.out.read_bytes() + job.errors.read_bytes() == before
+
+
+BAD = (
+    b"{\n"
+    b'{"custom_id": "b", "method": "POST", "url": "/v1/embeddings", "body": {}}\n'
+    b'{"custom_id": "good0", "method": "POST", "url": "lab_tasks.many", "body": {}}\n'
+    b"\xff\n"
+)
+
+
+def test_one_bad_line_is_one_failure(job: Job) -> None:
+    """The others are answered. A second run finds each of them, also after a kill that tore the file."""
+    job.write(counting("good", 3))
+    job.source.write_bytes(job.source.read_bytes() + BAD)
+    code, summary, said = job.run()
+    assert (code, summary["lines"], summary["answered"], summary["failed"]) == (1, 7, 3, 4)
+    assert "4 bad lines in" in said
+    rows = [json.loads(row) for row in job.errors.read_bytes().splitlines()]
+    assert [(row["custom_id"], row["response"]["status_code"], row["error"]["code"]) for row in rows] == [
+        (None, 400, "INVALID_REQUEST"), ("b", 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"),
+    ]  # fmt: skip
+    assert [row["error"]["message"].partition(":")[0] for row in rows] == ["line 4", "line 5", "line 6", "line 7"]
+    whole = job.errors.read_bytes()
+    for torn in (whole, whole[:-20], whole[: whole.index(b"\n") + 1], b""):
+        job.errors.write_bytes(torn)
+        code, summary, _ = job.run()
+        assert (code, summary["failed"], summary["kept"]) == (1, 4, 3 + torn.count(b"\n"))
+        assert sorted(job.errors.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_strict_refuses_a_file_with_a_bad_line(job: Job) -> None:
+    job.write(counting("good", 2))
+    job.source.write_bytes(job.source.read_bytes() + BAD)
+    code, _, said = job.run("--strict")
+    assert code == 2
+    assert "4 bad lines in" in said
+    assert "nothing was started" in said
+    assert not job.out.exists()
+
+
+def test_a_line_may_name_what_is_served_and_nothing_else(job: Job, pool: Lab) -> None:
+    """By what the workers of its queue say; nobody can tell where none lives, and --any-model asks nobody."""
+    body = {"prompt": "x", "max_tokens": 2}
+    names = {"tiny": "tiny", "none": None, "other": "gpt-4o"}
+    job.write(
+        {
+            name: ("/v1/completions", body if model is None else {**body, "model": model})
+            for name, model in names.items()
+        }
+    )
+    worker = pool.worker(queues=("text",), model="tiny", slots=4)
+    code, summary, _ = job.run("--queue", "text", timeout=3 * LONG)
+    assert (code, summary["answered"], summary["failed"]) == (1, 2, 1)
+    (refused,) = job.read(job.errors).values()
+    assert refused["custom_id"] == "other"
+    assert "'gpt-4o' is not served; the workers have tiny" in refused["error"]["message"]
+    for path in (job.out, job.errors):
+        path.unlink()
+    code, summary, _ = job.run("--queue", "text", "--any-model", timeout=3 * LONG)
+    assert (code, summary["answered"]) == (0, 3)
+    assert {row["response"]["body"]["model"] for row in job.read(job.out).values()} == {
+        "tiny",
+        "gpt-4o",
+        bodies.GENERATE,
+    }
+    worker.send(signal.SIGTERM)
+    worker.end()
+    assert served_models(pool.store, "text") is None
 
 
 @pytest.mark.slow

@@ -20,18 +20,39 @@ CHAT: Final = "/v1/chat/completions"
 GENERATE: Final = "perdure.workers.text.generate"
 
 NOTED: Final = frozenset({
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "request_id", "cache_salt",
 })  # fmt: skip
 """Fields that say nothing about the answer: of a pool that runs one model, and keeps what it keeps."""
 
+SERVERS: Final[dict[str, tuple[Any, ...]]] = {
+    "stream": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,), "stop_token_ids": ([],), "bad_words": ([],), "min_p": (0,), "length_penalty": (1,),
+    "use_beam_search": (False,), "early_stopping": (False,), "detokenize": (True,), "echo": (False,), "priority": (0,),
+    "return_token_ids": (False,), "return_tokens_as_token_ids": (True,), "prompt_logprobs": (0,), "no_repeat_ngram_size": (0,),
+    "typical_p": (1,), "extra_body": ({},), "extra_headers": ({},), "extra_query": ({},),
+}  # fmt: skip
+"""What clients of vLLM, SGLang and the like write as well, with the values that ask for nothing."""
+
 IDLE: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
-    COMPLETIONS: {"stream": (False,), "echo": (False,), "suffix": ("",)},
+    COMPLETIONS: {**SERVERS, "suffix": ("",), "add_special_tokens": (True,)},
     CHAT: {
-        "stream": (False,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},), "modalities": (["text"],),
+        **SERVERS, "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},), "modalities": (["text"],), "reasoning_effort": ("none",), "verbosity": ("medium",),
+        "add_generation_prompt": (True,), "continue_final_message": (False,), "add_special_tokens": (False,),
+        "chat_template_kwargs": ({},), "documents": ([],), "include_reasoning": (True,),
     },
 }  # fmt: skip
 """Fields of features that are not there, with the values that do not ask for them."""
+
+SAID: Final[dict[str, tuple[Any, ...]]] = {
+    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "audio": (), "function_call": (), "reasoning_content": ("",),
+    "reasoning": ("",),
+}  # fmt: skip
+"""What an answer has beside its text when a client gives it back as history, with the values that say nothing."""
+
+LEAST: Final = -9999.0
+"""What OpenAI's answers have for a log-probability of nothing: their schema wants a number."""
 
 REASONS: Final = {
     "stream": "a line of a batch is answered as a whole; leave it out",
@@ -94,7 +115,7 @@ def _chat(given: dict[str, Any]) -> dict[str, Any]:
         payload["max_tokens"] = most
     # There, true or false, and how many others beside it; here, one field for both.
     top = payload.pop("top_logprobs", None)
-    if top is not None:
+    if top is not None and not (_same(top, 0) and payload.get("logprobs") in (None, False)):
         if payload.get("logprobs") is not True:
             raise InvalidRequest("body.top_logprobs goes with logprobs: true", "top_logprobs")
         payload["logprobs"] = top
@@ -108,7 +129,7 @@ def _messages(messages: Any) -> Any:
     result = []
     for place, message in enumerate(messages):
         if isinstance(message, dict):
-            message = {name: value for name, value in message.items() if value is not None}
+            message = _message_said(message, f"body.messages[{place}]")
             if message.get("role") == "developer":
                 message["role"] = "system"
             if isinstance(message.get("content"), list):
@@ -117,12 +138,32 @@ def _messages(messages: Any) -> Any:
     return result
 
 
+def _message_said(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A message without what says nothing: fields that clients give back with an answer, and the name of who speaks,
+    which no template of a model is given.
+    """
+    result = {}
+    for field, value in message.items():
+        if value is None or (field == "name" and isinstance(value, str)):
+            continue
+        if field in SAID:
+            if any(_same(value, empty) for empty in SAID[field]):
+                continue
+            if field == "refusal" and message.get("content") is None and isinstance(value, str):
+                result["content"] = value  # what it said instead
+                continue
+            raise InvalidRequest(f"{name}.{field} cannot be read; only texts can", "messages")
+        result[field] = value
+    return result
+
+
 def _joined(parts: list[Any], name: str) -> str:
     texts = []
     for place, part in enumerate(parts):
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        said = part.get("type") if isinstance(part, dict) else None
+        if said not in ("text", "refusal") or not isinstance(part.get(said), str):
             raise InvalidRequest(f"{name}[{place}] is no text; only texts can be read", "messages")
-        texts.append(part["text"])
+        texts.append(part[said])
     return "".join(texts)
 
 
@@ -134,13 +175,31 @@ def _passed(given: Mapping[str, Any], url: str, more: tuple[str, ...]) -> dict[s
         if name in _PASSED or name in more:
             payload[name] = value
         elif name in idle:
-            if not any(value == harmless and type(value) is type(harmless) for harmless in idle[name]):
+            if not any(_same(value, harmless) for harmless in idle[name]):
                 raise _refusal(name)
         elif name == ("messages" if url == COMPLETIONS else "prompt"):
             raise InvalidRequest(f"body.{name} belongs to {CHAT if url == COMPLETIONS else COMPLETIONS}", name)
         elif name not in NOTED:
             raise _refusal(name)
+    return _translated(payload)
+
+
+def _translated(payload: dict[str, Any]) -> dict[str, Any]:
+    """Values that others take and text generation writes in another way."""
+    if _same(payload.get("top_k"), -1):
+        del payload["top_k"]  # all, elsewhere
+    if _same(payload.get("top_p"), 0):
+        # The smallest set that has any probability: the likeliest token alone.
+        payload = {name: value for name, value in payload.items() if name != "top_p"} | {"top_k": 1}
+    seed = payload.get("seed")
+    if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 0:
+        payload["seed"] = seed % 2**63
     return payload
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal in JSON, where 1 and 1.0 are one number, and true is none."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _refusal(name: str) -> InvalidRequest:
@@ -181,10 +240,11 @@ def answer(url: str, identifier: str, model: str, created: int, result: Any) -> 
 
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     scores = choice.get("logprobs")
-    logprobs = scores and {
+    logprobs = None if scores is None else {
+        "text_offset": None,
         "tokens": [_token(token) for token in choice["token_ids"]],
-        "token_logprobs": [finite(score["logprob"]) for score in scores],
-        "top_logprobs": [{_token(token): finite(value) for token, value in score.get("top_logprobs", ())} for score in scores],
+        "token_logprobs": [_number(score["logprob"]) for score in scores],
+        "top_logprobs": [{_token(token): _number(value) for token, value in score.get("top_logprobs", ())} for score in scores],
     }  # fmt: skip
     return {
         "index": choice["index"],
@@ -196,23 +256,27 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(choice: Mapping[str, Any]) -> dict[str, Any]:
     scores = choice.get("logprobs")
-    content = scores and [
+    content = [
         {
             **_scored(token, score["logprob"]),
             "top_logprobs": [_scored(other, value) for other, value in score.get("top_logprobs", ())],
         }
-        for token, score in zip(choice["token_ids"], scores, strict=True)
+        for token, score in zip(choice["token_ids"], scores or (), strict=scores is not None)
     ]
     return {
         "index": choice["index"],
-        "message": {"role": "assistant", "content": choice["text"]},
-        "logprobs": content and {"content": content},
+        "message": {"role": "assistant", "content": choice["text"], "refusal": None},
+        "logprobs": None if scores is None else {"content": content, "refusal": None},
         "finish_reason": choice["finish_reason"],
     }
 
 
 def _scored(token: int, logprob: float) -> dict[str, Any]:
-    return {"token": _token(token), "logprob": finite(logprob), "bytes": None}
+    return {"token": _token(token), "logprob": _number(logprob), "bytes": None}
+
+
+def _number(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LEAST
 
 
 def _token(token: int) -> str:

@@ -17,7 +17,8 @@ from ...protocol.scripts import MAX_REQUESTS
 from ...protocol.store import Store
 from ..console import json_option, print_json, read_settings, url_option
 from .ledger import Ledger
-from .lines import Source, check, pages
+from .lines import Source, check, pages, refuse_bad
+from .models import served_models
 from .progress import Screen, duration
 from .run import Run
 from .tally import Tally
@@ -44,6 +45,7 @@ def check_(source: str, as_json: bool) -> None:
     """
     with Source(source, Path()) as opened:
         checked = check(opened, read_settings(), {})
+    refuse_bad(checked)
     if as_json:
         print_json({"lines": checked.count})
     else:
@@ -70,15 +72,18 @@ Examples:
     "--patience", default=600.0, show_default=True, type=click.FloatRange(min=0), metavar="SECONDS",
     help="How long an outage of Redis is waited out.",
 )  # fmt: skip
+@click.option("--strict", is_flag=True, help="Run nothing if a line is bad; else it is a failure like any other.")
+@click.option("--any-model", is_flag=True, help="Let lines name any model; what the workers have answers.")
 @json_option
 @url_option
 def run(
     source: str, output: str, errors: str | None, queue: str, priority: str, in_flight: int, name: str,
-    patience: float, as_json: bool, url: str | None,
+    patience: float, strict: bool, any_model: bool, as_json: bool, url: str | None,
 ) -> int:  # fmt: skip
     """Run every line of IN.JSONL, which may be - for stdin.
 
-    The whole file is checked first. Ended in whatever way, the same command goes on from where it was: what is in the
+    The whole file is checked first: bad lines, and those that name a model that no worker has, become failures, or
+    with --strict nothing is run. Ended in whatever way, the same command goes on from where it was: what is in the
     two files is done. Exit code 1 means that some lines have failed.
     """
     settings = read_settings(url)
@@ -95,7 +100,10 @@ def run(
         if mode.degraded:
             click.echo(str(mode), err=True)
         with Source(source, answers.parent) as opened:
-            checked = check(opened, settings, options, name=name)
+            models = None if any_model else session.call(partial(served_models, queue=with_priority(queue, priority)))
+            checked = check(opened, settings, options, name=name, models=models)
+            if strict:
+                refuse_bad(checked)
             with Ledger(answers, failures, opened.stat()) as ledger, Screen() as screen:
                 began = time.monotonic()
                 batch_run = Run(

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,7 +22,7 @@ PREFIX: Final = "batch_req_"
 """What stands before the request's id in a line's ``id``."""
 
 
-def entry(identifier: str, custom_id: str, response: Any, error: Any) -> bytes:
+def entry(identifier: str, custom_id: str | None, response: Any, error: Any) -> bytes:
     """One line. Raises ``ValueError`` for what JSON cannot hold."""
     value = {"id": PREFIX + identifier, "custom_id": custom_id, "response": response, "error": error}
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -63,7 +63,8 @@ class Ledger:
         Raises :class:`UsageError` if the files do not belong to this input.
         """
         done = bytearray(len(checked.sums) + 1)
-        return done, self.output.read(checked, done), self.errors.read(checked, done)
+        unnamed = {PREFIX + checked.bad_id(number): number for number, bad in checked.bad.items() if not bad.custom_id}
+        return done, self.output.read(checked, done, unnamed), self.errors.read(checked, done, unnamed)
 
     def append(self, answers: Sequence[bytes], failures: Sequence[bytes]) -> None:
         """Write lines; returns once they are on disk. Raises :class:`PerdureError` if that is not to be had."""
@@ -118,8 +119,11 @@ class File:
         finally:
             os.close(folder)
 
-    def read(self, checked: Checked, done: bytearray) -> int:
-        """Mark the lines that are answered here; returns how many. A last line that is torn is cut off."""
+    def read(self, checked: Checked, done: bytearray, unnamed: Mapping[str, int]) -> int:
+        """Mark the lines that are answered here; returns how many. A last line that is torn is cut off.
+
+        ``unnamed``: the ``id`` → the line of those that have no ``custom_id`` of their own.
+        """
         count = 0
         end = 0
         with os.fdopen(os.dup(self._file), "rb") as reader:
@@ -133,7 +137,7 @@ class File:
                     if reader.read(1) or not _torn(raw):
                         raise UsageError(f"line {number} of {self.path} is none that a batch run writes; {_ADVICE}")
                     break  # the request's answer is read again
-                self._mark(checked, done, number, value)
+                self._mark(checked, done, number, value, unnamed)
                 count += 1
                 end += len(raw)
                 if not raw.endswith(b"\n"):
@@ -152,15 +156,17 @@ class File:
             os.close(self._file)
             self._file = -1
 
-    def _mark(self, checked: Checked, done: bytearray, number: int, value: dict[str, Any]) -> None:
+    def _mark(
+        self, checked: Checked, done: bytearray, number: int, value: dict[str, Any], unnamed: Mapping[str, int]
+    ) -> None:
         custom_id = value["custom_id"]
-        line = checked.line_of(custom_id)
+        line = unnamed.get(value["id"]) or (None if custom_id is None else checked.line_of(custom_id))
         if line is None:
             raise UsageError(
                 f"line {number} of {self.path} answers {custom_id!r:.80}, which {checked.name} does not have: it is the "
                 f"output of another input, or the input has changed; {_ADVICE}"
             )
-        if value["id"] != PREFIX + checked.request_id(custom_id):
+        if value["id"] not in unnamed and value["id"] != PREFIX + checked.request_id(custom_id):
             raise UsageError(
                 f"line {number} of {self.path} answers {custom_id!r:.80} of a file that was another: {checked.name} has "
                 f"changed since, or --name has; put back what it was, or {_ADVICE}"
@@ -216,6 +222,10 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict) and isinstance(value.get("custom_id"), str) and isinstance(value.get("id"), str):
+    if (
+        isinstance(value, dict)
+        and isinstance(value.get("custom_id", 0), str | None)
+        and isinstance(value.get("id"), str)
+    ):
         return value
     return None

@@ -1,7 +1,7 @@
 """The input: one request a line, in OpenAI's format, checked as a whole before anything starts.
 
 The file is read twice: once to check it, once to run it, and of neither more than a line is kept. What is kept of a
-line in between is a digest of its ``custom_id`` (some 200 bytes in all) and a checksum.
+line in between is a digest of its ``custom_id`` (some 200 bytes in all) and a checksum; of a bad one, what is wrong with it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ LONGEST_ID: Final = 512
 LONGEST: Final = 64 * 1024 * 1024
 """Bytes of a line: a payload of 8 MiB, however it is escaped."""
 
+LONGEST_REASON: Final = 1000
+"""Characters of what is said of a bad line."""
+
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1024 * 1024
 
@@ -56,8 +59,18 @@ class Line:
     model: str
 
 
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A line that cannot be run, and why. ``custom_id`` is empty if it has none of its own."""
+
+    custom_id: str
+    reason: str
+
+
 def parse(raw: bytes, number: int, offset: int = 0) -> Line:
     """Read one line. Raises :class:`InvalidRequest`, saying what is wrong with it."""
+    if len(raw) > LONGEST:
+        raise InvalidRequest(f"more than {LONGEST:,} bytes")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -90,6 +103,16 @@ def parse(raw: bytes, number: int, offset: int = 0) -> Line:
     task, payload = bodies.asked(url, value["body"])
     model = value["body"].get("model") or "" if task == bodies.GENERATE and url != task else ""
     return Line(number, offset, custom_id, url, task, payload, model)
+
+
+def custom_id_of(raw: bytes) -> str:
+    """The ``custom_id`` of a line that :func:`parse` refuses; empty if it has none that can be used."""
+    try:
+        value = json.loads(raw.decode()) if len(raw) <= LONGEST else None
+    except (ValueError, RecursionError):
+        return ""
+    name = value.get("custom_id") if isinstance(value, dict) else None
+    return name if isinstance(name, str) and 1 <= len(name) <= LONGEST_ID and _encodable(name) else ""
 
 
 def _no_json(constant: str) -> NoReturn:
@@ -137,14 +160,16 @@ class Source:
         return os.fstat(self._file.fileno())
 
     def raw(self) -> Iterator[tuple[int, bytes]]:
-        """Every line as it stands, with where it begins."""
+        """Every line as it stands, with where it begins; of one that is too long, more than :data:`LONGEST` bytes."""
         offset = 0
         self._file.seek(0)
         while raw := self._file.readline(LONGEST + 1):
-            if len(raw) > LONGEST:
-                raise UsageError(f"{self.name} has a line of more than {LONGEST:,} bytes, at byte {offset:,}")
+            rest = raw
+            end = offset + len(raw)
+            while len(raw) > LONGEST and not rest.endswith(b"\n") and (rest := self._file.readline(_PIECE)):
+                end += len(rest)
             yield offset, raw
-            offset += len(raw)
+            offset = end
             self._file.seek(offset)  # somebody may have read elsewhere meanwhile
 
     def at(self, offset: int) -> bytes:
@@ -171,16 +196,18 @@ def stripped(raw: bytes, offset: int) -> bytes:
 
 @dataclass(slots=True)
 class Checked:
-    """A file in which every line can be run."""
+    """A file, and which of its lines can be run."""
 
     name: str
     identity: str
     """What makes it this batch and no other: SHA-256 of the file and of the name it was given."""
     count: int
+    """Lines that are not blank."""
     sums: array[int]
     """CRC-32 of each line, blank ones too: the second reading must find the same."""
     places: dict[bytes, int] = field(default_factory=dict)
-    """Digest of a ``custom_id`` → its line."""
+    """Digest of a ``custom_id`` → its line, which may be a bad one."""
+    bad: dict[int, Bad] = field(default_factory=dict)
 
     def line_of(self, custom_id: str) -> int | None:
         return self.places.get(digest(custom_id))
@@ -189,10 +216,18 @@ class Checked:
         """The id of a line's request: the same in every run of this file."""
         return request_id(self.identity, custom_id)
 
+    def bad_id(self, number: int) -> str:
+        """What a bad line has in the place of its request's id. One without a name of its own has its number."""
+        return (
+            self.request_id(name)
+            if (name := self.bad[number].custom_id)
+            else id_of_key(f"batch {self.identity}#{number}")
+        )
+
     def request_ids(self, source: Source) -> Iterator[str]:
-        """The ids of all lines, in their order."""
+        """The ids of all lines that can be run, in their order."""
         for number, (offset, raw) in enumerate(source.raw(), 1):
-            if content := stripped(raw, offset):
+            if number not in self.bad and (content := stripped(raw, offset)):
                 yield self.request_id(parse(content, number, offset).custom_id)
 
 
@@ -211,44 +246,66 @@ def request_id(identity: str, custom_id: str) -> str:
     return id_of_key(f"batch {identity} {custom_id}")
 
 
-def check(source: Source, settings: Settings, options: dict[str, Any], *, name: str = "") -> Checked:
-    """Read the whole file.
+def check(
+    source: Source,
+    settings: Settings,
+    options: dict[str, Any],
+    *,
+    name: str = "",
+    models: frozenset[str] | None = None,
+) -> Checked:
+    """Read the whole file. ``models``: the names under which what is served may be asked for; ``None``: any.
 
-    Raises :class:`UsageError` that names the first :data:`SHOWN` bad lines and counts the others, and for a file
-    without any request.
+    Raises :class:`UsageError` for a file without any request.
     """
     whole = hashlib.sha256()
     places: dict[bytes, int] = {}
     sums = array("I")
-    problems: list[str] = []
-    bad = 0
+    bad: dict[int, Bad] = {}
+    count = 0
     for number, (offset, raw) in enumerate(source.raw(), 1):
         whole.update(raw)
         sums.append(zlib.crc32(raw))
         content = stripped(raw, offset)
         if not content:
             continue
+        count += 1
         try:
             line = parse(content, number, offset)
             first = places.setdefault(digest(line.custom_id), number)
             if first != number:
                 raise InvalidRequest(f"custom_id {line.custom_id!r:.80} is that of line {first} too")
             made(line, "", settings, options)
+            if models is not None and line.model and line.model not in models:
+                raise InvalidRequest(
+                    f"body.model: {line.model!r:.80} is not served; the workers have {', '.join(sorted(models))} "
+                    "(--any-model: whatever is asked for, what is served answers)",
+                    "model",
+                )
         except UsageError as error:
-            bad += 1
-            if len(problems) < SHOWN:
-                problems.append(f"line {number}: {error}")
-    if bad:
-        refusal = UsageError(f"{bad} bad {'line' if bad == 1 else 'lines'} in {source.name}; nothing was started")
-        for problem in problems:
-            refusal.add_note(problem)
-        if bad > len(problems):
-            refusal.add_note(f"… and {bad - len(problems)} more")
-        raise refusal
-    if not places:
+            if isinstance(error, InvalidRequest) and error.field in options:
+                raise  # that is no line's
+            mine = custom_id_of(content)
+            if mine and places.setdefault(digest(mine), number) != number:
+                mine = ""
+            bad[number] = Bad(mine, f"line {number}: {error}"[:LONGEST_REASON])
+    if not count:
         raise UsageError(f"{source.name} has no request: {'it is empty' if not sums else 'its lines are blank'}")
     identity = hashlib.sha256(f"{whole.hexdigest()} {name}".encode(errors="surrogatepass")).hexdigest()
-    return Checked(source.name, identity, len(places), sums, places)
+    return Checked(source.name, identity, count, sums, places, bad)
+
+
+def refuse_bad(checked: Checked) -> None:
+    """Raise :class:`UsageError` if there are bad lines: it names the first :data:`SHOWN` and counts the others."""
+    if not checked.bad:
+        return
+    number = len(checked.bad)
+    refusal = UsageError(f"{number} bad {'line' if number == 1 else 'lines'} in {checked.name}; nothing was started")
+    for bad in islice(checked.bad.values(), SHOWN):
+        refusal.add_note(bad.reason)
+    if number > SHOWN:
+        refusal.add_note(f"… and {number - SHOWN} more")
+    raise refusal
 
 
 def made(line: Line, identity: str, settings: Settings, options: dict[str, Any]) -> NewRequest:

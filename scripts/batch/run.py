@@ -79,6 +79,7 @@ class Run:
         self._bell = threading.Event()
         self._gathering = Gathering(session, self._bell)
         self._ended: deque[tuple[str, RequestRecord | None]] = deque()
+        self._refused = [number for number in checked.bad if not done[number]]
         self._unread: Iterator[Ticket] | None = self._tickets(done)
         self._away_since: float | None = None
         self._queue = with_priority(options.get("queue", "default"), options.get("priority", "normal"))
@@ -90,6 +91,7 @@ class Run:
         Raises :class:`RedisUnavailable` when an outage outlasts the patience, and :class:`PerdureError` when the files
         cannot be written or the input has changed under way.
         """
+        self._refuse()
         try:
             while self._unread is not None or len(self._window):
                 self._bell.clear()
@@ -114,6 +116,25 @@ class Run:
                 self._gathering.close()
         return self.tally
 
+    def _refuse(self) -> None:
+        """Write down the lines that cannot be run, each once."""
+        if self._refused:
+            number = len(self._refused)
+            self._progress.say(
+                f"{number} bad {'line' if number == 1 else 'lines'} in {self._checked.name}; the others are run."
+            )
+        for start in range(0, len(self._refused), PAGE):
+            page = self._refused[start : start + PAGE]
+            rows = [(self._checked.bad_id(number), self._checked.bad[number]) for number in page]
+            self._ledger.append(
+                [],
+                [
+                    entry(it, bad.custom_id or None, *bodies.refusal(it, "INVALID_REQUEST", bad.reason))
+                    for it, bad in rows
+                ],
+            )
+            self.tally.failed += len(page)
+
     # --- in ----------------------------------------------------------------------------------------------
 
     def _tickets(self, done: bytearray) -> Iterator[Ticket]:
@@ -122,7 +143,7 @@ class Run:
         for number, (offset, raw) in enumerate(self._source.raw(), 1):
             if number > len(self._checked.sums) or zlib.crc32(raw) != self._checked.sums[number - 1]:
                 raise self._changed()
-            if not done[number] and stripped(raw, offset):
+            if not done[number] and number not in self._checked.bad and stripped(raw, offset):
                 yield self._ticket(raw, number, offset)
         if number != len(self._checked.sums):
             raise self._changed()

@@ -1,0 +1,30 @@
+"""By which names a line may ask for the model that a pool has."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Final
+
+from ...protocol.keys import served
+from ...protocol.store import Store
+
+KNOWN: Final = {"smollm2": ("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Names of models that settings have short ones for."""
+
+
+def names(model: str) -> frozenset[str]:
+    """Those of a ``PERDURE_MODEL``: as it stands, its file or folder, without the ending, and what the world calls it."""
+    place = PurePath(model)
+    stem = place.stem if place.suffix == ".gguf" else place.name
+    return frozenset({model, place.name, stem, *KNOWN.get(model, ())})
+
+
+def served_models(store: Store, queue: str) -> frozenset[str] | None:
+    """The names for what the living workers of a queue have; ``None`` if nobody can tell.
+
+    That is when none lives, or one is of a release that does not say.
+    """
+    workers = [worker for worker in store.workers() if any(queue in served(name) for name in worker["queues"])]
+    if not workers or not all(worker["model"] for worker in workers):
+        return None
+    return frozenset().union(*(names(worker["model"]) for worker in workers))
