@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from datetime import datetime, timedelta
+from enum import Enum
+from typing import Final
 
 from ..protocol.errors import InvalidRequest
 
@@ -80,6 +82,18 @@ def stepping(value: object, name: str) -> float:
     if 0 < seconds < SHORTEST_STEP:
         raise InvalidRequest(f"{name} is in seconds and at least {SHORTEST_STEP}, but is {value!r}", name)
     return seconds
+
+
+class Default(Enum):
+    """What a waiting takes whose caller says nothing; ``None`` is a word of its own: as long as it takes."""
+
+    DEFAULT = "PERDURE_RESPONSE_TIMEOUT"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+DEFAULT: Final = Default.DEFAULT
 
 
 def waited(value: object, name: str) -> float:

@@ -19,7 +19,7 @@ from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from ..protocol.settings import Settings
 from . import questions
 from .admission import Submission, advance
-from .arguments import waited, whole
+from .arguments import DEFAULT, Default, waited, whole
 from .async_session import AsyncSession, LoopWatch
 from .client import Client
 from .handle import Handle, Reference
@@ -94,15 +94,15 @@ class AsyncHandle(Reference[AsyncSession]):
     def __await__(self) -> Generator[Any, None, Any]:
         return self.result().__await__()
 
-    async def result(self, timeout: float | None = None) -> Any:
+    async def result(self, timeout: float | Default | None = DEFAULT) -> Any:
         """Wait for the end and return the result; raises as :meth:`Handle.result` does."""
         return await self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
 
-    async def exception(self, timeout: float | None = None) -> PerdureError | None:
+    async def exception(self, timeout: float | Default | None = DEFAULT) -> PerdureError | None:
         """Wait for the end and return what :meth:`result` would raise; ``None`` if it has finished."""
         return await self._ask(questions.exception(self.id, self._limit(timeout)))
 
-    async def wait(self, timeout: float | None = None) -> bool:
+    async def wait(self, timeout: float | Default | None = DEFAULT) -> bool:
         """Wait for the end, whatever it is; False if it has not come within ``timeout`` (as in :meth:`result`)."""
         try:
             await self._ask(questions.ended(self.id, self._limit(timeout)))
@@ -110,7 +110,9 @@ class AsyncHandle(Reference[AsyncSession]):
             return False
         return True
 
-    def stream(self, start: int = 0, *, restarts: bool = False, timeout: float | None = None) -> AsyncGenerator[Any]:
+    def stream(
+        self, start: int = 0, *, restarts: bool = False, timeout: float | Default | None = DEFAULT
+    ) -> AsyncGenerator[Any]:
         """``async for`` each output once and in order, until the request ends; see :meth:`Handle.stream`.
 
         Leave it early inside ``contextlib.aclosing`` if it must be cleaned up at once.
@@ -124,7 +126,7 @@ class AsyncHandle(Reference[AsyncSession]):
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _limit(self, timeout: float | None) -> Limit:
+    def _limit(self, timeout: float | Default | None) -> Limit:
         return Limit.of_call(timeout, self._session.settings)
 
     async def _ask(self, question: Question[Answer]) -> Answer:

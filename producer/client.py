@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from ..protocol import tracing
-from ..protocol.keys import check_id
+from ..protocol.keys import Priority, check_id
 from ..protocol.mode import Mode
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -71,7 +71,7 @@ class Client:
         payload: Any,
         *,
         queue: str = "default",
-        priority: str = "normal",
+        priority: Priority = "normal",
         id: str | None = None,
         idempotency_key: str | None = None,
         delay: Seconds = 0,
@@ -143,7 +143,7 @@ class Client:
         items: Iterable[Any],
         *,
         queue: str = "default",
-        priority: str = "normal",
+        priority: Priority = "normal",
         delay: Seconds = 0,
         deadline: Seconds | datetime | None = None,
         queue_timeout: Seconds | None = None,

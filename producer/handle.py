@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ..protocol.errors import PerdureError, UsageError
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
-from .arguments import whole
+from .arguments import DEFAULT, Default, whole
 from .outputs import OutputReader
 from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
 from .session import Session
@@ -114,24 +114,24 @@ class Handle(Reference[Session]):
 
     # --- waiting ---------------------------------------------------------------------------------
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | Default | None = DEFAULT) -> Any:
         """Wait for the end and return the result.
 
-        ``timeout`` in seconds; without one, and with ``None``, it waits as long as the request takes, through outages of
-        Redis too, once it has been there. (``PERDURE_RESPONSE_TIMEOUT`` sets another default, which counts twice if the pool
-        was degraded at the submit.) Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
+        ``timeout`` in seconds; ``None`` waits as long as the request takes, through outages of Redis too. So does the default,
+        if Redis has been there once, and unless ``PERDURE_RESPONSE_TIMEOUT`` sets another one, which counts twice if the
+        pool was degraded at the submit. Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
         request goes on then.
         """
         return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
 
-    def exception(self, timeout: float | None = None) -> PerdureError | None:
+    def exception(self, timeout: float | Default | None = DEFAULT) -> PerdureError | None:
         """Wait for the end and return what :meth:`result` would raise; ``None`` if it has finished.
 
         ``timeout`` and ``TimeoutError`` are those of :meth:`result`.
         """
         return self._ask(questions.exception(self.id, self._limit(timeout)))
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | Default | None = DEFAULT) -> bool:
         """Wait for the end, whatever it is; False if it has not come within ``timeout`` (as in :meth:`result`)."""
         try:
             self._ask(questions.ended(self.id, self._limit(timeout)))
@@ -148,15 +148,17 @@ class Handle(Reference[Session]):
         session = self._session
         session.callbacks.add(self.id, lambda: callback(Handle(self.id, session)))
 
-    def stream(self, start: int = 0, *, restarts: bool = False, timeout: float | None = None) -> Iterator[Any]:
+    def stream(
+        self, start: int = 0, *, restarts: bool = False, timeout: float | Default | None = DEFAULT
+    ) -> Iterator[Any]:
         """Yield each output once and in order, as soon as it is stored, until the request ends.
 
         Args:
             start: skip as many outputs, which you have already.
             restarts: when the request began again from zero and puts out something else than before, go on with
                 the new outputs from the first. If they are equal, they go on where they were in any case.
-            timeout: longest time in seconds without a new output; ``None`` as in :meth:`result`. While Redis does not
-                answer it stands still, once more for as long; then ``RedisUnavailable`` is raised.
+            timeout: longest time in seconds without a new output; ``None`` and the default as in :meth:`result`. While
+                Redis does not answer it stands still, once more for as long; then ``RedisUnavailable`` is raised.
 
         Raises, after all that was put out, :class:`RequestFailed` or :class:`RequestCanceled`; also
         :class:`OutputsRestarted` and ``TimeoutError``: ``stream(start=…)`` goes on from there.
@@ -173,7 +175,7 @@ class Handle(Reference[Session]):
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _limit(self, timeout: float | None) -> Limit:
+    def _limit(self, timeout: float | Default | None) -> Limit:
         return Limit.of_call(timeout, self._session.settings)
 
     def _ask(self, question: Question[Answer]) -> Answer:

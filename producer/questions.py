@@ -23,7 +23,7 @@ from ..protocol.records import Checkpoint, Details, Event, FailureKind, RequestR
 from ..protocol.settings import Settings
 from ..protocol.states import State
 from ..protocol.store import Store
-from .arguments import waited
+from .arguments import DEFAULT, Default, waited
 from .outputs import OutputReader
 from .replies import Watch
 from .timeline import complete
@@ -98,11 +98,11 @@ class Limit:
     default: bool = False
 
     @classmethod
-    def of_call(cls, timeout: float | None, settings: Settings) -> Limit:
+    def of_call(cls, timeout: float | Default | None, settings: Settings) -> Limit:
         """The limit for a method's ``timeout``. Raises :class:`InvalidRequest` for what is no time."""
-        if timeout is not None:
-            return cls(waited(timeout, "timeout"))
-        return cls(settings.response_timeout or math.inf, default=True)
+        if timeout is DEFAULT:
+            return cls(settings.response_timeout or math.inf, default=True)
+        return cls(math.inf if timeout is None else waited(timeout, "timeout"))
 
     def contact(self, began: float) -> float | None:
         """Until when Redis must have answered for the first time (monotonic); ``None``: for as long as the client is patient.
@@ -113,6 +113,14 @@ class Limit:
 
     def of(self, record: RequestRecord) -> float:
         return 2 * self.seconds if self.default and record.stretched else self.seconds
+
+
+class NotYet(TimeoutError):
+    """What was waited for has not come. ``what`` is that without the advice, which is for callers in Python."""
+
+    def __init__(self, what: str, advice: str, identifier: str) -> None:
+        super().__init__(f"{what}. It goes on; {advice}, or look at it with: perdure show {identifier}")
+        self.what = what
 
 
 Step = Fetch | Call | Hear | Join | Sleep | Give
@@ -214,10 +222,10 @@ def _end_of(
         while not watch.look:
             if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
                 state = yield from _state(record)
-                raise TimeoutError(
-                    f"request {record.id} has not ended within {seconds:g} s: it is {state}. It goes on; wait "
-                    f"again with result(), or look at it with: perdure show {record.id}"
-                )
+                raise NotYet(
+                    f"request {record.id} has not ended within {seconds:g} s: it is {state}",
+                    "wait again with result(timeout=SECONDS) (None: as long as it takes)", record.id,
+                )  # fmt: skip
         watch.look = False
         record = yield from fetched(record.id, deadline, ahead)
         if record.ended:
@@ -296,10 +304,10 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                     continue
             if not (yield from _sleep(watch, STREAM_SILENCE, deadline)):
                 state = yield from _state(record)
-                raise TimeoutError(
-                    f"request {identifier} has put out nothing new for {limit:g} s: it is {state}. It goes "
-                    f"on; read on with stream(start={reader.count}), or look at it with: perdure show {identifier}"
-                )
+                raise NotYet(
+                    f"request {identifier} has put out nothing new for {limit:g} s: it is {state}",
+                    f"read on with stream(start={reader.count}, timeout=SECONDS)", identifier,
+                )  # fmt: skip
 
 
 def _away(asked: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..protocol.codec import RestrictedPickle, digest_of, pack, unpack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
 from ..protocol.identities import new_id, new_nonce
-from ..protocol.keys import check_id, check_queue, check_task, id_of_key, with_priority
+from ..protocol.keys import Priority, check_id, check_queue, check_task, id_of_key, with_priority
 from ..protocol.records import NewRequest
 from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
@@ -49,7 +49,7 @@ def build(
     settings: Settings,
     *,
     queue: str = "default",
-    priority: str = "normal",
+    priority: Priority = "normal",
     id: str | None = None,
     idempotency_key: str | None = None,
     delay: Seconds = 0,

@@ -39,11 +39,16 @@ def pack(value: Any, *, limit: int, what: str) -> bytes:
     return packed
 
 
+def article(word: str) -> str:
+    """A noun, or the name of a type, with its article."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
 def refusal(value: Any, what: str, error: Exception, *, tensors: bool = False) -> InvalidRequest:
     """Why ``value`` cannot be packed: the place of the first part that msgpack cannot hold."""
     place = _culprit(value, what, 0, tensors=tensors) or f"{what}: {error}"
     kinds = "None, bool, 64-bit int, float, str, bytes, list and dict"
-    return InvalidRequest(f"{place}; a {what} holds {kinds}{', and tensors' if tensors else ''}", what)
+    return InvalidRequest(f"{place}; {article(what)} holds {kinds}{', and tensors' if tensors else ''}", what)
 
 
 def too_large(size: int, limit: int, what: str) -> PayloadTooLarge:
@@ -115,7 +120,7 @@ def _of_another_kind(value: Any, place: str, tensors: bool) -> str | None:
     except InvalidRequest as error:
         return f"{place} {error}"
     if tensor is None:
-        return f"{place} is a {type(value).__name__}"
+        return f"{place} is {article(type(value).__name__)}"
     if tensors:
         return None
     # Who reads an output or a result may have neither library, and a payload is stored once, read by anybody.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Literal
 
 from redis import Redis
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
@@ -110,6 +110,7 @@ def key(name: str, identifier: str = "") -> str:
     return NAMES[name] + identifier
 
 
+Priority = Literal["high", "normal", "low"]
 PRIORITIES: Final = ("high", "normal", "low")
 _SUFFIXES = ("-high", "-low")
 

@@ -33,6 +33,8 @@ class Mode:
     since: float | None
 
     def __str__(self) -> str:
+        if self.since is None and not self.expected:
+            return "the pool is normal; no worker was ready in the last hour"
         if self.since is None:
             return f"the pool is normal: {self.live} of {self.expected} workers"
         try:

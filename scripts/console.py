@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -121,9 +123,29 @@ def print_value(value: Any) -> None:
     click.echo(visible(value) if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False))
 
 
+def fitted(widths: Sequence[int], least: Sequence[int], columns: int) -> list[int]:
+    """Widths of a table's columns that fit into so many: the widest give way, down to the width of their header."""
+    result = list(widths)
+    while sum(result) + 2 * (len(result) - 1) > columns:
+        slack = [width - floor for width, floor in zip(result, least, strict=True)]
+        wide = max(
+            (place for place in range(len(result)) if slack[place] > 0), key=lambda place: result[place], default=None
+        )
+        if wide is None:
+            break  # no header is cut: then it is the terminal that breaks lines
+        result[wide] -= 1
+    return result
+
+
+def _cut(cell: str, width: int) -> str:
+    return cell if len(cell) <= width else cell[: width - 1] + "…"
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     lines = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(header), *lines]) for column in range(len(header))]
+    if sys.stdout.isatty():
+        widths = fitted(widths, [len(name) for name in header], shutil.get_terminal_size().columns)
     for number, row in enumerate([list(header), *lines]):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        text = "  ".join(_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.secho(text, bold=number == 0)

@@ -7,6 +7,8 @@ the call; 3 Redis cannot be reached; 4 the pool is unhealthy (nothing came in ti
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
 import importlib.util
 import os
@@ -53,6 +55,9 @@ COMMANDS = {
 EXTRAS = {"prometheus_client": "metrics", "starlette": "web", "uvicorn": "web"}
 
 
+_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.ENOTDIR)
+
+
 class Commands(click.Group):
     """Finds commands by name, and imports the one that is called."""
 
@@ -73,6 +78,17 @@ class Commands(click.Group):
             ) from None
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if near and self.get_command(ctx, args[0]) is None:
+                raise click.UsageError(f"{error.message} Did you mean {near[0]}?", ctx) from None
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click does, but from the table: listing commands must not import them."""
@@ -117,10 +133,17 @@ def run(command: click.Command, argv: Sequence[str] | None, name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    stdout = sys.stdout
     options: dict[str, Any] = {"color": False} if os.environ.get("NO_COLOR") else {}
     try:
         code = command.main(args=argv, prog_name=name, standalone_mode=False, **options)
         sys.stdout.flush()
+    except SystemExit as leave:
+        if sys.stdout is not stdout:
+            return (
+                OK  # click has met the end of a pipe, and put its own file there: the reader has seen enough ("| head")
+            )
+        raise leave from None
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -158,6 +181,12 @@ def _explain(error: Exception) -> int:
             code = USAGE
         case RequestFailed() | RequestCanceled():
             code = FAILED
+        case OSError() if error.errno in _PLACES:
+            # A place that cannot be written or is not there is told as one; any other error of the system is a bug's.
+            error = PerdureError(
+                f"{error.strerror}: {error.filename or 'set TMPDIR and XDG_STATE_HOME to folders of yours'}"
+            )
+            code = UNHEALTHY
         case PerdureError() | TimeoutError():
             code = UNHEALTHY
         case redis.RedisError():

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..producer.arguments import DEFAULT
+from ..producer.questions import NotYet
 from ..protocol.errors import PerdureError, RequestCanceled, RequestFailed
-from ..protocol.keys import with_priority
+from ..protocol.keys import Priority, with_priority
 from .console import (
     json_option,
     open_client,
@@ -33,7 +35,7 @@ Examples:
   perdure submit app.tasks.count - --wait --json < payload.json"""
 )
 @click.argument("task")
-@click.argument("payload", metavar="JSON")
+@click.argument("payload", metavar="JSON", default="{}")
 @click.option("--queue", default="default", show_default=True, metavar="NAME", help="The queue it waits in.")
 @click.option("--priority", default="normal", show_default=True, metavar="WORD", help="high, normal or low.")
 @click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
@@ -53,14 +55,14 @@ Examples:
 @json_option
 @url_option
 def submit(
-    task: str, payload: str, queue: str, priority: str, identifier: str | None, idempotency_key: str | None,
+    task: str, payload: str, queue: str, priority: Priority, identifier: str | None, idempotency_key: str | None,
     delay: float, deadline: float | None, queue_timeout: float | None, durable: bool, meta: str | None,
     step_timeout: float | None, degraded: str | None, max_retries: int | None, retry_when_degraded: bool,
     wait: bool, stream: bool, timeout: float | None, as_json: bool, url: str | None,
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
 
-    TASK is a dotted path such as app.tasks.count; JSON is its payload, or - to read it from stdin.
+    TASK is a dotted path such as app.tasks.count; JSON is its payload ({} if it is left out), or - to read it from stdin.
     """
     value = _read_json(payload)
     if timeout is not None and not (wait or stream):
@@ -101,7 +103,12 @@ def follow(handle: Handle, *, wait: bool, stream: bool, timeout: float | None, a
     try:
         if stream:
             _print_outputs(handle, start, timeout, as_json)
-        result = handle.result(timeout)
+        result = handle.result(DEFAULT if timeout is None else timeout)
+    except NotYet as error:
+        raise TimeoutError(
+            f"{error.what}. It goes on; wait for it again with: perdure result {handle.id} --timeout SECONDS, or look at it "
+            f"with: perdure show {handle.id}"
+        ) from None
     except (RequestFailed, RequestCanceled) as error:
         if as_json:
             print_json(_ending(handle, error))
@@ -118,7 +125,7 @@ def follow(handle: Handle, *, wait: bool, stream: bool, timeout: float | None, a
 def _print_outputs(handle: Handle, start: int, timeout: float | None, as_json: bool) -> None:
     within_line = False
     try:
-        for offset, output in enumerate(handle.stream(start, timeout=timeout), start):
+        for offset, output in enumerate(handle.stream(start, timeout=DEFAULT if timeout is None else timeout), start):
             if as_json:
                 print_json({"offset": offset, "output": output})
             elif isinstance(output, dict) and isinstance(output.get("text"), str):

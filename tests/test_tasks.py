@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 import types
-from collections.abc import Generator, Iterable
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -72,8 +73,20 @@ class Batch(BatchTask):
 
 
 named = Batch()
-plain_task = Task(plain)  # type: ignore[arg-type]
-anonymous = task(lambda request: iter(()))  # type: ignore[arg-type]
+
+
+@task
+def delegating(request: Request) -> Iterator[Step]:
+    """No generator itself: it says what it returns."""
+    return iter([Step(output=1)]) if request.payload == "steps" else cast(Iterator[Step], 1)
+
+
+class Holder:
+    """Where a task cannot be imported from."""
+
+    @task
+    def method(self: Request) -> Generator[Step, None, None]:
+        yield Step()
 
 
 @pytest.fixture
@@ -127,20 +140,37 @@ def local() -> Task:
 
 def test_what_no_worker_can_import_has_no_path() -> None:
     """Plain callables, local functions, lambdas, nameless instances and __main__ are refused, saying why."""
-    main = Task(plain)  # type: ignore[arg-type]
+    main = Task(delegating.function)
     main.__module__ = "__main__"
     for item, reason in [
         (plain, "is not a task"), (BatchTask, "is not a task"), (42, "is not a task"), (local(), "top level"),
-        (Batch(), "no module-level name"), (main, "top level"),
+        (Batch(), "no module-level name"), (main, "top level"), (Holder.method, r"Holder\.method is a method.* top level"),
     ]:  # fmt: skip
         with pytest.raises(UnknownTask, match=reason):
             path_of(item)
 
 
-def test_a_lambda_is_refused() -> None:
-    """A lambda has no name that a worker could import, so it has no path that resolves."""
-    with pytest.raises(UnknownTask):
-        resolve(path_of(anonymous))
+@pytest.mark.parametrize("function", [plain, lambda request: None, functools.partial(plain), print, Batch])
+def test_what_does_not_yield_is_refused_where_it_is_made_a_task(function: Any) -> None:
+    """Not at its first request, on a worker. With arguments of the decorator too."""
+    for make in (task, task(slots=2), Task):
+        with pytest.raises(TypeError, match=r"is no generator: a task yields"):
+            make(function)
+
+
+def test_what_yields_in_another_way_is_a_task() -> None:
+    """A wrapped generator, a part of one, an object that is called; an annotation says what cannot be seen."""
+
+    class Called:
+        def __call__(self, request: Request) -> Generator[Step, None, None]:
+            yield Step()
+
+    @functools.wraps(count.function)
+    def wrapped(request: Request) -> Any:
+        return count(request)
+
+    for function in (Called(), wrapped, functools.partial(count.function), delegating.function):
+        assert Task(cast(Any, function)).slots == 1
 
 
 @pytest.mark.parametrize(
@@ -242,8 +272,8 @@ def test_what_one_generator_does_is_its_own_failure(payload: Any, kind: type[Bas
 
 
 def test_a_function_that_is_no_generator_is_refused() -> None:
-    """A task that returns instead of yielding fails its request with what to do."""
-    batch = as_batch(plain_task)
+    """One that says it would return a generator, and does not, fails its request with what to do."""
+    batch = as_batch(delegating)
     with pytest.raises(TypeError, match="not a generator"):
         batch.admit(Request(id="a", payload=1))
     assert list(batch.step()) == []

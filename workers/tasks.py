@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
+from ..protocol.codec import article
 from ..protocol.errors import InvalidRequest, UnknownTask
 from .unfit import Unfit
 
@@ -209,14 +210,21 @@ class BatchTask:
         raise NotImplementedError
 
 
-GeneratorFunction = Callable[[Request], Generator[Step, None, Any]] | Callable[[Request], AsyncGenerator[Step, None]]
+# An iterator of steps is what many write for a generator without a result.
+GeneratorFunction = (
+    Callable[[Request], Generator[Step, None, Any]]
+    | Callable[[Request], Iterator[Step]]
+    | Callable[[Request], AsyncGenerator[Step, None]]
+    | Callable[[Request], AsyncIterator[Step]]
+)
 Function = TypeVar("Function", bound=GeneratorFunction)
 
 
 class Task:
     """A generator function that users may submit; calling it gives the generator, as before.
 
-    Raises ``TypeError`` for an ``async def`` that yields nothing.
+    Raises ``TypeError`` for a function that yields nothing. One that returns another one's generator says so by its
+    annotation.
     """
 
     def __init__(
@@ -236,6 +244,12 @@ class Task:
                 f"{function.__qualname__} is an async function without a yield: a task is a generator; have it "
                 "`yield Step(...)` for each step, and `yield Step(result=...)` at the end"
             )
+        if not (inspect.isasyncgenfunction(function) or _yields(function)):
+            name = getattr(function, "__qualname__", repr(function))
+            raise TypeError(
+                f"{name} is no generator: a task yields; have it `yield Step(...)` for each step, and return its result. If it "
+                "returns a generator that another function makes, annotate it: `-> Iterator[Step]`"
+            )
         functools.update_wrapper(self, function)
         self.asynchronous = inspect.isasyncgenfunction(function)
         """Its requests run on an event loop."""
@@ -254,6 +268,19 @@ class Task:
 
     def __repr__(self) -> str:
         return f"<task {self.__module__}.{getattr(self, '__qualname__', '?')}>"
+
+
+def _yields(function: Any) -> bool:
+    """Whether calling a function gives a generator, as far as that can be told without calling it."""
+    inner = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if not inspect.isroutine(inner):
+        inner = type(inner).__call__
+    if inspect.isgeneratorfunction(inner):
+        return True
+    said = getattr(inner, "__annotations__", {}).get("return", "")
+    return "Generator" in str(said) or "Itera" in str(said)
 
 
 @overload
@@ -319,6 +346,10 @@ def path_of(candidate: object) -> str:
         qualname = names[0]
     else:
         qualname = candidate.__qualname__  # type: ignore[attr-defined]
+        if isinstance(candidate, Task) and "." in qualname and "<locals>" not in qualname:
+            raise UnknownTask(
+                f"{module}.{qualname} is a method, or stands in a class; move it to the top level of {module}"
+            )
     if module == "__main__" or "<locals>" in qualname:
         raise UnknownTask(f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module")
     return f"{module}.{qualname}"
@@ -351,7 +382,7 @@ def resolve(path: str) -> AnyTask:
         raise UnknownTask(text) from None
     if not is_task(candidate):
         raise UnknownTask(
-            f"{path} is a {type(candidate).__name__}, not a task; workers run only objects made with "
+            f"{path} is {article(type(candidate).__name__)}, not a task; workers run only objects made with "
             "@perdure.workers.task or derived from perdure.workers.BatchTask"
         )
     return candidate  # type: ignore[no-any-return]
