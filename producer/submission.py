@@ -11,7 +11,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, Final
 
-from ..protocol.codec import RestrictedPickle, digest_of, pack, unpack
+from ..protocol.codec import RestrictedPickle, article, digest_of, pack, unpack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
 from ..protocol.identities import new_id, new_nonce
 from ..protocol.keys import Priority, check_id, check_queue, check_task, id_of_key, with_priority
@@ -190,7 +190,7 @@ def _degraded(found: object, payload: Any, overrides: object, settings: Settings
         return b""
     if not isinstance(payload, Mapping):
         raise InvalidRequest(
-            f"degraded replaces fields of a payload that is a dict, but the payload is a {type(payload).__name__}",
+            f"degraded replaces fields of a payload that is a dict, but the payload is {article(type(payload).__name__)}",
             "degraded",
         )
     try:

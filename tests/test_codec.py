@@ -64,13 +64,13 @@ def test_not_a_number_survives():
 @pytest.mark.parametrize(
     ("value", "place"),
     [
-        (object(), "payload is a object"),
+        (object(), "payload is an object"),
         ({"a": {"b": [1, {1, 2}]}}, "payload['a']['b'][1] is a set"),
         ([1, 2**64], "payload[1] is the integer 18446744073709551616"),
         ({"n": -(2**63) - 1}, "payload['n'] is the integer"),
         ({"text": "\ud800"}, "payload['text'] is text with a lone surrogate"),
         ({("a", 1): 2, "f": print}, "payload['f'] is a builtin_function_or_method"),
-        ({"a": {object(): 1}}, "a key of payload['a'] is a object"),
+        ({"a": {object(): 1}}, "a key of payload['a'] is an object"),
     ],
 )
 def test_a_refusal_names_the_place(value, place):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from perdure.protocol.settings import Settings
 from perdure.scripts.console import fitted
 
 from .test_protocol_kit import Hand, Pool
-from .worker_kit import eventually
+from .worker_kit import Lab, eventually
 
 PERDURE = Path(sys.executable).with_name("perdure")
 
@@ -187,3 +188,8 @@ def test_a_table_on_a_narrow_terminal_is_no_wider(redis_url: str, pool: Pool) ->
     os.close(ours)
     assert "…" in text
     assert max(map(len, re.sub(r"\x1b\[\d+m", "", text).splitlines())) <= 60
+
+
+def test_a_worker_says_which_release_it_is(lab: Lab) -> None:
+    """RQ's own line names RQ's version."""
+    assert f"Perdure {version('perdure')}; the version above is RQ's" in lab.worker().log

@@ -112,7 +112,7 @@ def test_what_only_torch_holds_is_read_with_weights_only(snapshots: Snapshots) -
 
 @pytest.mark.parametrize(
     ("value", "place"),
-    [({"a": [0, object()]}, r"snapshot\['a'\]\[1\] is a object"), ({"a": 2**64}, r"more than 64 bits")],
+    [({"a": [0, object()]}, r"snapshot\['a'\]\[1\] is an object"), ({"a": 2**64}, r"more than 64 bits")],
 )
 def test_what_cannot_be_saved_is_named(snapshots: Snapshots, value: Any, place: str) -> None:
     """And the file system is not touched."""

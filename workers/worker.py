@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import redis
@@ -138,6 +139,7 @@ class Worker(PlainEnds):
         be_patient(self.connection)
         logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
+        self.log.info("Worker %s: Perdure %s; the version above is RQ's", self.name, version("perdure"))
         # From here on: a reader of this process' output who stops must stop nothing else.
         self._blocked = [unblock()]
         for finding in findings:
