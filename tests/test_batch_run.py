@@ -325,11 +325,11 @@ def test_mistakes_are_told_before_anything_is_made(
     bad.write_text("{\n")
     out = str(tmp_path / "out.jsonl")
     for arguments, word in (
-        ((str(bad), "-o", out), "line 1: not JSON"),
+        ((str(bad), "-o", out, "--strict"), "line 1: not JSON"),
         ((str(tmp_path / "none"), "-o", out), "cannot read"),
         ((str(good), "-o", str(tmp_path / "none" / "out")), "there is no folder"),
         ((str(good), "-o", out, "--priority", "urgent"), "priority is"),
-        ((str(good), "-o", out, "--queue", "a b"), "queue name"),
+        ((str(good), "-o", out, "--queue", "x" * 501), "queue name"),
         ((str(good), "-o", out, "--in-flight", "0"), "in-flight"),
     ):
         assert main(["batch", "run", *arguments, "--url", redis_url]) == 2, arguments
