@@ -107,10 +107,13 @@ class Session:
 
         ``wait``: seconds for one of the lanes, within bounds.
         """
+        if self._closed:
+            raise UsageError(CLOSED)
+        return self._attempt(operation, wait)
+
+    def _attempt(self, operation: Callable[[Store], Answer], wait: float) -> Answer:
         lanes, owner = self._lanes, Owner()
         try:
-            if self._closed:
-                raise UsageError(CLOSED)
             lane = lanes.take(owner, min(max(wait, PAUSE_CAP), LANE_WAIT))
             if lane is None or lane.store is None:
                 raise redis.TimeoutError("all connections wait for answers")
@@ -163,7 +166,8 @@ class Session:
     def _publish(self, channel: str, word: bytes) -> None:
         """Tell the listener something; it looks around by itself soon if that fails."""
         with suppress(PerdureError, Waiting):
-            self.attempt(lambda store: store.connection.publish(channel, word), wait=0.0)
+            # Also from close(): the listener is to end now, and not after its slice.
+            self._attempt(lambda store: store.connection.publish(channel, word), 0.0)
 
     def unavailable(self, error: Exception) -> RedisUnavailable:
         """What to tell the user about this error of redis-py."""

@@ -6,6 +6,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import redis
 
 from perdure.producer import Client, Handle, as_completed
 from perdure.producer import gathering as gathering_module
+from perdure.producer.replies import SLICE
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import InvalidRequest, RedisUnavailable, UnknownRequest, UsageError
 from perdure.protocol.keys import key
@@ -146,6 +148,15 @@ def test_a_call_that_the_close_cuts_short_says_so(client: Client) -> None:
 
     with pytest.raises(UsageError, match="closed"):
         client._session.attempt(cut)
+
+
+def test_closing_takes_no_slice_of_the_listener(redis_url: str) -> None:
+    """The listener is told, and reads on for no second; ten clients in a row show it whatever the machine is busy with."""
+    began = time.monotonic()
+    for _ in range(10):
+        with Client(redis_url, settings=Settings()) as client:
+            assert not client.submit(PATH, 1).wait(timeout=0.05)
+    assert time.monotonic() - began < 5 * SLICE
 
 
 # --- callbacks -----------------------------------------------------------------------------------
