@@ -66,7 +66,7 @@ class Gathering:
         now = time.monotonic()
         if self._lost:
             self._lost, self._poll = False, min(self._poll, now + DEAF_POLL)
-        if now >= self._poll:
+        if polls := now >= self._poll:
             self._hints.clear()
             wanted = list(self._waiting)
             heard = all(interest is not None and interest.heard for interest in list(self._waiting.values()))
@@ -78,6 +78,9 @@ class Gathering:
             page = wanted[start : start + MOST]
             try:
                 records = self._session.call(partial(Store.fetch_many, identifiers=page), deadline=deadline)
+                due = [record for record in records if record is not None and record.due and not record.ended]
+                if polls and due:
+                    self._session.call(partial(Store.end_late, records=due), deadline=deadline)
             except PerdureError:
                 self._hints.extend(wanted[start:])
                 raise

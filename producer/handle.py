@@ -15,8 +15,9 @@ from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
 from .arguments import DEFAULT, Default, whole
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
+from .questions import Limit
 from .session import Session
+from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
 from .timeline import attempts_of
 
 Answer = TypeVar("Answer")
@@ -118,8 +119,8 @@ class Handle(Reference[Session]):
         """Wait for the end and return the result.
 
         ``timeout`` in seconds; ``None`` waits as long as the request takes, through outages of Redis too. So does the default,
-        if Redis has been there once, and unless ``PERDURE_RESPONSE_TIMEOUT`` sets another one, which counts twice if the
-        pool was degraded at the submit. Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
+        once Redis has answered, unless ``PERDURE_RESPONSE_TIMEOUT`` sets another one, which counts twice if the pool was
+        degraded at the submit. Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
         request goes on then.
         """
         return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
+
+import redis
 
 from ..protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
 from ..protocol.output_log import Page, Place
@@ -31,6 +33,9 @@ from .timeline import complete
 STREAM_SILENCE: Final = 1.0
 RESULT_SILENCE: Final = 5.0
 """Seconds without a hint after which the keys are read anyhow."""
+
+OVERDUE: Final = 5.0
+"""Seconds that a worker has for ending what it runs, when the deadline has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class Limit:
     def contact(self, began: float) -> float | None:
         """Until when Redis must have answered for the first time (monotonic); ``None``: for as long as the client is patient.
 
-        Who waits for ever is to hear of an address at which nobody is.
+        Who waits for ever without having said so is to hear of an address at which nobody is.
         """
         return None if self.default and self.seconds == math.inf else began + self.seconds
 
@@ -218,9 +223,11 @@ def _end_of(
     record: RequestRecord, watch: Watch, deadline: float, seconds: float, ahead: Ahead | None
 ) -> Question[RequestRecord]:
     """Wait for hints of an end and look; of new outputs nothing is asked."""
+    overdue = Overdue(RESULT_SILENCE)
     while True:
+        yield from overdue.look(record, deadline)
         while not watch.look:
-            if not (yield from _sleep(watch, RESULT_SILENCE, deadline)):
+            if not (yield from _sleep(watch, overdue.silence, deadline)):
                 state = yield from _state(record)
                 raise NotYet(
                     f"request {record.id} has not ended within {seconds:g} s: it is {state}",
@@ -284,6 +291,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     limit = silence.of(record)
     deadline = began + limit
     reader.notice(record.epoch)
+    overdue = Overdue(STREAM_SILENCE)
     watch: Watch = yield Join(identifier, record.client, outputs=True)
     with watch:
         while True:
@@ -302,12 +310,41 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                         return
                     deadline, watch.look = time.monotonic() + limit, True
                     continue
-            if not (yield from _sleep(watch, STREAM_SILENCE, deadline)):
+                yield from overdue.look(record, deadline + limit)
+            if not (yield from _sleep(watch, overdue.silence, deadline)):
                 state = yield from _state(record)
                 raise NotYet(
                     f"request {identifier} has put out nothing new for {limit:g} s: it is {state}",
                     f"read on with stream(start={reader.count}, timeout=SECONDS)", identifier,
                 )  # fmt: skip
+
+
+class Overdue:
+    """What a request's deadline is to who waits for its end. Workers and reapers end it then; where none runs, who waits does.
+
+    ``silence``: seconds after which the keys are to be read without a hint, for as much as the last look says.
+    """
+
+    def __init__(self, silence: float) -> None:
+        self.silence = self._longest = silence
+        self._since: float | None = None
+
+    def look(self, record: RequestRecord, deadline: float) -> Question[None]:
+        """Raises :class:`NotYet` for what runs on after its deadline: its worker does not end it, and only a sweep may."""
+        left = (yield Call(partial(Store.end_late, records=[record]), deadline)) if record.due else math.inf
+        if left > 0:
+            # A little later than asked for, and not a little earlier: a watch spreads its waits.
+            self.silence, self._since = min(self._longest, 1.2 * left + 0.05), None
+        elif self._since is None:
+            self.silence, self._since = 0.0, time.monotonic()
+        elif (late := time.monotonic() - self._since) < OVERDUE:
+            self.silence = min(self._longest, 1.2 * (OVERDUE - late) + 0.05)
+        else:
+            state = yield from _state(record)
+            raise NotYet(
+                f"request {record.id} has not ended {late:.0f} s after its deadline: it is {state}",
+                "a reaper, once there is one (perdure reaper), ends it; wait again with result()", record.id,
+            )  # fmt: skip
 
 
 def _away(asked: float) -> float:
@@ -361,10 +398,13 @@ def _state(record: RequestRecord) -> Question[str]:
     """Where it stands, and why nothing moves if its workers say so; for an error, so that no other one takes its place."""
     if record.execution:
         return f"running on {record.worker}"
-    try:
-        trouble: str = yield Call(lambda store: store.trouble(record.queue, record.task), time.monotonic())
-    except Exception:
-        trouble = ""
+
+    def read(store: Store) -> str:
+        with suppress(redis.RedisError):
+            return store.trouble(record.queue, record.task)
+        return ""
+
+    trouble: str = yield Call(read, time.monotonic())
     if record.status is State.QUEUED:
         return f"waiting in the queue {record.queue} ({trouble or 'does a worker serve it?'})"
     return f"{record.status} in the queue {record.queue}" + (f" ({trouble})" if trouble else "")

@@ -21,6 +21,7 @@ from .words import WorkerWord, trouble
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
     "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded", "stretched",
+    "deadline", "queue_deadline",
 )  # fmt: skip
 
 

@@ -320,6 +320,7 @@ class RequestRecord:
     now (``execution`` is empty when nobody does). ``epoch`` grows when it begins again from zero. Dates are RQ's text,
     in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs. ``degraded``: it runs, or
     ran, with its overrides for a degraded pool; ``stretched``: the pool was degraded at its submit, and it has twice the time.
+    ``due``: the nearest of its deadlines, in seconds since 1970; 0 without one.
     """
 
     id: str
@@ -341,6 +342,7 @@ class RequestRecord:
     verdict: str = ""
     degraded: bool = False
     stretched: bool = False
+    due: float = 0.0
     extra: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -384,6 +386,7 @@ class RequestRecord:
             verdict=text("last").rpartition(":")[2],
             degraded=text("degraded") == "1",
             stretched=text("stretched") == "1",
+            due=min(filter(None, map(number, ("deadline", "queue_deadline"))), default=0) / 1000,
         )
 
 

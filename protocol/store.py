@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -21,7 +22,7 @@ from .keys import SCHEMA, key, listed
 from .mode import Count, Tally
 from .packed_state import stored
 from .reads import Reads, queue_names
-from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, Sweep, whole
+from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, RequestRecord, Sweep, whole
 from .refusals import newer_protocol
 from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
 from .scripts import MAX_REQUESTS, Row, load
@@ -396,6 +397,18 @@ class Store(Reads):
             if more != "1":
                 break
         return moved
+
+    def end_late(self, records: Iterable[RequestRecord]) -> float:
+        """Do what a sweep does for those of these requests whose deadline has passed: end what waits. For who waits for them,
+        where no worker and no reaper runs. Returns the seconds until the next deadline of theirs, at most 0 if one has passed.
+        """
+        seconds, micros = self.connection.time()
+        now = seconds + micros / 1e6
+        due = [record for record in records if record.due]
+        if late := {record.queue for record in due if record.due <= now}:
+            with suppress(redis.ResponseError):  # who may not end anything waits for those who may
+                self.promote(late)
+        return min((record.due for record in due), default=math.inf) - now
 
     def give_up(
         self, queue: str, task: str, *, kind: str, reason: str, workers: Iterable[str], limit: int = MAX_REQUESTS

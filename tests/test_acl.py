@@ -13,6 +13,7 @@ import redis
 
 from perdure.producer import Client
 from perdure.protocol.connection import connect
+from perdure.protocol.errors import DeadlineExceeded
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
@@ -93,6 +94,21 @@ def test_each_user_does_its_work(lab: Lab, urls: dict[str, str], capsys: pytest.
         assert list(client.get(running.id).stream(timeout=10)) == list(range(6))
     capsys.readouterr()
     assert refused(lab.connection) == []
+
+
+def test_a_producer_that_waits_may_end_what_is_late(connection: redis.Redis, urls: dict[str, str]) -> None:
+    """Where nobody sweeps; a viewer may not, and is told that nobody has."""
+    with Client(urls["producer"], settings=Settings()) as client:
+        first = client.submit("app.tasks.count", {"n": 1}, deadline=0.3)
+        with (
+            Client(urls["viewer"], settings=Settings()) as viewer,
+            pytest.raises(TimeoutError, match="after its deadline: it is waiting in the queue default"),
+        ):
+            viewer.get(first.id).result()
+        connection.acl_log_reset()
+        with pytest.raises(DeadlineExceeded):
+            first.result()
+    assert refused(connection) == []
 
 
 def test_durable_submits_need_no_more(server: object, connection: redis.Redis, urls: dict[str, str]) -> None:
