@@ -24,8 +24,9 @@ from .async_session import AsyncSession, LoopWatch
 from .client import Client
 from .handle import Handle, Reference
 from .outputs import OutputReader
-from .questions import Call, Fetch, Give, Hear, Join, Limit, Question, Sleep, Step
+from .questions import Limit
 from .session import PATIENCE
+from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
 from .timeline import attempts_of
 
 P = ParamSpec("P")

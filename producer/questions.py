@@ -1,21 +1,18 @@
 """What a handle asks, in which order, and what it makes of the answers.
 
-Each question is a generator: it yields steps, is sent what came of them, and returns the answer. Who drives it
-does the input and output: :class:`~perdure.producer.Handle` in the calling thread,
-:class:`~perdure.producer.AsyncHandle` on an event loop. So both ask the same.
-
-A step that fails ends the question with its error; no question handles one.
+Each question is a generator of :mod:`.steps`, and returns the answer. A step that fails ends the question with its error; no
+question handles one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import redis
 
@@ -28,6 +25,7 @@ from ..protocol.store import Store
 from .arguments import DEFAULT, Default, waited
 from .outputs import OutputReader
 from .replies import Watch
+from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep
 from .timeline import complete
 
 STREAM_SILENCE: Final = 1.0
@@ -36,60 +34,6 @@ RESULT_SILENCE: Final = 5.0
 
 OVERDUE: Final = 5.0
 """Seconds that a worker has for ending what it runs, when the deadline has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Read a request's record (or ``None``). ``deadline``: monotonic; ``None`` is the client's patience.
-
-    ``ahead`` is for what was read along, if anything: a function that gives the result as ``Store.result`` does.
-    """
-
-    id: str
-    deadline: float | None
-    ahead: list[Callable[[], Any]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Run an operation on a store."""
-
-    operation: Callable[[Store], Any]
-    deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`Watch`.
-
-    ``outputs``: also that there are new outputs, not only that it has ended.
-    """
-
-    id: str
-    channel: str
-    outputs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Hear:
-    """As :class:`Join` for a request that this client has submitted itself; ``None`` if it does not listen yet."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Wait for a hint, or so many seconds."""
-
-    watch: Watch
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Give:
-    """An output for the caller."""
-
-    output: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +70,6 @@ class NotYet(TimeoutError):
     def __init__(self, what: str, advice: str, identifier: str) -> None:
         super().__init__(f"{what}. It goes on; {advice}, or look at it with: perdure show {identifier}")
         self.what = what
-
-
-Step = Fetch | Call | Hear | Join | Sleep | Give
-Answer = TypeVar("Answer")
-Question = Generator[Step, Any, Answer]
 
 
 Ahead = list[Callable[[], Any]]
