@@ -141,7 +141,7 @@ def run(command: click.Command, argv: Sequence[str] | None, name: str) -> int:
     except SystemExit as leave:
         if sys.stdout is not stdout:
             return (
-                OK  # click has met the end of a pipe, and put its own file there: the reader has seen enough ("| head")
+                OK  # click has met the end of a pipe and put its own file there: the reader has seen enough ("| head")
             )
         raise leave from None
     except click.exceptions.Exit as leave:

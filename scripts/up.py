@@ -53,10 +53,8 @@ def run(
             Store(connection, settings).check_protocol()
         connection.close()
         named = not logs.wants_json(settings.log_format)
-        if named:
-            settings = settings.replace(
-                log_format="text"
-            )  # "auto" looks at the terminal, and children print into a pipe
+        if named:  # "auto" looks for a terminal, and children print into a pipe
+            settings = settings.replace(log_format="text")
         pool = Pool(
             url, queues, workers, settings, spares=spares, gpus=chosen, notifier=notifier, named=named,
             release=f"kill -USR1 {os.getpid()}",

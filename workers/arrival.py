@@ -1,7 +1,8 @@
 """The start of a worker, as far as Redis is concerned: what passes is waited for, and all else is said in plain words.
 
-``rq worker`` asks Redis whether the pool is suspended before it makes a worker. What comes of that would be an error of
-redis-py's with its traceback; so where RQ's command runs, it asks through :func:`asked`.
+``rq worker`` asks Redis whether the pool is suspended before it makes a worker: a server that loads its data would end it, and
+one that is busy with a traceback of redis-py's. RQ has no hook between the import of a worker's class and this question, so
+:func:`greet` puts itself before the question, for RQ's command alone.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from ..protocol.patience import when_it_may
 
 Answer = TypeVar("Answer")
 
-COMMAND = "rq.cli.workers"
-"""RQ's module whose commands start workers."""
-
 _log = logging.getLogger("rq.worker")
 
 
@@ -33,17 +31,8 @@ def arrive(connection: redis.Redis, call: Callable[[], Answer]) -> Answer:
         sys.exit(f"perdure worker: {error}")
 
 
-def asked(question: Callable[..., Any]) -> Callable[..., Any]:
-    """A question of RQ's to Redis, whose first argument is the connection."""
-
-    def ask(connection: redis.Redis, *arguments: Any) -> Any:
-        return arrive(connection, lambda: question(connection, *arguments))
-
-    return ask
-
-
 def greet() -> None:
-    """To be called once, when RQ's command imports our worker."""
-    command: Any = sys.modules.get(COMMAND)
-    if command is not None and hasattr(command, "is_suspended"):
-        command.is_suspended = asked(command.is_suspended)
+    """To be called once, when the worker's module is imported; does something only where RQ's command imports it."""
+    command: Any = sys.modules.get("rq.cli.workers")
+    if question := getattr(command, "is_suspended", None):
+        command.is_suspended = lambda connection: arrive(connection, lambda: question(connection))
