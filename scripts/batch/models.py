@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Final
 
-from ...protocol.keys import served
+from ...protocol.keys import all_served
 from ...protocol.store import Store
 
 KNOWN: Final = {"smollm2": ("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -24,7 +24,7 @@ def served_models(store: Store, queue: str) -> frozenset[str] | None:
 
     That is when none lives, or one is of a release that does not say.
     """
-    workers = [worker for worker in store.workers() if any(queue in served(name) for name in worker["queues"])]
+    workers = [worker for worker in store.workers() if queue in all_served(worker["queues"])]
     if not workers or not all(worker["model"] for worker in workers):
         return None
     return frozenset().union(*(names(worker["model"]) for worker in workers))
