@@ -19,7 +19,7 @@ from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import PerdureError, RedisUnavailable, TryAgainLater, UsageError
 from ..protocol.explaining import explain, url_of
 from ..protocol.patience import PAUSE_CAP, pause
-from ..protocol.refusals import memory_full, passing, waited_for
+from ..protocol.refusals import memory_full, waited_for
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from .gathering import Callbacks
@@ -128,10 +128,10 @@ class Session:
             if self._closed:
                 # close() took the connection away in the middle of the call: redis-py may raise nearly anything.
                 raise UsageError(CLOSED) from None
-            if passing(error):
-                lanes.renew()
-                self.replies.renew()
             if waited_for(error):
+                if isinstance(error, redis.ResponseError):  # the address may lead to another primary by now
+                    lanes.renew()
+                    self.replies.renew()
                 raise Waiting(error) from None
             if memory_full(error):
                 raise TryAgainLater(

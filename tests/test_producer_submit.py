@@ -523,10 +523,16 @@ def test_a_closed_client_says_so(client: Client) -> None:
 
 
 def test_memory_that_is_full_is_told_and_nothing_is_stored(connection: redis.Redis) -> None:
+    """And nobody connects anew for it: what is refused may be tried by thousands."""
     connection.config_set("maxmemory", 1)
     try:
-        with Client(connection=connection) as client, pytest.raises(TryAgainLater, match="maxmemory"):
-            client.submit(PATH, 1)
+        with Client(connection=connection) as client:
+            connections = []
+            for _ in range(5):
+                with pytest.raises(TryAgainLater, match="maxmemory"):
+                    client.submit(PATH, 1)
+                connections.append(connection.info("stats")["total_connections_received"])
+        assert len(set(connections)) == 1
     finally:
         connection.config_set("maxmemory", 0)
     assert connection.keys() == []
