@@ -321,7 +321,8 @@ async def as_completed_async(
             else:
                 late += 1
         if late:
-            raise TimeoutError(f"{late} of {number} requests have not ended within {limit:g} s; they go on")
+            by = "by their deadlines" if limit == math.inf else f"within {limit:g} s"
+            raise TimeoutError(f"{late} of {number} requests have not ended {by}; they go on")
     finally:
         for task in tasks:
             task.cancel()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from perdure.producer import AsyncClient, Client, Handle, as_completed
+from perdure.producer import AsyncClient, Client, Handle, as_completed, as_completed_async
 from perdure.protocol.errors import DeadlineExceeded
 from perdure.protocol.settings import Settings
 
@@ -20,6 +20,11 @@ from .test_producer_streams import LONG, PATH, Hands
 def client(redis_url: str) -> Iterator[Client]:
     with Client(redis_url, settings=Settings()) as client:
         yield client
+
+
+async def _all(client: Client, *names: str) -> list[str]:
+    async with AsyncClient(client._session._url, settings=Settings()) as other:
+        return [handle.id async for handle in as_completed_async(map(other.get, names))]
 
 
 @pytest.mark.parametrize("limit", ["deadline", "queue_timeout"])
@@ -63,6 +68,8 @@ def test_what_runs_is_left_to_its_worker_for_a_while(client: Client, connection:
         handle.result()
     with pytest.raises(TimeoutError, match=words):
         list(handle.stream())
+    with pytest.raises(TimeoutError, match="1 of 1 requests have not ended by their deadlines"):
+        asyncio.run(_all(client, handle.id))
     assert not handle.wait(timeout=0.05)
     hands.finish(claim, 0, "late")
     assert handle.result() == "late"
