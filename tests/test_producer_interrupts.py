@@ -357,5 +357,4 @@ print("well")
 
 
 def test_timeouts_of_greenlets(own: Server) -> None:
-    pytest.importorskip("gevent")
     run(GREENLETS, own.url, own.pid)
