@@ -17,7 +17,7 @@ import redis
 
 from perdure.producer import AsyncClient, Client
 from perdure.protocol.connection import connect
-from perdure.protocol.errors import RedisUnavailable, TryAgainLater
+from perdure.protocol.errors import RedisUnavailable
 from perdure.protocol.explaining import explain
 from perdure.protocol.keys import key
 from perdure.protocol.patience import be_patient
@@ -262,12 +262,6 @@ def test_no_error_of_redis_py_reaches_a_user(connection: redis.Redis, redis_url:
         for one in more:
             with pytest.raises(RedisUnavailable, match="/99 has no database of this number"):
                 one()
-
-
-def test_a_full_memory_is_told_at_once_and_not_waited_for(own: Server) -> None:
-    full = configured(own, {"maxmemory": "1"}, {"maxmemory": "0"})
-    with full, Client(own.url, settings=Settings()) as client, pytest.raises(TryAgainLater):
-        client.submit(PATH, 1)
 
 
 # --- processes -------------------------------------------------------------------------------------
