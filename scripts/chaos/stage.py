@@ -38,10 +38,19 @@ class Stage:
     """Who loads the model is spared: nobody could load it again before the end."""
 
     def victim(self, choice: float) -> Target | None:
-        """A worker that holds something, by a number in [0, 1)."""
+        """A worker that holds something, by a number in [0, 1).
+
+        Not one whose request was alone with all but one of the lost workers that make a dead letter: promise P6 ends it
+        with the next, and everything that was accepted is to finish here. Requests that do end so are a kind of their own.
+        """
         targets = self.crew.targets(self.store)
         busy = [target for target in targets if target.held and not (self.late and target.loaded)]
+        busy = [target for target in busy if not (len(target.held) == 1 and self._last_chance(target.held[0]))]
         return busy[int(choice * len(busy))] if busy else None
+
+    def _last_chance(self, identifier: str) -> bool:
+        crashes: Any = self.store.connection.hget(key("job", identifier), "crashes")
+        return int(crashes or 0) >= self.settings.max_crashes - 1
 
     def executions(self, target: Target) -> dict[str, str]:
         """What a worker holds: request -> execution."""
