@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -426,8 +427,10 @@ class Worker(PlainEnds):
         finally:
             for name in names:
                 os.environ.pop(name, None)
-            if self.connection.exists(self.key):  # its registration must not come back without its fields
-                self.set_state(WorkerStatus.IDLE)
+            # What is shown of a worker never ends it; and its registration must not come back without its fields.
+            with suppress(redis.RedisError):
+                if self.connection.exists(self.key):
+                    self.set_state(WorkerStatus.IDLE)
 
     def _adopt(self, claim: Claim, job: Job, task: str) -> None:
         """``Queue.enqueue(task, ...)``: make a request of it, and put it back in front."""
