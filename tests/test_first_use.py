@@ -25,25 +25,6 @@ from .worker_kit import Lab, eventually
 
 PERDURE = Path(sys.executable).with_name("perdure")
 
-TYPED = """
-from collections.abc import AsyncIterator, Iterator
-from perdure.producer import Client
-from perdure.workers import Request, Step, task
-
-@task
-def count(request: Request) -> Iterator[Step]:
-    yield Step(output=1)
-
-@task(slots=2)
-async def listen(request: Request) -> AsyncIterator[Step]:
-    yield Step(output=1)
-
-def submit(client: Client) -> None:
-    client.submit(count, {}, priority="high").result(None)
-    client.submit_many([(count, None)], priority="urgent")
-    client.submit(count, {}, priority="urgent")
-"""
-
 
 @pytest.fixture
 def pool(connection: redis.Redis) -> Pool:
@@ -142,19 +123,6 @@ def test_none_waits_as_long_as_it_takes(redis_url: str, pool: Pool) -> None:
     assert "perdure result " in done.stderr
     assert "--timeout SECONDS" in done.stderr
     assert "result(" not in done.stderr
-
-
-def test_types_say_what_is_taken(tmp_path: Path) -> None:
-    """Iterators of steps are tasks; a priority that is none is found before it is run."""
-    source = tmp_path / "typed.py"
-    source.write_text(TYPED)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(source)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    found = [line for line in done.stdout.splitlines() if "typed.py" in line and "error" in line]
-    assert len(found) == 2, done.stdout
-    assert all('"priority"' in line and "urgent" in line for line in found)
 
 
 @pytest.mark.parametrize(("value", "told"), [(object(), "is an object"), ({1}, "is a set"), (1j, "is a complex")])
