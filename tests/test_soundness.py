@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from perdure.workers.soundness import BROKEN, REMEMBERED, Blame, Soundness
@@ -69,6 +71,14 @@ def test_another_s_good_step_ends_the_succession() -> None:
 @pytest.mark.parametrize(("says", "blame"), [(True, Blame.REQUEST), (False, Blame.ENGINE), (None, Blame.UNKNOWN)])
 def test_a_probe_decides_where_it_can(says: bool | None, blame: Blame) -> None:
     assert Soundness().raised(["a"], lambda: says) is blame
+
+
+@pytest.mark.parametrize("who", ["abcdef", ["ab", "cd", "ef", "a", "c"]])
+def test_what_the_probe_finds_sound_is_not_broken(who: Sequence[str]) -> None:
+    """However many raise with nobody well beside them: each is charged as soon as it is alone."""
+    it = Soundness()
+    for names in who:
+        assert it.raised(list(names), lambda: True) is (Blame.REQUEST if len(names) == 1 else Blame.ALL)
 
 
 def test_it_does_not_grow() -> None:

@@ -47,6 +47,23 @@ def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) 
     assert worker.running
 
 
+@pytest.mark.slow
+def test_text_that_raises_needs_no_healthy_neighbour(lab: Lab) -> None:
+    """Five raise in whatever pass they are. The engine's probe says that it computes, so each is charged, and nothing else."""
+    worker = lab.worker(model="tiny", slots=8, retry_base=0.05)
+    bad = [
+        lab.submit("fragile_text.Fragile", {"prompt": f"poison {number}", "max_tokens": 4}, max_retries=1)
+        for number in range(5)
+    ]
+    for name in bad:
+        record = lab.ended(name)
+        assert (record.status, record.error_kind) == ("failed", "ERROR"), record
+        assert record.executions < 12, "each in halves, and alone"
+    well = lab.submit("fragile_text.Fragile", {"prompt": "well", "max_tokens": 4})
+    assert lab.ended(well).status == "finished"
+    assert worker.running
+
+
 def logged(worker: Process, text: str, times: int) -> bool:
     return worker.log.count(text) == times
 

@@ -5,7 +5,8 @@ in halves, here or elsewhere, until it is clear which it was. One that was alone
 to be sound: since it last raised, it has stepped another request well, or its task's own probe says so. Otherwise:
 
 1. the request goes back, uncharged and for a moment, so that another one may prove the engine;
-2. three steps that raised in succession, no two of them with a request in common, are the engine's fault;
+2. three steps that raised in succession, no two of them with a request in common, are the engine's fault, unless its probe
+   says that it computes;
 3. one request that comes back a second time with no proof in between may be either: a fresh process is to tell, and
    the request counts as one that was alone with a worker that crashed. The third of those makes it a dead letter.
 """
@@ -66,15 +67,16 @@ class Soundness:
         others = self._well.difference(requests)
         self._well.clear()
         self._streak = [*self._streak[1 - REMEMBERED :], frozenset(requests)]
-        if self._strangers() >= BROKEN:
+        broken, single = self._strangers() >= BROKEN, len(requests) == 1
+        sound = probe() if broken or (single and not others) else None
+        if sound:
+            self._streak.clear()
+        elif broken or sound is False:
             return Blame.ENGINE
-        if len(requests) > 1:
+        if not single:
             return Blame.ALL
-        if others:
+        if others or sound:
             return Blame.REQUEST
-        sound = probe()
-        if sound is not None:
-            return Blame.REQUEST if sound else Blame.ENGINE
         (alone,) = requests
         if len(self._unproven) >= REMEMBERED:
             self._unproven.clear()

@@ -193,7 +193,8 @@ class BatchTask:
         """Whether this process can still compute; ``None`` if nobody can tell. Called with no request admitted.
 
         Asked after :meth:`step` has raised for a request that was alone, where no other request was stepped well
-        since: ``True`` charges the request, ``False`` (or raising) replaces the process.
+        since, and before a process is taken for broken: ``True`` charges the request, ``False`` (or raising) replaces
+        the process. Requests that raise need no healthy one beside them then.
         """
         return None
 

@@ -70,7 +70,7 @@ class Generate(BatchTask):
         self._tokenizer: Tokenizer | None = None
         self._context = 0
         self._threads = 0
-        self._fingerprint = ""
+        self._fingerprint = self._bits = ""
         self._llama: Llama | None = None
         self._facts: dict[str, Any] = {}
         self._asked: tuple[Any, list[int]] | None = None
@@ -144,7 +144,8 @@ class Generate(BatchTask):
 
         assert self._llama is not None
         settings = self._settings()
-        facts = self._facts | {"bits": self_check(self._llama)}
+        self._bits = self_check(self._llama)
+        facts = self._facts | {"bits": self._bits}
         self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         # All ranks compute the same rows: one of them says so.
         trace = Trace(settings.trace if self.group is None or self.group.rank == 0 else "")
@@ -223,6 +224,14 @@ class Generate(BatchTask):
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         return engine.step()
+
+    def probe(self) -> bool | None:
+        """Whether the self-check gives the bits that it gave at the load; ``None`` on ranks, which it would take together."""
+        if self.group or self._llama is None:
+            return None
+        from .exactness import self_check
+
+        return self_check(self._llama) == self._bits
 
     def drop(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
