@@ -43,7 +43,7 @@ def test_the_answers_are_those_of_direct_submits(lab: Lab, tmp_path: Path) -> No
     sampled = {"temperature": 0.9, "seed": 5, "max_tokens": 6}
     chat = [{"role": "user", "content": "Who?"}]
     bodies = {
-        "greedy": ("/v1/completions", {"model": "m", "prompt": "Beautiful is", "max_tokens": 8}),
+        "greedy": ("/v1/completions", {"model": "tiny", "prompt": "Beautiful is", "max_tokens": 8}),
         "sampled": ("/v1/completions", {"prompt": ["Now is"], "n": 2, "logprobs": 1, **sampled}),
         "chat": ("/v1/chat/completions", {"messages": chat, **sampled}),
         "long": ("/v1/completions", {"prompt": "x", "max_tokens": 10**6}),
@@ -67,14 +67,15 @@ def test_the_answers_are_those_of_direct_submits(lab: Lab, tmp_path: Path) -> No
             for name, payload in direct.items()
         }
     assert answers["greedy"]["choices"][0]["text"] == results["greedy"]["text"]
-    assert answers["greedy"]["model"] == "m"
+    assert answers["greedy"]["model"] == "tiny"
     assert [choice["text"] for choice in answers["sampled"]["choices"]] == [
         choice["text"] for choice in results["sampled"]["choices"]
     ]
     assert answers["sampled"]["choices"][1]["logprobs"]["token_logprobs"] == [
         score["logprob"] for score in results["sampled"]["choices"][1]["logprobs"]
     ]
-    assert answers["chat"]["choices"][0]["message"] == {"role": "assistant", "content": results["chat"]["text"]}
+    message = answers["chat"]["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": results["chat"]["text"], "refusal": None}
     for name, result in results.items():
         usage = answers[name]["usage"]
         assert {**result["usage"], "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"]} == usage
@@ -110,7 +111,7 @@ def test_the_page_names_every_option_and_every_status() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in batch_bodies.STATUS:
         assert f"`{name}`" in text
-    for name in (*batch_bodies.IDLE[batch_bodies.COMPLETIONS], "best_of", "tools", "response_format"):
+    for name in ("stream", "echo", "suffix", "best_of", "tools", "response_format"):
         assert f"`{name}`" in text
     usage = subprocess.run([PERDURE, "batch", "run", "--help"], capture_output=True, text=True, check=True).stdout
     for option in re.findall(r"^\s+(?:-\w, )?(--[a-z-]+)", usage, re.MULTILINE):
