@@ -54,7 +54,7 @@ def test_priorities_of_a_served_queue_are_served_in_every_view(lab: Lab) -> None
 def test_a_task_that_one_of_a_queues_workers_lacks_is_not_lacked_by_those_of_its_priorities() -> None:
     """One worker for gpu, and one for gpu-low only: they serve one queue together."""
     lack = {"task": "app.big", "reason": "no memory"}
-    one = {"worker": "one", "queues": ["gpu"], "ready": True, "dead_in": 3, "unfit": "", "unable": [lack]}
+    one = {"worker": "one", "queues": ["gpu"], "ready": True, "dead_in": 3, "unfit": "", "unable": [lack], "stale": ""}
     other = one | {"worker": "other", "queues": ["gpu-low"], "unable": []}
     found = judge_pool(
         workers=[one, other], stock={}, queues=[], overdue=[], pulse_age=0, unfit=[], mode="", states=0, room=None,
@@ -199,7 +199,7 @@ def test_a_server_that_keeps_requests_in_more_memory_is_told(
 
 WELL: dict[str, Any] = {
     "workers": [
-        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "", "unable": []},
+        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "", "unable": [], "stale": ""},
     ],
     "stock": {}, "queues": [], "overdue": [], "pulse_age": 0.3, "unfit": [], "mode": "", "states": 10, "room": None,
     "reap_interval": 0.5, "heartbeat": 1.0,

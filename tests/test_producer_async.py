@@ -242,7 +242,7 @@ def test_waiting_too_long_says_what_the_request_does(play: Any, hands: Hands) ->
         hands.put(claim, 0, "a")
         stream = handle.stream(timeout=0.01)
         assert await anext(stream) == "a"
-        with pytest.raises(TimeoutError, match=r"running on hands.*stream\(start=1\)"):
+        with pytest.raises(TimeoutError, match=r"running on hands.*stream\(start=1, timeout=SECONDS\)"):
             await anext(stream)
         with pytest.raises(InvalidRequest, match="timeout"):
             await handle.result(timeout=-1)

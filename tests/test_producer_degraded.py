@@ -208,7 +208,7 @@ def test_whoever_waits_without_a_limit_of_his_own_waits_twice_as_long(redis_url:
 
 def test_the_mode_is_read_as_the_scripts_read_it(client: Client, redis_client: redis.Redis) -> None:
     """Nothing, a live word, one that has run out, and garbage."""
-    assert str(client.mode()) == "the pool is normal: 0 of 0 workers"
+    assert str(client.mode()) == "the pool is normal; no worker was ready in the last hour"
     degrade(redis_client)
     mode = client.mode()
     assert (mode.degraded, mode.live, mode.expected) == (True, 1, 4)
@@ -217,7 +217,7 @@ def test_the_mode_is_read_as_the_scripts_read_it(client: Client, redis_client: r
     redis_client.hset(key("mode"), "until", 1)
     assert not client.mode().degraded
     redis_client.hset(key("mode"), mapping=dict.fromkeys(("until", "live", "expected", "since"), b"\xff1e999"))
-    assert str(client.mode()) == "the pool is normal: 0 of 0 workers"
+    assert str(client.mode()) == "the pool is normal; no worker was ready in the last hour"
     redis_client.hset(key("mode"), mapping={"until": 2**53, "since": 2**62})
     assert str(client.mode()) == "the pool is degraded: 0 of 0 workers since a date that is none"
 

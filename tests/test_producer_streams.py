@@ -599,7 +599,7 @@ def test_waiting_too_long_says_what_the_request_does(client: Client, hands: Hand
     hands.put(claim, 0, "a")
     stream = handle.stream(timeout=0.01)
     assert next(stream) == "a"
-    with pytest.raises(TimeoutError, match=r"running on hands.*stream\(start=1\)"):
+    with pytest.raises(TimeoutError, match=r"running on hands.*stream\(start=1, timeout=SECONDS\)"):
         next(stream)
     with pytest.raises(TimeoutError, match=f"perdure show {handle.id}"):
         handle.exception(timeout=0.01)

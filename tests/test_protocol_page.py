@@ -123,6 +123,10 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
         assert scripts.load(name).body.startswith(f"-- {says}\n"), name
         methods = re.findall(rf"\n    def (\w+)\((?:(?!\n    def ).)*?(?:_call|load)\(\"{name}\"", store, re.DOTALL)
         assert methods, name
+        through = re.findall(
+            rf"\n    def (\w+)\((?:(?!\n    def ).)*?self\.(?:{'|'.join(methods)})\(", store, re.DOTALL
+        )
+        methods += through
         for caller, text in texts.items():
             calls = bool(re.search(rf"\b[Ss]tore\.({'|'.join(methods)})\b", text))
             assert calls == (caller in who.replace("`", "").split(", ")), (name, caller)

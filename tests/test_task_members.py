@@ -181,8 +181,12 @@ def test_something_else_than_a_step_is_refused(gated: Gated) -> None:
 
 
 def test_a_function_that_is_no_generator_fails_its_request() -> None:
-    """With what to do; it was not run in the engine's thread."""
-    batch = ThreadBatch(Task(lambda request: 1, slots=2))  # type: ignore[arg-type]
+    """One that was annotated as such. With what to do; it was not run in the engine's thread."""
+
+    def wrong(request: Request) -> Iterator[Step]:
+        return 1  # type: ignore[return-value]
+
+    batch = ThreadBatch(Task(wrong, slots=2))
     batch.admit(Request(id="a", payload=1))
     (step,) = batch.step()
     assert isinstance(step.error, TypeError)
