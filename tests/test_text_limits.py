@@ -269,13 +269,24 @@ def test_only_the_request_is_charged_whose_prefill_raised(connection: redis.Redi
     assert turns.reasons("bad")[0][0] == "retry"
 
 
-def test_an_engine_in_which_every_prefill_raises_is_to_blame(connection: redis.Redis) -> None:
-    """Three requests with nothing in common: the worker leaves, and nobody is charged."""
-    turns = Turns(connection, cut())
+def test_an_engine_that_computes_something_else_by_now_is_to_blame(connection: redis.Redis) -> None:
+    """Bits of its weights have fallen over, and prefills raise: the worker leaves, and nobody is charged."""
+    task = cut()
+    turns = Turns(connection, task)  # loads it
+    assert task._llama is not None
+    task._llama._norm.mul_(1.5)
     turns.submit_all({name: {"prompt": f"bad {name}", "max_tokens": 4} for name in "abcd"})
     turns.until(lambda: turns.loop.fitness.left, 200)
     assert turns.loop.exit_code == UNFIT
     assert [turns.record(name).attempt for name in "abcd"] == [0] * 4
+
+
+def test_an_engine_that_computes_as_before_is_not_to_blame(connection: redis.Redis) -> None:
+    """Every prefill raises, and nobody healthy is there: each is charged, and the worker stays."""
+    turns = Turns(connection, cut())
+    turns.submit_all({name: {"prompt": f"bad {name}", "max_tokens": 4} for name in "abcd"})
+    turns.until(lambda: all(turns.record(name).attempt for name in "abcd"), 200)
+    assert not turns.loop.fitness.left
 
 
 def test_an_error_that_a_task_found_is_charged_at_once(connection: redis.Redis) -> None:
