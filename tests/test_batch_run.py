@@ -122,6 +122,7 @@ def test_strict_refuses_a_file_with_a_bad_line(job: Job) -> None:
     assert not job.out.exists()
 
 
+@pytest.mark.slow
 def test_a_line_may_name_what_is_served_and_nothing_else(job: Job, pool: Lab) -> None:
     """By what the workers of its queue say; nobody can tell where none lives, and --any-model asks nobody."""
     body = {"prompt": "x", "max_tokens": 2}

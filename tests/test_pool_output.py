@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from perdure.protocol.settings import Settings
 
 from .worker_kit import LONG, QUICK, TASKS, Lab, Process, eventually, gone
@@ -54,6 +56,7 @@ def test_each_line_has_the_name_of_who_printed_it(lab: Lab) -> None:
     assert sum(line.startswith(name) for line in lines for name in names[1:]) > 4
 
 
+@pytest.mark.slow
 def test_as_json_lines_stay_as_they_are(lab: Lab) -> None:
     """They name the worker in a field."""
     pool = up(lab, log_format="json")
@@ -64,6 +67,7 @@ def test_as_json_lines_stay_as_they_are(lab: Lab) -> None:
     assert not any(line.startswith("worker-1 | ") for line in pool.log.splitlines())
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_killed_breaks_nothing_under_what_drains(lab: Lab) -> None:
     """A task that prints while its worker drains fails nobody; the end of the last process is the end of the relay."""
     pool = up(lab)
@@ -77,6 +81,7 @@ def test_a_pool_that_is_killed_breaks_nothing_under_what_drains(lab: Lab) -> Non
     assert "BrokenPipe" not in pool.log
 
 
+@pytest.mark.slow
 def test_reload_restarts_the_worker_and_its_requests_go_on(lab: Lab, tmp_path: Path) -> None:
     """Edited code runs from the next step on."""
     folder = tmp_path / "code"

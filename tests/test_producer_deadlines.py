@@ -58,6 +58,7 @@ def test_who_hears_of_nothing_ends_it_too(client: Client) -> None:
             client.get(handle.id).result()
 
 
+@pytest.mark.slow
 def test_what_runs_is_left_to_its_worker_for_a_while(client: Client, connection: redis.Redis) -> None:
     """Nobody but a sweep may take a request from a worker; who waits is told, and the answer may come later."""
     hands = Hands(connection)

@@ -125,6 +125,7 @@ def test_async_clients_find_the_new_primary(pair: Pair) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_workers_guardians_and_reapers_find_the_new_primary(pair: Pair, tmp_path: Path) -> None:
     switch, fail_over = pair
     with laboratory(switch.url, tmp_path) as lab:
@@ -146,6 +147,7 @@ def test_workers_guardians_and_reapers_find_the_new_primary(pair: Pair, tmp_path
         lab.processes[0].kill_tree()
 
 
+@pytest.mark.slow
 def test_a_plain_job_that_runs_meanwhile_ends_at_the_new_primary(pair: Pair, tmp_path: Path) -> None:
     """RQ's own code writes the end, over RQ's own connection."""
     switch, fail_over = pair

@@ -36,6 +36,7 @@ def test_stock_rq_serves_these_names(lab: Lab) -> None:
     assert [job.return_value() for job in jobs] == [os.getpid()] * len(NAMES)
 
 
+@pytest.mark.slow
 def test_a_queue_of_any_name_is_served(lab: Lab) -> None:
     """Requests of each priority and plain jobs; they survive the worker that had them; every view shows the names."""
     worker = lab.worker(queues=NAMES, slots=64)

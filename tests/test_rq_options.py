@@ -111,6 +111,7 @@ def test_empty_removes_what_waits(lab: Lab) -> None:
     assert worker.running
 
 
+@pytest.mark.slow
 def test_info_shows_a_worker_and_what_it_does(lab: Lab) -> None:
     """``rq info``: the worker's name and state, the queue's counts."""
     worker = lab.worker(step_timeout=LONG)

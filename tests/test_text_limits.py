@@ -73,6 +73,7 @@ def loaded(settings: Settings = SETTINGS) -> Generate:
     return task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "unit"), [("prompt", "7"), ("messages", "lorem ipsum "), ("adapter", "日本")])
 def test_a_text_far_above_the_context_costs_little(kind: str, unit: str) -> None:
     """8 MiB of it took 14 s and 3 GB, twice. Now: what a small part of it takes, and the memory of a few copies."""
@@ -122,6 +123,7 @@ def test_lists_are_counted_before_they_are_looked_through(payload: dict[str, Any
         assert refused.value.field == field
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logprobs", [None, 5, 20])
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_result_that_will_be_too_large_is_refused_before_it_is_computed(n: int, logprobs: int | None) -> None:
@@ -191,6 +193,7 @@ def test_a_token_without_weights_is_its_request_s_mistake(tmp_path: Path, payloa
     assert steps[-1].result == alone
 
 
+@pytest.mark.slow
 def test_the_adapter_refuses_a_token_without_weights_too() -> None:
     def grown() -> tuple[Any, Any]:
         model, encoder = runpy.run_path(str(TASKS / "lab_transformers.py"))["gpt2"]()

@@ -85,6 +85,7 @@ def test_a_tasks_own_step_timeout_holds_from_its_first_step(lab: Lab) -> None:
         assert (record.executions, lab.events(name)) == (1, [])
 
 
+@pytest.mark.slow
 def test_a_tasks_own_step_timeout_ends_with_it(lab: Lab) -> None:
     """After a task with long steps, one with short ones is judged by its own again."""
     lab.reaper()

@@ -85,7 +85,7 @@ def test_children_die_with_their_pool(redis_url: str, tmp_path: Path) -> None:
             eventually(lambda: ready(lab) or up.poll() is not None)
             assert up.poll() is None, (tmp_path / "up.log").read_text()
             below = [child.pid for child in psutil.Process(up.pid).children(recursive=True)]
-            assert len(below) == 4, "reaper, worker, guardian, undertaker"
+            assert len(below) == 5, "reaper, worker, guardian, undertaker, relay of their lines"
             up.kill()
             eventually(lambda: all(gone(pid) for pid in below))
             eventually(lambda: lab.store.workers() == [])

@@ -71,6 +71,7 @@ def test_it_is_said_that_a_worker_runs_old_code(
     assert worker.running
 
 
+@pytest.mark.slow
 def test_with_reload_its_worker_leaves_and_the_next_one_runs_the_new_code(lab: Lab, code: Path) -> None:
     """What runs goes on from its checkpoint in the new code, uncharged."""
     worker = lab.worker(environment={"PYTHONPATH": str(code)}, reload=True)
@@ -85,6 +86,7 @@ def test_with_reload_its_worker_leaves_and_the_next_one_runs_the_new_code(lab: L
     assert words == ["one"] * words.index("two") + ["two"] * (400 - words.index("two"))
 
 
+@pytest.mark.slow
 def test_a_task_that_could_not_be_loaded_is_watched_too(lab: Lab, code: Path) -> None:
     """A mistake in a file that it imports: mending it brings a worker that can, at once."""
     (code / "edited_helper.py").write_text("WORD = \n")
