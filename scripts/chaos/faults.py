@@ -204,7 +204,7 @@ class Reuse(Fault):
                 held[name] = record.execution
             with contextlib.suppress(NoSuchJobError):
                 Job.fetch(name, connection=connection).delete()
-        except redis.RedisError:
+        except (redis.RedisError, ValueError):  # RQ's delete raises the latter for an execution that ends under it
             self._old, self.number = 0.0, self.number + 1000
             return False
         if not submit(stage.client, stage.journal, self._order(name, 1)):
