@@ -96,6 +96,7 @@ def test_each_user_does_its_work(lab: Lab, urls: dict[str, str], capsys: pytest.
     assert refused(lab.connection) == []
 
 
+@pytest.mark.slow
 def test_a_producer_that_waits_may_end_what_is_late(connection: redis.Redis, urls: dict[str, str]) -> None:
     """Where nobody sweeps; a viewer may not, and is told that nobody has."""
     with Client(urls["producer"], settings=Settings()) as client:

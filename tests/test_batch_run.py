@@ -92,6 +92,7 @@ BAD = (
 )
 
 
+@pytest.mark.slow
 def test_one_bad_line_is_one_failure(job: Job) -> None:
     """The others are answered. A second run finds each of them, also after a kill that tore the file."""
     job.write(counting("good", 3))

@@ -38,6 +38,7 @@ def bad(told: dict[str, Any]) -> list[str]:
     return [item["what"] for item in told["findings"] if item["level"] != "ok"]
 
 
+@pytest.mark.slow
 def test_priorities_of_a_served_queue_are_served_in_every_view(lab: Lab) -> None:
     """A worker for gpu serves gpu-high and gpu-low; nobody says that what waits there waits for nobody."""
     lab.worker()

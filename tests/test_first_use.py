@@ -53,6 +53,7 @@ def test_a_command_that_is_like_none_is_not() -> None:
     assert "Did you mean" not in call("xyzzy").stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_failure(redis_url: str, pool: Pool) -> None:
     """``perdure … | head``: whatever is printed, and however."""
     for name in range(300):

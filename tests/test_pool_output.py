@@ -34,6 +34,7 @@ def up(lab: Lab, *arguments: str, path: str = str(TASKS), **settings: Any) -> Pr
     return started
 
 
+@pytest.mark.slow
 def test_each_line_has_the_name_of_who_printed_it(lab: Lab) -> None:
     """Logs, what a task prints, tracebacks and last words, to their ends; what the pool itself says has none."""
     pool = up(lab, "--workers", "2")

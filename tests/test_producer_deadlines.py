@@ -27,6 +27,7 @@ async def _all(client: Client, *names: str) -> list[str]:
         return [handle.id async for handle in as_completed_async(map(other.get, names))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["deadline", "queue_timeout"])
 @pytest.mark.parametrize(
     "wait", [Handle.result, lambda handle: list(handle.stream()), lambda handle: next(as_completed([handle])).result()]

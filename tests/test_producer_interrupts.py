@@ -269,6 +269,7 @@ print("well")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_interrupts_at_any_instruction_lose_nothing(own: Server, seed: int) -> None:
     """Thousands of calls, each cut off after another number of microseconds, or not."""
@@ -356,5 +357,6 @@ print("well")
 """
 
 
+@pytest.mark.slow
 def test_timeouts_of_greenlets(own: Server) -> None:
     run(GREENLETS, own.url, own.pid)

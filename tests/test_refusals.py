@@ -267,6 +267,7 @@ def test_no_error_of_redis_py_reaches_a_user(connection: redis.Redis, redis_url:
 # --- processes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", [0, 3])
 def test_a_worker_that_starts_while_redis_refuses_waits(own: Server, tmp_path: Path, database: int) -> None:
     """In database 3, not even a connection can be made while a script runs."""

@@ -101,6 +101,7 @@ def test_a_worker_with_another_prefix_hands_requests_on(lab: Lab) -> None:
 # --- what RQ shows -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_is_idle_after_each_plain_job(lab: Lab) -> None:
     """As RQ's workers are, whether it returns or raises; and the time that it worked is counted."""
     worker = lab.worker()

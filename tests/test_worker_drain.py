@@ -72,6 +72,7 @@ def test_a_step_in_native_code_is_left_after_the_drain_timeout(lab: Lab) -> None
     lab.check(one, 6)
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_the_step(lab: Lab) -> None:
     """A second signal a second later is a cold stop; one that follows at once is an echo of the first."""
     worker = lab.worker(drain_timeout=600)

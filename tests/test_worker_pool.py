@@ -94,6 +94,7 @@ def test_children_die_with_their_pool(redis_url: str, tmp_path: Path) -> None:
         up.wait()
 
 
+@pytest.mark.slow
 def test_up_starts_a_server_of_its_own_and_ends_cleanly(tmp_path: Path) -> None:
     """``perdure up`` without a Redis: it starts one, serves, and on SIGTERM everything ends with status 0."""
     environment = {

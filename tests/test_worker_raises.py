@@ -68,6 +68,7 @@ def logged(worker: Process, text: str, times: int) -> bool:
     return worker.log.count(text) == times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_worker_s_log_shows_where_a_task_raised(lab: Lab, form: str) -> None:
     """Whichever way it runs: file, line and function of the task's own code, at every attempt. Not for a wrong request."""

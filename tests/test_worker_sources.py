@@ -44,6 +44,7 @@ def stale(lab: Lab) -> list[str]:
     return [worker["stale"] for worker in lab.store.workers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edited_tasks.py", "edited_helper.py"])
 def test_it_is_said_that_a_worker_runs_old_code(
     lab: Lab, code: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -99,6 +100,7 @@ def test_a_task_that_could_not_be_loaded_is_watched_too(lab: Lab, code: Path) ->
     assert lab.ended(one).status == "finished"
 
 
+@pytest.mark.slow
 def test_a_task_that_was_added_to_a_loaded_module_says_why_it_is_not_there(lab: Lab, code: Path) -> None:
     lab.worker(environment={"PYTHONPATH": str(code)}, missing_timeout=0.5)
     lab.reaper(missing_timeout=0.5)

@@ -70,6 +70,7 @@ def test_a_courier_that_hangs_ends_its_worker(lab: Lab) -> None:
     eventually(lambda: "in _admission" in worker.log)
 
 
+@pytest.mark.slow
 def test_a_courier_that_fails_ends_its_worker(lab: Lab) -> None:
     """With its error in the log and status 1; what was held is accused of nothing and goes on elsewhere."""
     worker = lab.worker()
