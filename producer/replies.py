@@ -190,7 +190,8 @@ class Replies:
             thread = self._thread
             self._wake_waiters()
             self._changed.notify_all()
-        if thread is not None:
+        # One that Ctrl-C kept from starting is not alive, and cannot be joined.
+        if thread is not None and thread.is_alive():
             self.tell()
             thread.join(2 * SLICE)
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import redis
 
-from perdure.producer import AsyncClient, Client, as_completed
+from perdure.producer import AsyncClient, Client, Handle, as_completed
 from perdure.producer.lanes import LANES
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
@@ -304,6 +304,32 @@ def test_ctrl_c_in_threads_that_wait_for_a_lane(own: Server, interrupts: None) -
             thread.join()
         assert len(set(done)) == 3 * LANES
         assert lanes_in_use(client) == 0
+
+
+@pytest.mark.parametrize(
+    "wait", [Handle.result, lambda handle: list(handle.stream()), lambda handle: handle.add_done_callback(print)]
+)
+def test_ctrl_c_before_a_thread_of_the_client_has_started(own: Server, wait: Callable[[Handle], object]) -> None:
+    """The client can be closed then, as ``with`` does; and another one waits as ever."""
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code is threading.Thread.start.__code__:
+            raise KeyboardInterrupt
+
+    def scene() -> None:
+        with Client(own.url) as client:
+            handle = client.submit(PATH, 1, id="mine")
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                wait(handle)
+            finally:
+                sys.settrace(before)
+
+    with pytest.raises(KeyboardInterrupt):
+        scene()
+    with Client(own.url) as client, pytest.raises(TimeoutError):
+        client.get("mine").result(timeout=0.1)
 
 
 def test_canceled_tasks_leave_the_client_as_it_was(own: Server) -> None:
