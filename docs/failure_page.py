@@ -62,7 +62,7 @@ DEATHS = (
 ELSEWHERE = {
     FailureKind.MODEL_MISMATCH: "the worker has another model than the checkpoint's, and hands it back",
     FailureKind.DEADLINE: "its deadline passed, waiting or running",
-    FailureKind.UNKNOWN: "handed back `PERDURE_MAX_EXECUTIONS` times without progress; what a worker of 0.1.0 said for `ERROR`",
+    FailureKind.UNKNOWN: "handed back `PERDURE_MAX_EXECUTIONS` times without progress; in 0.1.0, any `ERROR`",
 }
 """Kinds that no error and no end of a process has: a script or a worker says them."""
 

@@ -172,7 +172,7 @@ class AsyncHandle(Reference[AsyncSession]):
 
 
 class FoundHandle(AsyncHandle):
-    """What :meth:`AsyncClient.get` gives: a handle, of which ``await`` makes the one that ``await client.submit(…)`` gives.
+    """What :meth:`AsyncClient.get` gives. ``await`` turns it into a handle as ``await client.submit(…)`` gives.
 
     So ``handle = await client.get(id)`` and ``await client.get(id).result()`` both do what they say.
     """

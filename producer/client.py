@@ -104,8 +104,8 @@ class Client:
             deadline: seconds from now, or a date with a time zone, by which it must have ended. Later it is ended as
                 failed, kind ``DEADLINE``, and ``result()`` raises ``DeadlineExceeded``: waiting within a second,
                 running when its worker next writes. Where no worker and no reaper runs, whoever waits for it ends it
-                while it waits, and gets ``TimeoutError`` some seconds later while it runs. It is not retried; an answer that comes first wins. Seconds count twice
-                at the submit to a degraded pool.
+                while it waits, and gets ``TimeoutError`` some seconds later while it runs. It is not retried; an answer
+                that comes first wins. Seconds count twice at the submit to a degraded pool.
             queue_timeout: seconds that it may wait in its queue until a worker first takes it; otherwise as above.
             durable: return only once the request is on disk (``WAITAOF``; about a second with Redis' default
                 ``appendfsync everysec``).

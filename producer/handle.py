@@ -118,10 +118,11 @@ class Handle(Reference[Session]):
     def result(self, timeout: float | Default | None = DEFAULT) -> Any:
         """Wait for the end and return the result.
 
-        ``timeout`` in seconds; ``None`` waits as long as the request takes, through outages of Redis too. So does the default,
-        once Redis has answered, unless ``PERDURE_RESPONSE_TIMEOUT`` sets another one, which counts twice if the pool was
-        degraded at the submit. Raises :class:`RequestFailed`, :class:`RequestCanceled`, or ``TimeoutError``: the
-        request goes on then. That comes as well 5 s after the request's deadline, if its worker has not ended it by then.
+        ``timeout`` in seconds; ``None`` waits as long as the request takes, through outages of Redis too. So does the
+        default, once Redis has answered, unless ``PERDURE_RESPONSE_TIMEOUT`` sets another one, which counts twice if
+        the pool was degraded at the submit. Raises :class:`RequestFailed`, :class:`RequestCanceled`, or
+        ``TimeoutError``: the request goes on then. That comes as well 5 s after the request's deadline, if its worker
+        has not ended it by then.
         """
         return self._ask(questions.result(self.id, self._limit(timeout), self._session.patience))
 

@@ -3,9 +3,10 @@
 An exception may come out of the middle of any call, between any two instructions: a signal handler that raises, Ctrl-C,
 ``gevent.Timeout``. So nothing here depends on that what was begun is ended in order:
 
-1. A lane belongs to an *owner*, an object of the call. It is free when the call has given it back, and when the owner is gone.
-2. A lane is *clean* only from the end of a call that went through until the next one begins. One that is not is made anew:
-   the answer of a call that was interrupted is read by nobody, and never taken for that of a later one.
+1. A lane belongs to an *owner*, an object of the call. It is free when the call has given it back, and when the owner
+   is gone.
+2. A lane is *clean* only from the end of a call that went through until the next one begins. One that is not is made
+   anew: nobody reads the answer of a call that was interrupted, or takes it for that of a later one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a handle asks, in which order, and what it makes of the answers.
 
-Each question is a generator of :mod:`.steps`, and returns the answer. A step that fails ends the question with its error; no
-question handles one.
+Each question is a generator of :mod:`.steps`, and returns the answer. A step that fails ends the question with its
+error; no question handles one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Limit:
         return cls(math.inf if timeout is None else waited(timeout, "timeout"))
 
     def contact(self, began: float) -> float | None:
-        """Until when Redis must have answered for the first time (monotonic); ``None``: for as long as the client is patient.
+        """Until when Redis must have answered once (monotonic); ``None``: as long as the client is patient.
 
         Who waits for ever without having said so is to hear of an address at which nobody is.
         """
@@ -259,7 +259,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
 
 
 class Overdue:
-    """What a request's deadline is to who waits for its end. Workers and reapers end it then; where none runs, who waits does.
+    """A request's deadline, for who waits for its end: where no worker and no reaper runs, the waiter ends the request.
 
     ``silence``: seconds after which the keys are to be read without a hint, for as much as the last look says.
     """
@@ -269,7 +269,7 @@ class Overdue:
         self._since: float | None = None
 
     def look(self, record: RequestRecord, deadline: float) -> Question[None]:
-        """Raises :class:`NotYet` for what runs on after its deadline: its worker does not end it, and only a sweep may."""
+        """Raises :class:`NotYet` for what runs on after its deadline: only its worker or a sweep may end it."""
         left = (yield Call(partial(Store.end_late, records=[record]), deadline)) if record.due else math.inf
         if left > 0:
             # A little later than asked for, and not a little earlier: a watch spreads its waits.

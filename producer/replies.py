@@ -99,7 +99,7 @@ class Replies:
     def __init__(
         self, connect: Callable[[], redis.Redis], client_id: str, publish: Callable[[str, bytes], object]
     ) -> None:
-        """``connect`` makes a client for the listener alone; ``publish`` sends a word to a channel, and raises nothing."""
+        """``connect`` makes a client for the listener alone; ``publish`` sends to a channel, and raises nothing."""
         self._connect = connect
         self._publish = publish
         self.own = client_id
@@ -108,7 +108,7 @@ class Replies:
         self.reset()
 
     def reset(self) -> None:
-        """As new, and in a child that was forked: the listener stayed behind, and with it perhaps a lock that was held."""
+        """Begin anew, also in a forked child: the listener stayed in the parent, perhaps with a lock held."""
         self._changed = threading.Condition()
         # Weak: an interest whose waiter an exception has ended between two instructions ends by itself.
         self._watches: dict[str, weakref.WeakSet[Watch]] = {}

@@ -75,7 +75,7 @@ class Session:
         _sessions.add(self)
 
     def forked(self) -> None:
-        """In a child: what the parent's threads have in their hands is none of ours, and their locks may be held for ever."""
+        """In a forked child: begin anew. The parent's threads are not here, and their locks may be held for ever."""
         self._lanes = Lanes(self._connection, self.settings)
         self.replies.reset()
         self.callbacks.reset()

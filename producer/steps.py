@@ -1,8 +1,8 @@
 """The steps of which :mod:`.questions` are made, and nothing of how they are done.
 
 A question yields steps and is sent what came of them. Who drives it does the input and output:
-:class:`~perdure.producer.Handle` in the calling thread, :class:`~perdure.producer.AsyncHandle` on an event loop. So both ask
-the same.
+:class:`~perdure.producer.Handle` in the calling thread, :class:`~perdure.producer.AsyncHandle` on an event loop. So
+both ask the same.
 """
 
 from __future__ import annotations

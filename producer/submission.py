@@ -190,7 +190,8 @@ def _degraded(found: object, payload: Any, overrides: object, settings: Settings
         return b""
     if not isinstance(payload, Mapping):
         raise InvalidRequest(
-            f"degraded replaces fields of a payload that is a dict, but the payload is {article(type(payload).__name__)}",
+            f"degraded replaces fields of a payload that is a dict, but the payload is "
+            f"{article(type(payload).__name__)}",
             "degraded",
         )
     try:

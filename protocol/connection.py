@@ -134,8 +134,8 @@ def connect(
         connect_timeout: seconds that connecting may take; ``timeout`` if not given.
         name: what ``CLIENT LIST`` shows.
         check: ask the server once now; without, the first command finds out.
-        wait: with ``check``, wait for a server that answers and refuses for a reason that passes, as while it loads; it is
-            called with a text for people then.
+        wait: with ``check``, wait for a server that answers and refuses for a reason that passes, as while it loads;
+            it is called with a text for people then.
 
     Raises:
         SettingsError: the URL cannot be used.

@@ -141,7 +141,7 @@ def id_of_key(idempotency_key: object) -> str:
 
 
 def check_queue(name: object) -> str:
-    """Return the queue's name, which may be any text, as in RQ; raise :class:`InvalidRequest` for what is none, or too long."""
+    """Return the queue's name: any text, as in RQ. Raises :class:`InvalidRequest` for what is none, or too long."""
     if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_QUEUE or not _is_text(name):
         raise InvalidRequest(
             f"a queue name is a text of 1 to {_LONGEST_QUEUE} characters, but this one is {_shown(name)}", "queue"

@@ -28,8 +28,8 @@ def pause(tries: int) -> float:
 
 
 def when_it_may(call: Callable[[], Answer], url: str, say: Callable[[str], object]) -> Answer:
-    """What ``call`` returns once Redis takes it: for the start of a process. Waits while the server answers and refuses for
-    a reason that passes, and ``say``s so once.
+    """What ``call`` returns once Redis takes it: for the start of a process. Waits while the server answers and refuses
+    for a reason that passes, and ``say``s so once.
 
     Raises :class:`RedisUnavailable` at once if there is no answer, or the user is refused.
     """
@@ -47,7 +47,8 @@ def when_it_may(call: Callable[[], Answer], url: str, say: Callable[[str], objec
 
 
 class Patient(Retry):
-    """For a connection that code of RQ's uses, which waits for nothing: a refusal that passes is waited for, however long.
+    """For a connection that code of RQ's uses, which waits for nothing: a refusal that passes is waited for, however
+    long.
 
     The server has not done what it refused, so it may be asked again; over another connection, since its address may
     lead to another primary by now. Errors of the connection itself are left to what was set for it.

@@ -41,7 +41,9 @@ class FailureKind(StrEnum):
     ERROR = "ERROR"
     """The task raised something that says nothing about the pool."""
     UNKNOWN = "UNKNOWN"
-    """Nobody can tell: it came back again and again without progress, or RQ itself ended it. Workers of 0.1.0 say it for ``ERROR``."""
+    """Nobody can tell: it came back again and again without progress, or RQ itself ended it. Workers of 0.1.0 say it
+    for ``ERROR``.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,12 +76,15 @@ PASSING: Final = {
     "CLUSTERDOWN": "its cluster is down",
     "TRYAGAIN": "its cluster moves the keys right now",
 }
-"""The refusals that say something of the server, which may change, and nothing of the call. All of them are waited for, and
-the next try is made over another connection: where the server is a primary no more, its address leads elsewhere by now."""
+"""The refusals that say something of the server, which may change, and nothing of the call. All of them are waited for,
+and the next try is made over another connection: where the server is a primary no more, its address leads elsewhere by
+now.
+"""
 
 FORBIDDEN: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
-"""Refusals of the user. Only a person can change that: a client tells him at once, and a worker, whose requests are not to be
-lost over it, waits."""
+"""Refusals of the user. Only a person can change that: a client says so at once. A worker waits, so that no request is
+lost over it.
+"""
 
 _CLASSES: Final = {
     redis.exceptions.BusyLoadingError: "LOADING",
@@ -96,7 +99,7 @@ _CLASSES: Final = {
 }
 """Those that redis-py knows: it takes the code off the text."""
 
-# What redis-py puts in front of an error of a pipeline: the command may have any text in it, so the last such words count.
+# What redis-py puts in front of an error of a pipeline. The command may have any text in it: the last such words count.
 _IN_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
 # Redis 6.2 puts the error of a call within a script into the text of another one.
 _CODE = re.compile(
@@ -138,6 +141,6 @@ def waited_for(error: BaseException) -> bool:
 
 
 def _may_pass(error: BaseException) -> bool:
-    # A server that has forgotten a script which it was just sent: it was started again, or is another one. Not in the table:
-    # whoever sent the name of a script alone is to send the script.
+    # A server that has forgotten a script which it was just sent: it was started again, or is another one. Not in the
+    # table: whoever sent the name of a script alone is to send the script.
     return code_of(error) in PASSING or isinstance(error, redis.exceptions.NoScriptError)

@@ -301,9 +301,9 @@ class Store(Reads):
         """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
         to be told, ``unfit`` if its device is not to be used.
 
-        ``health`` is the URL of its health pages, ``model`` the setting of that name, ``stale`` a file that was edited after it
-        had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each
-        task that it could not load.
+        ``health`` is the URL of its health pages, ``model`` the setting of that name, ``stale`` a file that was edited
+        after it had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each task that it
+        could not load.
         """
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
@@ -399,8 +399,9 @@ class Store(Reads):
         return moved
 
     def end_late(self, records: Iterable[RequestRecord]) -> float:
-        """Do what a sweep does for those of these requests whose deadline has passed: end what waits. For who waits for them,
-        where no worker and no reaper runs. Returns the seconds until the next deadline of theirs, at most 0 if one has passed.
+        """Do what a sweep does for those of these requests whose deadline has passed: end what waits. For who waits for
+        them, where no worker and no reaper runs. Returns the seconds until the next deadline of theirs, at most 0 if
+        one has passed.
         """
         seconds, micros = self.connection.time()
         now = seconds + micros / 1e6

@@ -265,7 +265,8 @@ def _stale(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Who runs code that was edited since."""
     return [
         Finding(
-            Level.WARN, f"worker {worker['worker']} runs old code", f"{worker['stale']} was edited after it had been loaded",
+            Level.WARN, f"worker {worker['worker']} runs old code",
+            f"{worker['stale']} was edited after it had been loaded",
             "restart it; perdure up --reload does so by itself",
         )
         for worker in workers

@@ -62,7 +62,8 @@ def submit(
 ) -> None:  # fmt: skip
     """Put a request on a queue and print its id.
 
-    TASK is a dotted path such as app.tasks.count; JSON is its payload ({} if it is left out), or - to read it from stdin.
+    TASK is a dotted path such as app.tasks.count; JSON is its payload ({} if it is left out), or - to read it from
+    stdin.
     """
     value = _read_json(payload)
     if timeout is not None and not (wait or stream):
@@ -106,8 +107,8 @@ def follow(handle: Handle, *, wait: bool, stream: bool, timeout: float | None, a
         result = handle.result(DEFAULT if timeout is None else timeout)
     except NotYet as error:
         raise TimeoutError(
-            f"{error.what}. It goes on; wait for it again with: perdure result {handle.id} --timeout SECONDS, or look at it "
-            f"with: perdure show {handle.id}"
+            f"{error.what}. It goes on; wait for it again with: perdure result {handle.id} --timeout SECONDS, or "
+            f"look at it with: perdure show {handle.id}"
         ) from None
     except (RequestFailed, RequestCanceled) as error:
         if as_json:

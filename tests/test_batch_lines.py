@@ -285,7 +285,8 @@ def test_several_answers_become_choices_of_a_chat() -> None:
     body = bodies.answer(CHAT, "i1", "", 7, {"choices": choices, "usage": RESULT["usage"]})
     assert (body["object"], body["id"], body["model"]) == ("chat.completion", "chatcmpl-i1", bodies.GENERATE)
     assert body["choices"][1] == {
-        "index": 1, "message": {"role": "assistant", "content": "t1", "refusal": None}, "logprobs": None, "finish_reason": "length",
+        "index": 1, "message": {"role": "assistant", "content": "t1", "refusal": None}, "logprobs": None,
+        "finish_reason": "length",
     }  # fmt: skip
 
 

@@ -173,10 +173,13 @@ def test_a_conversation_goes_on_with_what_the_client_was_given(client: openai.Op
 
 FREE: list[dict[str, Any]] = [
     {"top_p": 0, "temperature": 1}, {"seed": -1}, {"seed": -(2**63)}, {"logprobs": False, "top_logprobs": 0},
-    {"tools": [], "tool_choice": "none"}, {"response_format": {"type": "text"}}, {"modalities": ["text"]}, {"audio": None},
-    {"reasoning_effort": "none"}, {"verbosity": "medium"}, {"stream": False, "stream_options": None}, {"n": 1, "stop": None},
+    {"tools": [], "tool_choice": "none"}, {"response_format": {"type": "text"}}, {"modalities": ["text"]},
+    {"audio": None}, {"reasoning_effort": "none"}, {"verbosity": "medium"}, {"stream": False, "stream_options": None},
+    {"n": 1, "stop": None},
     {"store": True, "metadata": {"a": "b"}, "user": "u", "service_tier": "auto", "safety_identifier": "s"},
-    {"extra_body": {"ignore_eos": False, "skip_special_tokens": True, "top_k": -1, "min_p": 0.0, "length_penalty": 1.0}},
+    {"extra_body": {
+        "ignore_eos": False, "skip_special_tokens": True, "top_k": -1, "min_p": 0.0, "length_penalty": 1.0,
+    }},
     {"extra_body": {"spaces_between_special_tokens": True, "include_stop_str_in_output": False, "stop_token_ids": []}},
     {"extra_body": {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}}},
 ]  # fmt: skip
@@ -202,8 +205,10 @@ def test_what_asks_for_nothing_is_taken_from_the_client(
     "fields",
     [
         {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"response_format": {"type": "json_object"}},
-        {"top_logprobs": 2}, {"reasoning_effort": "high"}, {"extra_body": {"ignore_eos": True}}, {"extra_body": {"min_p": 0.1}},
-        {"extra_body": {"skip_special_tokens": False}}, {"extra_body": {"stop_token_ids": [5]}}, {"extra_body": {"min_p": False}},
+        {"top_logprobs": 2}, {"reasoning_effort": "high"}, {"extra_body": {"ignore_eos": True}},
+        {"extra_body": {"min_p": 0.1}},
+        {"extra_body": {"skip_special_tokens": False}}, {"extra_body": {"stop_token_ids": [5]}},
+        {"extra_body": {"min_p": False}},
     ],
     ids=str,
 )  # fmt: skip
@@ -217,7 +222,8 @@ def test_what_would_change_the_answer_is_refused_with_the_package_s_own_error(
 
 @pytest.mark.parametrize(
     "extra",
-    [{"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, {"audio": {"id": "a"}}],
+    [{"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {"audio": {"id": "a"}}],
     ids=str,
 )  # fmt: skip
 def test_what_an_answer_of_another_kind_carries_is_refused(extra: dict[str, Any]) -> None:

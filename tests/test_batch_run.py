@@ -102,7 +102,8 @@ def test_one_bad_line_is_one_failure(job: Job) -> None:
     assert "4 bad lines in" in said
     rows = [json.loads(row) for row in job.errors.read_bytes().splitlines()]
     assert [(row["custom_id"], row["response"]["status_code"], row["error"]["code"]) for row in rows] == [
-        (None, 400, "INVALID_REQUEST"), ("b", 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"),
+        (None, 400, "INVALID_REQUEST"), ("b", 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"),
+        (None, 400, "INVALID_REQUEST"),
     ]  # fmt: skip
     assert [row["error"]["message"].partition(":")[0] for row in rows] == ["line 4", "line 5", "line 6", "line 7"]
     whole = job.errors.read_bytes()

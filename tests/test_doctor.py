@@ -200,7 +200,8 @@ def test_a_server_that_keeps_requests_in_more_memory_is_told(
 
 WELL: dict[str, Any] = {
     "workers": [
-        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "", "unable": [], "stale": ""},
+        {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "",
+        "unable": [], "stale": ""},
     ],
     "stock": {}, "queues": [], "overdue": [], "pulse_age": 0.3, "unfit": [], "mode": "", "states": 10, "room": None,
     "reap_interval": 0.5, "heartbeat": 1.0,

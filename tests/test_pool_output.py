@@ -25,7 +25,8 @@ def up(lab: Lab, *arguments: str, path: str = str(TASKS), **settings: Any) -> Pr
     environment = {**os.environ, **Settings().replace(**(QUICK | settings)).environment(), "PYTHONPATH": path}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [*COMMAND, "--url", lab.url, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+            [*COMMAND, "--url", lab.url, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            env=environment,
             start_new_session=True,
         )  # fmt: skip
     started = Process(process, output, "up")

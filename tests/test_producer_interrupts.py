@@ -1,4 +1,5 @@
-"""What comes out of the middle of a client's calls: forks, signal handlers that raise, Ctrl-C, canceled tasks, greenlets.
+"""What comes out of the middle of a client's calls: forks, signal handlers that raise, Ctrl-C, canceled tasks,
+greenlets.
 
 Neither connection nor lane is lost, and no call reads the answer to an earlier one.
 """
@@ -51,7 +52,7 @@ def stopped(server: Server) -> Iterator[None]:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Fork, and do this in the child; its process id. It exits with 0 if the work returns, and ends soon in any case."""
+    """Fork, and do this in the child; its process id. It exits with 0 if the work returns, and ends soon."""
     pid = os.fork()
     if pid:
         return pid

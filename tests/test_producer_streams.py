@@ -614,7 +614,9 @@ def test_waiting_too_long_says_what_the_request_does(client: Client, hands: Hand
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_without_a_timeout_an_end_is_waited_for_however_late(redis_url: str) -> None:
-    """Longer than the 60 s that were once the default; a stream as well, though nothing new comes; on an event loop too."""
+    """Longer than the 60 s that were once the default; a stream as well, though nothing new comes; on an event loop
+    too.
+    """
 
     async def wait(identifier: str) -> list[Any]:
         async with AsyncClient(redis_url, settings=Settings()) as client:

@@ -1,4 +1,6 @@
-"""Refusals that pass: whoever asks Redis for something waits for them as for a Redis that is away, and finds a new primary."""
+"""Refusals that pass: whoever asks Redis for something waits for them as for a Redis that is away, and finds a new
+primary.
+"""
 
 from __future__ import annotations
 

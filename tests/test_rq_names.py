@@ -20,7 +20,8 @@ from .worker_kit import Lab, Quiet, eventually
 from .worker_tasks.prefix_classes import PrefixJob, PrefixQueue
 
 NAMES = (
-    "gpu", "bench:default", "default", "tenant/42", "with space", "große Schlange", "日本", "a,b", "a", "100%", "a%2Cb", "{tag}",
+    "gpu", "bench:default", "default", "tenant/42", "with space", "große Schlange", "日本", "a,b", "a", "100%", "a%2Cb",
+    "{tag}",
     "*", "[x]?", "two\nlines", "tab\there", 'quo"te', "back\\slash", "rq:queue:gpu", "gpu.large@1", "x" * 300,
 )  # fmt: skip
 

@@ -68,7 +68,9 @@ def test_a_name_is_had_by_one_worker_at_a_time(lab: Lab) -> None:
 
 
 def test_round_robin_takes_turns(lab: Lab) -> None:
-    """``--dequeue-strategy round_robin``: two queues are served by turns, the one that is named first at first, as in RQ."""
+    """``--dequeue-strategy round_robin``: two queues are served by turns, the one that is named first at first, as in
+    RQ.
+    """
     left, right = ([lab.submit("count", {"n": 1}, queue=queue) for _ in range(4)] for queue in ("left", "right"))
     lab.worker("--burst", "--dequeue-strategy", "round_robin", queues=("left", "right")).end()
     order = ["left" if name in left else "right" for name in started(lab, [*left, *right])]

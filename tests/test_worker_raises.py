@@ -49,7 +49,7 @@ def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) 
 
 @pytest.mark.slow
 def test_text_that_raises_needs_no_healthy_neighbour(lab: Lab) -> None:
-    """Five raise in whatever pass they are. The engine's probe says that it computes, so each is charged, and nothing else."""
+    """Five raise in each pass. The engine's probe says that it computes: each is charged, and the worker stays."""
     worker = lab.worker(model="tiny", slots=8, retry_base=0.05)
     bad = [
         lab.submit("fragile_text.Fragile", {"prompt": f"poison {number}", "max_tokens": 4}, max_retries=1)
@@ -71,7 +71,7 @@ def logged(worker: Process, text: str, times: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_worker_s_log_shows_where_a_task_raised(lab: Lab, form: str) -> None:
-    """Whichever way it runs: file, line and function of the task's own code, at every attempt. Not for a wrong request."""
+    """Whichever way it runs: file, line and function of the task's code, at every attempt. Not for a wrong request."""
     worker = lab.worker(log_format=form)
     for task in ("alone", "threads", "loop"):
         name = lab.submit(f"raise_tasks.{task}", {"where": "step", "what": "value"}, max_retries=1)

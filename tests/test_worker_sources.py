@@ -49,7 +49,9 @@ def stale(lab: Lab) -> list[str]:
 def test_it_is_said_that_a_worker_runs_old_code(
     lab: Lab, code: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the task's module, and of what it imports; by the log, the list of workers and doctor. Put back, it is true no more."""
+    """Of the task's module, and of what it imports; by the log, the list of workers and doctor. Put back, it is true no
+    more.
+    """
     worker = lab.worker(environment={"PYTHONPATH": str(code)})
     one = lab.submit("edited_tasks.say", {})
     assert lab.ended(one).status == "finished"

@@ -1,4 +1,4 @@
-"""What type checkers say of a user's code: read by mypy alone, which also complains of an ignored error that is none."""
+"""What type checkers say of a user's code. Only mypy reads this; it also reports an ignored error that is none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The start of a worker, as far as Redis is concerned: what passes is waited for, and all else is said in plain words.
 
-``rq worker`` asks Redis whether the pool is suspended before it makes a worker: a server that loads its data would end it, and
-one that is busy with a traceback of redis-py's. RQ has no hook between the import of a worker's class and this question, so
-:func:`greet` puts itself before the question, for RQ's command alone.
+``rq worker`` asks Redis whether the pool is suspended before it makes a worker: a server that loads its data would end
+it, and one that is busy with a traceback of redis-py's. RQ has no hook between the import of a worker's class and this
+question, so :func:`greet` puts itself before the question, for RQ's command alone.
 """
 
 from __future__ import annotations

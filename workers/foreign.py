@@ -1,7 +1,8 @@
 """Job and queue classes with a key prefix of their own (an attribute of RQ's classes): RQ's own code serves them.
 
-Our scripts, and whoever else looks into a pool, know one prefix. So such a worker is RQ's own, with RQ's guarantees. Where
-only the job class has a prefix, requests may come by its queue: it hands each on to a worker of ours, as a stock worker does.
+Our scripts, and whoever else looks into a pool, know one prefix. So such a worker is RQ's own, with RQ's guarantees.
+Where only the job class has a prefix, requests may come by its queue: it hands each on to a worker of ours, as a stock
+worker does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the processes of a pool print, each line with the name of who printed it: ``perdure up``'s own ``| sed``.
 
 A process of its own, so that a pool that is killed breaks no pipe under workers that drain: it ends when everybody who
-could print has ended. Run as a script, with one end of a socket at descriptor 0 over which the pool sends names and pipes.
-It imports the standard library only.
+could print has ended. Run as a script, with one end of a socket at descriptor 0 over which the pool sends names and
+pipes. It imports the standard library only.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ in halves, here or elsewhere, until it is clear which it was. One that was alone
 to be sound: since it last raised, it has stepped another request well, or its task's own probe says so. Otherwise:
 
 1. the request goes back, uncharged and for a moment, so that another one may prove the engine;
-2. three steps that raised in succession, no two of them with a request in common, are the engine's fault, unless its probe
-   says that it computes;
+2. three steps that raised in succession, no two of them with a request in common, are the engine's fault, unless its
+   probe says that it computes;
 3. one request that comes back a second time with no proof in between may be either: a fresh process is to tell, and
    the request counts as one that was alone with a worker that crashed. The third of those makes it a dead letter.
 """

@@ -1,7 +1,7 @@
 """Whether code was edited after a worker had loaded it: it runs what it loaded, and nobody would see why.
 
-What is watched are the files of a user's own modules: not what is installed, and nothing of Perdure. The worker says which it
-has loaded, with the digest of each; its guardian looks at the files from outside.
+What is watched are the files of a user's own modules: not what is installed, and nothing of Perdure. The worker says
+which it has loaded, with the digest of each; its guardian looks at the files from outside.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Loaded:
 
 
 def added(module: object, name: str) -> str:
-    """The file of a loaded module in which a name stands by now that the module does not have; empty if that is not so."""
+    """The file of a loaded module, if it has a name by now that the loaded module lacks; else an empty text."""
     place = getattr(module, "__file__", None)
     if not isinstance(place, str):
         return ""

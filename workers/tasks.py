@@ -248,8 +248,8 @@ class Task:
         if not (inspect.isasyncgenfunction(function) or _yields(function)):
             name = getattr(function, "__qualname__", repr(function))
             raise TypeError(
-                f"{name} is no generator: a task yields; have it `yield Step(...)` for each step, and return its result. If it "
-                "returns a generator that another function makes, annotate it: `-> Iterator[Step]`"
+                f"{name} is no generator: a task yields; have it `yield Step(...)` for each step, and return its "
+                "result. If it returns a generator that another function makes, annotate it: `-> Iterator[Step]`"
             )
         functools.update_wrapper(self, function)
         self.asynchronous = inspect.isasyncgenfunction(function)

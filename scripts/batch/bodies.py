@@ -20,34 +20,36 @@ CHAT: Final = "/v1/chat/completions"
 GENERATE: Final = "perdure.workers.text.generate"
 
 NOTED: Final = frozenset({
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "request_id", "cache_salt",
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "parallel_tool_calls", "request_id", "cache_salt",
 })  # fmt: skip
 """Fields that say nothing about the answer: of a pool that runs one model, and keeps what it keeps."""
 
 SERVERS: Final[dict[str, tuple[Any, ...]]] = {
-    "stream": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,), "stop_token_ids": ([],), "bad_words": ([],), "min_p": (0,), "length_penalty": (1,),
-    "use_beam_search": (False,), "early_stopping": (False,), "detokenize": (True,), "echo": (False,), "priority": (0,),
-    "return_token_ids": (False,), "return_tokens_as_token_ids": (True,), "prompt_logprobs": (0,), "no_repeat_ngram_size": (0,),
-    "typical_p": (1,), "extra_body": ({},), "extra_headers": ({},), "extra_query": ({},),
+    "stream": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "stop_token_ids": ([],),
+    "bad_words": ([],), "min_p": (0,), "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,),
+    "detokenize": (True,), "echo": (False,), "priority": (0,), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (True,), "prompt_logprobs": (0,), "no_repeat_ngram_size": (0,), "typical_p": (1,),
+    "extra_body": ({},), "extra_headers": ({},), "extra_query": ({},),
 }  # fmt: skip
 """What clients of vLLM, SGLang and the like write as well, with the values that ask for nothing."""
 
 IDLE: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     COMPLETIONS: {**SERVERS, "suffix": ("",), "add_special_tokens": (True,)},
     CHAT: {
-        **SERVERS, "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},), "modalities": (["text"],), "reasoning_effort": ("none",), "verbosity": ("medium",),
-        "add_generation_prompt": (True,), "continue_final_message": (False,), "add_special_tokens": (False,),
-        "chat_template_kwargs": ({},), "documents": ([],), "include_reasoning": (True,),
+        **SERVERS, "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+        "reasoning_effort": ("none",), "verbosity": ("medium",), "add_generation_prompt": (True,),
+        "continue_final_message": (False,), "add_special_tokens": (False,), "chat_template_kwargs": ({},),
+        "documents": ([],), "include_reasoning": (True,),
     },
 }  # fmt: skip
 """Fields of features that are not there, with the values that do not ask for them."""
 
 SAID: Final[dict[str, tuple[Any, ...]]] = {
-    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "audio": (), "function_call": (), "reasoning_content": ("",),
-    "reasoning": ("",),
+    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "audio": (), "function_call": (),
+    "reasoning_content": ("",), "reasoning": ("",),
 }  # fmt: skip
 """What an answer has beside its text when a client gives it back as history, with the values that say nothing."""
 
@@ -244,7 +246,9 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
         "text_offset": None,
         "tokens": [_token(token) for token in choice["token_ids"]],
         "token_logprobs": [_number(score["logprob"]) for score in scores],
-        "top_logprobs": [{_token(token): _number(value) for token, value in score.get("top_logprobs", ())} for score in scores],
+        "top_logprobs": [
+            {_token(token): _number(value) for token, value in score.get("top_logprobs", ())} for score in scores
+        ],
     }  # fmt: skip
     return {
         "index": choice["index"],

@@ -1,7 +1,8 @@
 """The input: one request a line, in OpenAI's format, checked as a whole before anything starts.
 
 The file is read twice: once to check it, once to run it, and of neither more than a line is kept. What is kept of a
-line in between is a digest of its ``custom_id`` (some 200 bytes in all) and a checksum; of a bad one, what is wrong with it.
+line in between is a digest of its ``custom_id`` (some 200 bytes in all) and a checksum; of a bad one, what is wrong
+with it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ KNOWN: Final = {"smollm2": ("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M
 
 
 def names(model: str) -> frozenset[str]:
-    """Those of a ``PERDURE_MODEL``: as it stands, its file or folder, without the ending, and what the world calls it."""
+    """The names of a ``PERDURE_MODEL``: as it stands, its file or folder without the ending, its published name."""
     place = PurePath(model)
     stem = place.stem if place.suffix == ".gguf" else place.name
     return frozenset({model, place.name, stem, *KNOWN.get(model, ())})

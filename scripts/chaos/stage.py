@@ -41,7 +41,8 @@ class Stage:
         """A worker that holds something, by a number in [0, 1).
 
         Not one whose request was alone with all but one of the lost workers that make a dead letter: promise P6 ends it
-        with the next, and everything that was accepted is to finish here. Requests that do end so are a kind of their own.
+        with the next, and everything that was accepted is to finish here. Requests that do end so are a kind of their
+        own.
         """
         targets = self.crew.targets(self.store)
         busy = [target for target in targets if target.held and not (self.late and target.loaded)]

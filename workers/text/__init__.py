@@ -226,7 +226,9 @@ class Generate(BatchTask):
         return engine.step()
 
     def probe(self) -> bool | None:
-        """Whether the self-check gives the bits that it gave at the load; ``None`` on ranks, which it would take together."""
+        """Whether the self-check gives the bits that it gave at the load; ``None`` on ranks, which it would take
+        together.
+        """
         if self.group or self._llama is None:
             return None
         from .exactness import self_check

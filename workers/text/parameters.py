@@ -152,8 +152,8 @@ class Parameters:
         # A tokenizer may have been given tokens that its model has no weights for.
         if unknown := [token for token in prompt if not 0 <= token < size]:
             raise InvalidRequest(
-                f"{self.source} has the token {unknown[0]}, but the model knows the tokens 0 to {size - 1}: its tokenizer "
-                "has one that its weights lack",
+                f"{self.source} has the token {unknown[0]}, but the model knows the tokens 0 to {size - 1}: its "
+                "tokenizer has one that its weights lack",
                 field=self.source,
             )
 
@@ -172,7 +172,8 @@ class Parameters:
         if whole > limit:
             raise InvalidRequest(
                 f"max_tokens is {self.max_tokens:,}: {_times(self.n)}with {each} bytes a token the result would have "
-                f"{whole:,}, more than the limit of {limit:,} (PERDURE_MAX_PAYLOAD); ask for fewer tokens, answers or logprobs",
+                f"{whole:,}, more than the limit of {limit:,} (PERDURE_MAX_PAYLOAD); ask for fewer tokens, answers "
+                "or logprobs",
                 field="max_tokens",
             )
 

@@ -74,7 +74,9 @@ class Tokenizer:
         self.pieces: list[bytes] = _pieces(self._inner, vocabulary.definition, size)
 
     def encode(self, text: str, context: int | None = None) -> list[int]:
-        """The ids of a raw prompt, as the model wants it to begin. Raises as :meth:`check_length` if ``context`` is given."""
+        """The ids of a raw prompt, as the model wants it to begin. Raises as :meth:`check_length` if ``context`` is
+        given.
+        """
         self.check_length(text, context, "prompt")
         ids = self._inner.encode(text, add_special_tokens=self._vocabulary.post_process).ids
         return [*self._vocabulary.prefix, *ids]
@@ -116,8 +118,8 @@ class Tokenizer:
             tokens += len(self._inner.encode(text[start : start + PIECE], add_special_tokens=False))
             if tokens >= 2 * context:
                 raise InvalidRequest(
-                    f"{field} has {len(text):,} characters, and the first {min(start + PIECE, len(text)):,} of them are "
-                    f"{tokens:,} tokens, but the model's context is {context} including the answer",
+                    f"{field} has {len(text):,} characters, and the first {min(start + PIECE, len(text)):,} of them "
+                    f"are {tokens:,} tokens, but the model's context is {context} including the answer",
                     field=field,
                 )
 
