@@ -152,8 +152,9 @@ def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
     }  # fmt: skip
     cells = [[text, found["full"][name], found["back"][name]] for name, text in figures.items()]
     note = (
-        f"{sizes['workers']} workers of {sizes['held']} requests. Coming back: from the moment in which all are declared dead by "
-        "hand until all requests are held again; those that were declared dead are these."
+        f"{sizes['workers']} workers of {sizes['held']} requests. Coming back: all are declared dead by hand, one after "
+        "the other, and those are the ones counted here. Its seconds are those from the last until all requests are held "
+        "again; what else stands in its column is from the first on."
     )
     heads = ["", "full", "coming back"]
     return [Table("More requests than one Redis can checkpoint at the usual interval", heads, cells, [note])]

@@ -94,11 +94,14 @@ class SaturationBenchmark:
                 time.sleep(self.sizes.seconds)
                 full = _figures(agents, pings, time.monotonic() - began)
                 self.say(f"full: {json.dumps(full)}")
-                self._declare_dead()
-                began = time.monotonic()
                 pings.clear()
+                began = time.monotonic()
+                self._declare_dead()
+                dead = time.monotonic()
                 self._wait_held(agents)
-                back = _figures(agents, pings, time.monotonic() - began)
+                held = time.monotonic()
+                # What is counted is counted from the first that was declared dead.
+                back = _figures(agents, pings, held - began) | {"seconds": round(held - dead, 1)}
                 self.say(f"coming back: {json.dumps(back)}")
             finally:
                 stop.set()
