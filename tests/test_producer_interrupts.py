@@ -170,7 +170,8 @@ def test_an_async_client_works_in_a_child(own: Server) -> None:
     async def main() -> int:
         handle = await client.submit(PATH, 1)
         tasks = [asyncio.ensure_future(handle.result(timeout=CHILD)) for _ in range(20)]
-        await asyncio.sleep(0.05)
+        with connect(own.url) as connection:
+            await asyncio.to_thread(eventually, connection.pubsub_channels)
 
         async def there() -> None:
             assert await (await client.submit(PATH, 2)).status() == "queued"
@@ -343,7 +344,7 @@ def test_canceled_tasks_leave_the_client_as_it_was(own: Server) -> None:
                     tasks = [asyncio.ensure_future(call) for call in calls] + [
                         asyncio.ensure_future(handle.record()) for handle in handles * LANES
                     ]
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.05)  # to cancel some calls in the middle, and some that have not begun
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
