@@ -130,6 +130,21 @@ def test_info_shows_a_worker_and_what_it_does(lab: Lab) -> None:
     assert "2 finished" in rq(lab, "info")
 
 
+def test_a_queue_of_a_priority_is_shown_with_who_serves_it(lab: Lab) -> None:
+    """A worker is started for ``gpu`` and serves ``gpu-high`` and ``gpu-low``; one for ``solo-low`` serves that alone."""
+    pool = Pool.over(lab.connection)
+    both, solo = Hand(pool, "both", queues=["gpu"]), Hand(pool, "solo", queues=["solo-low"])
+    for hand in (both, solo):
+        lab.connection.hset(key("worker", hand.name), mapping={"pid": "4711", "queues": ",".join(hand.queues)})
+        hand.beat()
+    shown = rq(lab, "info", "--raw", "--by-queue", "gpu-low", "gpu-high", "gpu", "solo-low", "solo-low-high")
+    served = dict(re.findall(r"^(\S+): +(\S+)", shown, re.MULTILINE))
+    assert served == {"gpu": "both", "gpu-high": "both", "gpu-low": "both", "solo-low": "solo", "solo-low-high": "–"}
+    for hand in (both, solo):
+        pool.reap(hand.incarnation)
+    assert list(lab.connection.scan_iter(key("workers_of", "*"))) == []
+
+
 def test_a_name_that_nobody_has_is_not_shown(lab: Lab) -> None:
     """Redis lost its last second, or its worker's record ran out: neither ``rq info`` nor a list of workers shows it."""
     pool = Pool.over(lab.connection)

@@ -263,7 +263,7 @@ local function passed_over(id, queue, suspects, job)
   if waited < 0 or waited >= 2000 then return false end
   living = living or read_living()
   -- A heartbeat names queues without their priorities.
-  local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
+  local plain = without_priority(queue)
   for _, other in ipairs(living) do
     local serves = string.find(other.names, ',' .. listed(queue) .. ',', 1, true)
       or string.find(other.names, ',' .. listed(plain) .. ',', 1, true)

@@ -21,7 +21,7 @@ for _ = 1, tonumber(arg()) do
   named[incarnation] = true
 end
 
-local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
+local plain = without_priority(queue)
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf')) do
   local record = redis.call('HMGET', KEY.incarnation .. incarnation, 'queues', 'ready', 'unable')
   local names = ',' .. (record[1] or '') .. ','

@@ -100,7 +100,10 @@ if redis.call('EXISTS', name) == 1 and redis.call('HEXISTS', name, 'death') == 0
   redis.call('EXPIRE', name, 60)
   -- Re-registered every time: after a FLUSHALL or a lost second of AOF, RQ itself never would.
   redis.call('SADD', KEY.workers, name)
-  for _, queue in ipairs(queues) do redis.call('SADD', KEY.workers_of .. queue, name) end
+  -- For each priority too: RQ registers a worker by the names that it was started with.
+  for _, queue in ipairs(queues) do
+    for _, one in ipairs(served(queue)) do redis.call('SADD', KEY.workers_of .. one, name) end
+  end
 end
 
 local renewed = number_of(redis.call('HGET', record, 'wip'))

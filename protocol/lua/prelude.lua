@@ -218,6 +218,16 @@ end
 
 -- Whether another job than the one that was claimed last has been saved over a hash whose started_at is empty: RQ's `enqueue`
 -- with an id that is there saves a new one, which has not begun and was created at another date. entered: dates of the last
+-- The queues that a worker serves by one name (keys.served), and the name by which one of a priority may be served.
+local function served(queue)
+  if string.find(queue, '%-high$') or string.find(queue, '%-low$') then return { queue } end
+  return { queue, queue .. '-high', queue .. '-low' }
+end
+
+local function without_priority(queue)
+  return string.match(queue, '^(.*)%-high$') or string.match(queue, '^(.*)%-low$') or queue
+end
+
 -- coming into the queue that a claim, or an end, has seen, and of the creation. Without it, nobody has put it there but its
 -- submit; such a request has the timeout -1, and a new job mostly has not. Somebody who saves an old copy of a job
 -- (`job.meta[…] = …; job.save()`) empties started_at as well, and makes no other job of it.
@@ -339,9 +349,9 @@ local function void(id, execution, incarnation, queue)
     local name = unlisted(text)
     if looked >= 64 then break end -- in others the sweep finds it, once it has run out
     looked = looked + 1
-    for _, suffix in ipairs({ '', '-high', '-low' }) do
-      redis.call('ZREM', KEY.wip .. name .. suffix, composite)
-      redis.call('ZREM', KEY.leases .. name .. suffix, id)
+    for _, one in ipairs(served(name)) do
+      redis.call('ZREM', KEY.wip .. one, composite)
+      redis.call('ZREM', KEY.leases .. one, id)
     end
   end
 end
@@ -571,8 +581,7 @@ end
 
 -- Whether a living worker that serves a queue, by its name or as a priority of another one, has shown a fingerprint.
 local function shown(queue, fingerprint, alive_ms)
-  local plain = string.gsub(string.gsub(queue, '%-high$', ''), '%-low$', '')
-  for _, name in ipairs({ queue, plain }) do
+  for _, name in ipairs({ queue, without_priority(queue) }) do
     local member = name .. ' ' .. fingerprint
     local seen = redis.call('ZSCORE', KEY.fingerprints, member)
     if seen and tonumber(seen) > now_ms then

@@ -132,7 +132,9 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
     if not there or there == pid then
       redis.call('SREM', KEY.workers, KEY.worker .. worker)
       for queue in string.gmatch(redis.call('HGET', record, 'queues') or '', '[^,]+') do
-        redis.call('SREM', KEY.workers_of .. unlisted(queue), KEY.worker .. worker)
+        for _, one in ipairs(served(unlisted(queue))) do
+          redis.call('SREM', KEY.workers_of .. one, KEY.worker .. worker)
+        end
       end
       redis.call('DEL', KEY.worker .. worker, KEY.worker .. worker .. ':executions')
     end
