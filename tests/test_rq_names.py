@@ -14,6 +14,7 @@ from rq.job import Job
 from perdure.producer import Client
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
+from perdure.workers import Worker
 
 from .test_commands import call
 from .worker_kit import Lab, Quiet, eventually
@@ -143,6 +144,16 @@ def test_a_burst_cleans_groups_as_rqs_does(lab: Lab) -> None:
     lab.connection.delete(key("job", job.id))
     assert lab.worker("--burst").end() == 0
     assert [group.name for group in Group.all(connection=lab.connection)] == ["lives"]
+
+
+def test_maintenance_by_hand_cleans_groups(lab: Lab) -> None:
+    """``Worker.run_maintenance_tasks`` is public: a script may call it, as RQ's own tests do."""
+    queue = Queue("gpu", connection=lab.connection)
+    gone = Group.create(connection=lab.connection, name="gone")
+    (job,) = gone.enqueue_many(queue, [Queue.prepare_data("lab_tasks.double", args=(4,))])
+    lab.connection.delete(key("job", job.id))
+    Worker([queue], connection=lab.connection).run_maintenance_tasks()
+    assert Group.all(connection=lab.connection) == []
 
 
 def test_stock_bursts_clean_groups(lab: Lab) -> None:

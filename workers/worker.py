@@ -468,7 +468,10 @@ class Worker(PlainEnds):
             courier.store.settle(pipeline, courier.incarnation, job.origin, job.id, execution.id)
 
     def run_maintenance_tasks(self) -> None:
-        """Nothing: the reaper does ours, and RQ's would judge executions by other rules."""
+        """RQ's, at once, but for its judgement of executions: those are the reaper's."""
+        Dependents(
+            self.connection, self.queue_names(), self.queue_class, self.job_class, self.serializer, self.log
+        ).clean()  # fmt: skip
 
 
 arrival.greet()
