@@ -24,13 +24,15 @@ class Mode:
     """Whether a pool is degraded, for people and programs.
 
     ``live`` workers are ready of ``expected``, as a reaper counted them last. ``since`` is when it became degraded,
-    in seconds since 1970 by the server's clock; ``None`` while it is not.
+    in seconds since 1970 by the server's clock; ``None`` while it is not. ``recovering``: it is still degraded, but enough
+    workers are back; it is normal again once that has lasted for a heartbeat timeout.
     """
 
     degraded: bool
     live: int
     expected: int
     since: float | None
+    recovering: bool = False
 
     def __str__(self) -> str:
         if self.since is None and not self.expected:
@@ -41,6 +43,8 @@ class Mode:
             date = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         except (ValueError, OverflowError, OSError):
             date = "a date that is none"  # anybody may write it
+        if self.recovering:
+            return f"the pool is recovering: {self.live} of {self.expected} workers are ready; degraded since {date}"
         return f"the pool is degraded: {self.live} of {self.expected} workers since {date}"
 
 

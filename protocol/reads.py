@@ -45,7 +45,7 @@ class Reads:
         ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
         not to be used; ``health``: where its health is served; ``model``: its setting; ``stale``: a file that was
         edited after it had been loaded; ``task`` and ``slots``: of what it claimed last. A spare has loaded its tasks,
-        and claims only when it is told to (``spare``).
+        and claims only when it is told to (``spare``); one that was told to stop, or has lost its device, is ``leaving``.
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
         with self.connection.pipeline(transaction=False) as pipe:
@@ -68,6 +68,7 @@ class Reads:
                     "device": fields.get("device", ""),
                     "ready": fields.get("ready") == "1",
                     "spare": fields.get("ready") == "spare",
+                    "leaving": fields.get("ready") == "leaving" or bool(fields.get("unfit")),
                     "dead_in": deadline / 1000 - now,
                     "age": whole(fields["timeout"]) / 1000 - (deadline / 1000 - now) if "timeout" in fields else None,
                     "unfit": fields.get("unfit", ""),
@@ -105,7 +106,12 @@ class Reads:
         texts = [[(value or b"").decode(errors="replace") for value in row] for row in rows]
         return [
             WorkerWord(
-                name, worker, unlisted(queues), ready == "spare", whole(started) / 1000, WorkerWord.inabilities(unable)
+                name,
+                worker,
+                unlisted(queues),
+                ready in ("spare", "leaving"),
+                whole(started) / 1000,
+                WorkerWord.inabilities(unable),
             )
             for name, (worker, queues, ready, started, unable) in zip(names, texts, strict=True)
         ], now
@@ -118,11 +124,12 @@ class Reads:
         """Whether the pool is degraded, and how many workers were counted last."""
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.time()
-            pipe.hmget(key("mode"), "mode", "until", "live", "expected", "since")
-            (seconds, micros), (mode, until, live, expected, since) = pipe.execute()
+            pipe.hmget(key("mode"), "mode", "until", "live", "expected", "since", "recovering")
+            (seconds, micros), (mode, until, live, expected, since, recovering) = pipe.execute()
         degraded = mode == DEGRADED.encode() and seconds * 1000 + micros // 1000 < whole(until)
         return Mode(
-            degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None
+            degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None,
+            recovering=degraded and whole(recovering) > 0,
         )  # fmt: skip
 
     def unfit_devices(self) -> list[dict[str, Any]]:

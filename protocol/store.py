@@ -299,7 +299,7 @@ class Store(Reads):
         unable: Sequence[Mapping[str, Any]] = (),
     ) -> Pulse:
         """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
-        to be told, ``unfit`` if its device is not to be used.
+        to be told, or ``"leaving"`` from when it was told to stop, ``unfit`` if its device is not to be used.
 
         ``health`` is the URL of its health pages, ``model`` the setting of that name, ``stale`` a file that was edited
         after it had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each task that it

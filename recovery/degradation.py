@@ -2,8 +2,8 @@
 
 Live capacity (workers whose heart beats and that are ready) is compared with the expected one: ``PERDURE_CAPACITY``, or
 the most workers that were there within the last hour. A worker that leaves in order (SIGTERM, ``--burst``) is expected no
-longer; one that dies is, for an hour. Below half of it the pool is degraded, and it is normal again once it has had more than
-70 % for a heartbeat timeout.
+longer, from the moment that it is told to; one that dies is, for an hour. Below half of it the pool is degraded, and it
+is normal again once it has had more than 70 % for a heartbeat timeout.
 
 :func:`judge` decides, from a count and from what the decision before has left. That lies in Redis, so that any number
 of reapers decide as one: see ``declare.lua``. What follows from the mode is up to the scripts that read it: ``enqueue`` and ``claim``.
@@ -123,4 +123,7 @@ class Degradation:
 
 def _shown(tally: Tally) -> Mode:
     since = tally.since / 1000 if tally.degraded else None
-    return Mode(degraded=tally.degraded, live=tally.live, expected=tally.expected, since=since)
+    recovering = tally.degraded and tally.recovering > 0
+    return Mode(
+        degraded=tally.degraded, live=tally.live, expected=tally.expected, since=since, recovering=recovering
+    )  # fmt: skip

@@ -69,6 +69,7 @@ def as_item(worker: dict[str, Any]) -> dict[str, Any]:
         "pid": worker["pid"],
         "device": worker["device"],
         "ready": worker["ready"],
+        "leaving": worker["leaving"],
         "queues": worker["queues"],
         "beat_age": None if age is None else round(age, 3),
         "dead_in": round(worker["dead_in"], 3),
@@ -85,7 +86,7 @@ def as_item(worker: dict[str, Any]) -> dict[str, Any]:
 
 def row(item: dict[str, Any]) -> list[object]:
     beat = "-" if item["beat_age"] is None else f"{item['beat_age']:.1f} s"
-    state = "leaving" if item["unfit"] else "no" if not item["ready"] else "not for all" if item["unable"] else "yes"
+    state = "leaving" if item["leaving"] else "no" if not item["ready"] else "not for all" if item["unable"] else "yes"
     overdue = " late" if item["dead_in"] < 0 else ""
     return [
         item["name"], item["host"], item["pid"], item["device"], state, ",".join(item["queues"]), beat + overdue,

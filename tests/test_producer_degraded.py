@@ -252,6 +252,21 @@ def held(lab: Lab, worker: Process) -> int:
     return next((len(item["held"]) for item in lab.store.workers() if item["worker"] == worker.name), -1)
 
 
+def test_a_worker_that_drains_a_long_step_is_not_missed(lab: Lab) -> None:
+    """``perdure up`` on Ctrl-C: its reaper sweeps while the worker waits for the step, and has nothing to complain of."""
+    lab.reaper()
+    worker = lab.worker(drain_timeout=60)
+    eventually(lambda: lab.store.mode().expected == 1)
+    lab.submit("native", {"folder": str(lab.folder)})
+    eventually((lab.folder / "native").exists)
+    worker.process.terminate()
+    eventually(lambda: lab.store.mode().live == 0)
+    assert [(item["leaving"], len(item["held"])) for item in lab.store.workers()] == [(True, 1)]
+    assert (lab.store.mode().degraded, lab.store.mode().expected) == (False, 0)
+    assert lab.connection.hget(key("counters"), "degraded") is None
+    worker.kill_tree()
+
+
 @pytest.mark.slow
 def test_five_workers_of_which_one_is_stopped_and_three_are_killed(lab: Lab) -> None:
     """The stopped one is not missed. Then: low priority is refused, the last one fills half of its slots; with three new

@@ -211,7 +211,7 @@ class Hand:
         self.incarnation = f"{name}-{uuid.uuid4().hex[:8]}"
         self.held: dict[str, Claim] = {}
 
-    def beat(self, fingerprints: Sequence[str] = (), *, ready: bool = True) -> str:
+    def beat(self, fingerprints: Sequence[str] = (), *, ready: bool | str = True) -> str:
         return self.store.heartbeat(
             incarnation=self.incarnation, worker=self.name, queues=self.queues, pid=4711, host="here",
             ready=ready, fingerprints=fingerprints,

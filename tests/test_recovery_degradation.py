@@ -219,8 +219,9 @@ class Crowd:
         degraded = fields.get("mode") == "degraded" and self.clock.now < int(fields["until"])
         since = int(fields["since"]) / 1000 if degraded else None
         return Mode(
-            degraded=degraded, live=int(fields.get("live", 0)), expected=int(fields.get("expected", 0)), since=since
-        )
+            degraded=degraded, live=int(fields.get("live", 0)), expected=int(fields.get("expected", 0)), since=since,
+            recovering=degraded and int(fields["recovering"]) > 0,
+        )  # fmt: skip
 
     def counted(self, event: str) -> int:
         number: Any = self.pool.connection.hget(key("counters"), event)
@@ -242,7 +243,9 @@ def test_a_pool_that_loses_three_of_four_is_degraded_and_recovers(pool: Pool, cl
     assert 4 <= crowd.mode.since - lost_at / 1000 <= 6
     assert str(crowd.mode).startswith("the pool is degraded: 1 of 4 workers since 2027-01-15 ")
     crowd.join(3)
-    crowd.pass_(8)
+    crowd.pass_(2)
+    assert str(crowd.mode).startswith("the pool is recovering: 4 of 4 workers are ready; degraded since 2027-01-15 ")
+    crowd.pass_(6)
     assert (crowd.mode.degraded, crowd.mode.live, crowd.mode.expected) == (False, 4, 4)
     assert (crowd.counted("degraded"), crowd.counted("recovered")) == (1, 1)
     assert sum(one.degraded != other.degraded for one, other in pairwise(crowd.modes)) == 2
@@ -260,6 +263,26 @@ def test_a_pool_that_shrinks_in_order_is_not_degraded(pool: Pool, clock: Clock) 
     crowd.join(2)
     crowd.pass_(12)
     assert (crowd.mode.degraded, crowd.mode.expected) == (False, 2)
+
+
+def test_a_pool_that_was_told_to_stop_is_not_degraded_while_it_drains(pool: Pool, clock: Clock) -> None:
+    """Ctrl-C: all are told at once, and what they hold may take a while. One that dies meanwhile was on its way out."""
+    crowd = Crowd(pool, clock)
+    crowd.join(3)
+    crowd.pass_(12)
+    leaving, dying, staying = crowd.hands
+    crowd.hands = [staying]
+    for hand in (leaving, dying, leaving):
+        hand.beat(ready="leaving")
+    assert [item["leaving"] for item in pool.store.workers()].count(True) == 2
+    for _ in range(4):
+        leaving.beat(ready="leaving")
+        crowd.pass_(2)
+    pool.store.reap(incarnation=leaving.incarnation, kind="WORKER_LOST", reason="", clean=True)
+    pool.reap(dying.incarnation)
+    crowd.pass_(8)
+    assert not any(mode.degraded for mode in crowd.modes)
+    assert (crowd.mode.live, crowd.mode.expected) == (1, 1)
 
 
 def test_leaving_twice_or_before_it_was_counted_is_leaving_once(pool: Pool, clock: Clock) -> None:

@@ -120,8 +120,8 @@ class Companion:
         unable: list[dict[str, Any]] | None = None,
         sources: dict[str, str] | None = None,
     ) -> None:
-        """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to), what
-        it could not load, and the files of what it has (:mod:`.sources`).
+        """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to;
+        ``"leaving"``: no longer, for it was told to stop), what it could not load, and the files of what it has (:mod:`.sources`).
         """
         if fingerprints is not None:
             self.fingerprints = fingerprints

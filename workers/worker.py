@@ -335,7 +335,8 @@ class Worker(PlainEnds):
             self._shutdown_requested_date = rq.utils.now()
             courier.holdings.stop()
             if self._companion is not None:
-                self._companion.tell(ready=False)
+                # One whose device is lost does not leave in order: the pool goes on expecting it.
+                self._companion.tell(ready=False if number == UNFIT_SIGNAL else "leaving")
             if not courier.started:
                 # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
                 courier.settle_idle()

@@ -27,7 +27,7 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_t
   local names = ',' .. (record[1] or '') .. ','
   local serves = string.find(names, ',' .. listed(queue) .. ',', 1, true)
     or string.find(names, ',' .. listed(plain) .. ',', 1, true)
-  if serves and record[2] ~= 'spare' then
+  if serves and record[2] ~= 'spare' and record[2] ~= 'leaving' then
     local says = string.find('\n' .. (record[3] or ''), '\n' .. task .. '\t', 1, true)
     if not (named[incarnation] and says) then return '-1' end
   end

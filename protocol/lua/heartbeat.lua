@@ -7,7 +7,8 @@
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on
--- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on; 'spare': it waits to be told
+-- ARGV ready        '1' once the tasks to load first are loaded: it claims from now on; 'spare': it waits to be told;
+--                   'leaving': it was told to stop, and finishes or hands back what it holds
 -- ARGV timeout_ms   ms until it counts as dead without another heartbeat
 -- ARGV due_ms       a sweep is due when the reapers' pulse is older than so many ms
 -- ARGV unfit        why its device is not to be used; '' if it may be
@@ -44,13 +45,15 @@ if reaped(incarnation) then return { 'reaped', '0' } end
 local dead_at = int(now_ms + tonumber(timeout_ms))
 redis.call('ZADD', KEY.beats, dead_at, incarnation)
 local record = KEY.incarnation .. incarnation
--- What is not ready (it loads, or is a spare) is no capacity: see weigh.lua.
+-- What is not ready (it loads, is a spare, or leaves) is no capacity: see weigh.lua.
 if ready == '1' then
   redis.call('ZREM', KEY.unready, incarnation)
   redis.call('HSETNX', record, 'ready_at', int(now_ms))
 else
   redis.call('ZADD', KEY.unready, dead_at, incarnation)
   redis.call('EXPIRE', KEY.unready, DAY)
+  -- In one step with its end as capacity: no sweep sees that it is missed.
+  if ready == 'leaving' then expect_one_less(incarnation, tonumber(timeout_ms)) end
 end
 redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 'host', host, 'device', device,
   'ready', ready, 'timeout', timeout_ms, 'unfit', unfit, 'health', health,

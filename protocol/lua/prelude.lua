@@ -182,6 +182,22 @@ local function degraded()
   return mode[1] == 'degraded' and now_ms < number_of(mode[2])
 end
 
+-- A worker that leaves in order is no loss, from the moment that it is told to. Only one that has been ready for a heartbeat
+-- timeout can have been counted among the peaks (recovery/degradation.py); the next declaration must have seen that there
+-- are fewer.
+local function expect_one_less(incarnation, timeout_ms)
+  local record = KEY.incarnation .. incarnation
+  if redis.call('HSETNX', record, 'leaving_at', int(now_ms)) == 0 then return end
+  local ready_at = number_of(redis.call('HGET', record, 'ready_at'))
+  local peaks = redis.call('HGET', KEY.mode, 'peaks')
+  if ready_at == 0 or now_ms - ready_at < timeout_ms or not peaks then return end
+  local fewer = string.gsub(peaks, '(%d+):(%d+)', function(span, number)
+    return span .. ':' .. int(math.max(0, number_of(number) - 1))
+  end)
+  redis.call('HSET', KEY.mode, 'peaks', fewer)
+  add(KEY.mode, 'version', 1)
+end
+
 -- How long a lease lasts (ms): one and a half times the request's own step timeout (step_ms of its hash), else
 -- what the worker says, which knows the task's.
 local function lease_length(step_ms, lease_ms)
@@ -202,6 +218,16 @@ local function unlisted(text)
   return (string.gsub(text, '%%2[5C]', { ['%25'] = '%', ['%2C'] = ',' }))
 end
 
+-- The queues that a worker serves by one name (keys.served), and the name by which one of a priority may be served.
+local function served(queue)
+  if string.find(queue, '%-high$') or string.find(queue, '%-low$') then return { queue } end
+  return { queue, queue .. '-high', queue .. '-low' }
+end
+
+local function without_priority(queue)
+  return string.match(queue, '^(.*)%-high$') or string.match(queue, '^(.*)%-low$') or queue
+end
+
 -- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
 local function show_state(worker, incarnation)
   if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end
@@ -218,16 +244,6 @@ end
 
 -- Whether another job than the one that was claimed last has been saved over a hash whose started_at is empty: RQ's `enqueue`
 -- with an id that is there saves a new one, which has not begun and was created at another date. entered: dates of the last
--- The queues that a worker serves by one name (keys.served), and the name by which one of a priority may be served.
-local function served(queue)
-  if string.find(queue, '%-high$') or string.find(queue, '%-low$') then return { queue } end
-  return { queue, queue .. '-high', queue .. '-low' }
-end
-
-local function without_priority(queue)
-  return string.match(queue, '^(.*)%-high$') or string.match(queue, '^(.*)%-low$') or queue
-end
-
 -- coming into the queue that a claim, or an end, has seen, and of the creation. Without it, nobody has put it there but its
 -- submit; such a request has the timeout -1, and a new job mostly has not. Somebody who saves an old copy of a job
 -- (`job.meta[…] = …; job.save()`) empties started_at as well, and makes no other job of it.

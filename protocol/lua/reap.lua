@@ -89,19 +89,6 @@ local function reap_one(id, execution, holder, worker, why, text, blob, policy)
   report(holder, worker, id, execution, why, outcome)
 end
 
--- A worker that leaves in order is no loss. Only one that has been ready for a heartbeat timeout can have been counted
--- among the peaks (recovery/degradation.py); the next declaration must have seen that there are fewer.
-local function expect_one_less(record)
-  local ready_at = number_of(redis.call('HGET', record, 'ready_at'))
-  local peaks = redis.call('HGET', KEY.mode, 'peaks')
-  if ready_at == 0 or now_ms - ready_at < timeout_ms or not peaks then return end
-  local fewer = string.gsub(peaks, '(%d+):(%d+)', function(span, number)
-    return span .. ':' .. int(math.max(0, number_of(number) - 1))
-  end)
-  redis.call('HSET', KEY.mode, 'peaks', fewer)
-  add(KEY.mode, 'version', 1)
-end
-
 -- Everything an incarnation holds, then its registration; a tombstone tells a zombie what happened.
 local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   local record = KEY.incarnation .. holder
@@ -124,7 +111,7 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
   redis.call('DEL', KEY.held .. holder)
   redis.call('ZREM', KEY.unready, holder)
   redis.call('ZREM', KEY.unable, holder)
-  if redis.call('ZREM', KEY.beats, holder) == 1 and clean == '1' then expect_one_less(record) end
+  if redis.call('ZREM', KEY.beats, holder) == 1 and clean == '1' then expect_one_less(holder, timeout_ms) end
   if worker ~= '' then
     -- A successor may already use the name: only the registration of this incarnation goes, or one that nobody
     -- has (its hash has expired, as after an outage). A worker that lives is registered again by its heartbeat.

@@ -21,7 +21,7 @@ const READY = { ready: ["started", "ready"], loading: ["scheduled", "loading"], 
 
 function standing(item) {
   if (item.dead_in < 0) return "late";
-  return item.unfit ? "leaving" : !item.ready ? "loading" : (item.unable || []).length ? "partly" : "ready";
+  return item.leaving ? "leaving" : !item.ready ? "loading" : (item.unable || []).length ? "partly" : "ready";
 }
 
 const WORKERS = [
