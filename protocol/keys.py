@@ -1,74 +1,68 @@
 """The names of all keys.
 
-Those of RQ are taken from RQ's own objects, so that ``RQ_KEY_PREFIX`` and RQ itself decide them;
-ours stand below the same prefix. The Lua scripts get this table baked in when they are loaded
-(:mod:`.scripts`): no name is spelled twice, and with ``RQ_KEY_PREFIX='{rq}'`` all of them lie in one
-cluster slot.
+Those of RQ are spelled here, and nothing of RQ is imported: a guardian and a producer have no use for the rest of it.
+A test compares each with what RQ's own objects say. ``RQ_KEY_PREFIX`` decides for RQ and for us: our names stand below
+the same prefix. The Lua scripts get this table baked in when they are loaded (:mod:`.scripts`): no name is spelled
+twice, and with ``RQ_KEY_PREFIX='{rq}'`` all of them lie in one cluster slot.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from typing import Final, Literal
 
-from redis import Redis
-from rq.command import PUBSUB_CHANNEL_TEMPLATE
-from rq.defaults import RQ_KEY_PREFIX
-from rq.executions import Execution, ExecutionRegistry
-from rq.job import Job
-from rq.queue import Queue
-from rq.rate_limit import RateLimitRegistry
-from rq.registry import (
-    CanceledJobRegistry,
-    DeferredJobRegistry,
-    FailedJobRegistry,
-    FinishedJobRegistry,
-    ScheduledJobRegistry,
-    StartedJobRegistry,
-)
-from rq.results import Result
-from rq.suspension import WORKERS_SUSPENDED
-from rq.worker import Worker
-from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
-
-from .errors import InvalidRequest, UsageError
+from .errors import InvalidRequest, SettingsError, UsageError
 
 SCHEMA: Final = 1
 """Version of what stands in Redis. A release meets only its own or an older one."""
 
-PREFIX: Final = RQ_KEY_PREFIX
+
+def _prefix() -> str:
+    """What RQ's keys begin with.
+
+    Raises :class:`SettingsError` for what RQ refuses as well: it becomes part of Lua source.
+    """
+    prefix = os.environ.get("RQ_KEY_PREFIX", "rq")
+    if not re.fullmatch(r"[A-Za-z0-9_.:{}-]+", prefix):
+        raise SettingsError(
+            f"RQ_KEY_PREFIX may have letters, digits and _ . : - {{ }} only, but it is {_shown(prefix)}"
+        )
+    return prefix
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+PREFIX: Final = _prefix()
 OURS: Final = f"{PREFIX}:perdure:"
-
-
-def _stem(template: str) -> str:
-    """What stands before the only field of a key template."""
-    return template.format("\0").removesuffix("\0")
-
 
 # Name -> everything before the id (a "stem", ends in a colon) or the whole key.
 NAMES: Final[dict[str, str]] = {
     # RQ's
-    "job": Job.redis_job_namespace_prefix,
-    "queue": Queue.redis_queue_namespace_prefix,
-    "queues": Queue.redis_queues_keys,
-    "wip": _stem(StartedJobRegistry.key_template),
-    "finished": _stem(FinishedJobRegistry.key_template),
-    "failed": _stem(FailedJobRegistry.key_template),
-    "canceled": _stem(CanceledJobRegistry.key_template),
-    "scheduled": _stem(ScheduledJobRegistry.key_template),
-    "deferred": _stem(DeferredJobRegistry.key_template),
-    "execution": Execution(id="", job_id="", connection=None).key.removesuffix(":"),  # type: ignore[arg-type]
-    "executions": _stem(ExecutionRegistry.key_template),
-    "worker": Worker.redis_worker_namespace_prefix,
-    "workers": REDIS_WORKER_KEYS,
-    "workers_of": WORKERS_BY_QUEUE_KEY % "",
-    "results": Result.get_key(""),
-    "suspended": WORKERS_SUSPENDED,
-    "commands": PUBSUB_CHANNEL_TEMPLATE % "",
-    "limited": RateLimitRegistry.rl_keys_key,
-    "limit": RateLimitRegistry("", Redis()).config_key,
+    "job": f"{PREFIX}:job:",
+    "queue": f"{PREFIX}:queue:",
+    "queues": f"{PREFIX}:queues",
+    "wip": f"{PREFIX}:wip:",
+    "finished": f"{PREFIX}:finished:",
+    "failed": f"{PREFIX}:failed:",
+    "canceled": f"{PREFIX}:canceled:",
+    "scheduled": f"{PREFIX}:scheduled:",
+    "deferred": f"{PREFIX}:deferred:",
+    "execution": f"{PREFIX}:execution:",
+    "executions": f"{PREFIX}:executions:",
+    "worker": f"{PREFIX}:worker:",
+    "workers": f"{PREFIX}:workers",
+    "workers_of": f"{PREFIX}:workers:",
+    "results": f"{PREFIX}:results:",
+    "suspended": f"{PREFIX}:suspended",
+    "commands": f"{PREFIX}:pubsub:",
+    "limited": f"{PREFIX}:rl-keys",
+    "limit": f"{PREFIX}:rl:",
     # ours
     "leases": f"{OURS}leases:",
     "retries": f"{OURS}retries:",
@@ -204,8 +198,3 @@ def check_task(path: object) -> str:
     if not isinstance(path, str) or len(path) > 500 or not _TASK.fullmatch(path):
         raise UsageError(f"a task is given by its dotted path, such as app.tasks.count, not {_shown(path)}")
     return path
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -172,7 +172,6 @@ def _explain(error: Exception) -> int:
         UnknownRequest,
         UsageError,
     )
-    from ..protocol.explaining import explain
 
     match error:
         case RedisUnavailable():
@@ -190,6 +189,8 @@ def _explain(error: Exception) -> int:
         case PerdureError() | TimeoutError():
             code = UNHEALTHY
         case redis.RedisError():
+            from ..protocol.explaining import explain  # not above: it fails where RQ_KEY_PREFIX is the mistake
+
             error, code = explain(error, ""), UNREACHABLE  # what was raised where nobody knows the address
         case _:
             raise error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,16 +37,91 @@ print(*sorted(NAMES.values()))
 print(*names)
 """
 
+# What RQ itself calls its keys, beside what we call them.
+OF_RQ = """
+import json
+from redis import Redis
+from rq.command import PUBSUB_CHANNEL_TEMPLATE
+from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import Execution, ExecutionRegistry
+from rq.job import Job
+from rq.queue import Queue
+from rq.rate_limit import RateLimitRegistry
+from rq.registry import (
+    CanceledJobRegistry, DeferredJobRegistry, FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry,
+    StartedJobRegistry,
+)
+from rq.results import Result
+from rq.suspension import WORKERS_SUSPENDED
+from rq.worker import Worker
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
+from perdure.protocol.keys import PREFIX, key
 
-def run(prefix: str | None) -> tuple[str, list[str], list[str]]:
+registries = {
+    "wip": StartedJobRegistry, "finished": FinishedJobRegistry, "failed": FailedJobRegistry,
+    "canceled": CanceledJobRegistry, "scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry,
+}
+theirs = {
+    "job": Job.key_for("x"),
+    "queue": Queue("x", connection=Redis()).key,
+    "queues": Queue.redis_queues_keys,
+    "execution": Execution(id="y", job_id="x", connection=Redis()).key.removesuffix(":y"),
+    "executions": ExecutionRegistry("x", Redis()).key,
+    "worker": Worker.redis_worker_namespace_prefix + "x",
+    "workers": REDIS_WORKER_KEYS,
+    "workers_of": WORKERS_BY_QUEUE_KEY % "x",
+    "results": Result.get_key("x"),
+    "suspended": WORKERS_SUSPENDED,
+    "commands": PUBSUB_CHANNEL_TEMPLATE % "x",
+    "limited": RateLimitRegistry.rl_keys_key,
+    "limit": RateLimitRegistry("x", Redis()).config_key,
+} | {name: registry("x", connection=Redis()).key for name, registry in registries.items()}
+ours = {name: key(name) if name in ("queues", "workers", "suspended", "limited") else key(name, "x") for name in theirs}
+print(json.dumps([[RQ_KEY_PREFIX, theirs], [PREFIX, ours]]))
+"""
+
+
+def python(script: str, prefix: str | None) -> str:
+    """What a script prints in a process that starts with a prefix, or without one."""
     environment = {name: value for name, value in os.environ.items() if name != "RQ_KEY_PREFIX"}
     if prefix is not None:
         environment["RQ_KEY_PREFIX"] = prefix
-    output = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, check=True, capture_output=True, text=True, timeout=60
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    first, table, made = output.splitlines()
+
+
+def run(prefix: str | None) -> tuple[str, list[str], list[str]]:
+    first, table, made = python(SCRIPT, prefix).splitlines()
     return first, table.split(), made.split()
+
+
+@pytest.mark.parametrize("prefix", [None, "{x}", "a.b:c-1_Z"])
+def test_rqs_keys_are_those_of_rq_itself(prefix):
+    """They are spelled without it: its own objects say what is right, whatever the prefix."""
+    theirs, ours = json.loads(python(OF_RQ, prefix))
+    assert ours == theirs
+    assert set(theirs[1]) == {name for name, stem in keys.NAMES.items() if not stem.startswith(keys.OURS)}
+
+
+@pytest.mark.parametrize("prefix", ["", "a'b", "a b", "ü", "a\n"])
+def test_a_prefix_that_rq_refuses_is_refused_in_one_line(prefix):
+    """It becomes part of Lua source. RQ itself raises a ValueError."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        python("import rq", prefix)
+    assert "ValueError: Invalid RQ_KEY_PREFIX" in caught.value.stderr
+    command = Path(sys.executable).with_name("perdure")
+    done = subprocess.run(
+        [command, "queues"],
+        env={**os.environ, "RQ_KEY_PREFIX": prefix},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("perdure: RQ_KEY_PREFIX may have")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_one_prefix_puts_every_key_into_one_slot():

@@ -83,8 +83,10 @@ def chaos(
     and every kind of fault happened. Against a server of yours (--url) it never stops, flushes, fills or
     reconfigures it, harms only processes that it started itself, and uses a key prefix of its own.
     """
-    if "rq" in sys.modules:
-        raise SettingsError("perdure chaos needs a process of its own: its key prefix is fixed before RQ is imported")
+    if {"rq", "perdure.protocol.keys"} & sys.modules.keys():
+        raise SettingsError(
+            "perdure chaos needs a process of its own: its key prefix is fixed when the names of keys are made"
+        )
     # Not the braces of a server of ours: in a cluster, all keys of a run lie in one slot.
     prefix = f"{{chaos-{uuid.uuid4().hex[:12]}}}" if url else "chaos"
     os.environ["RQ_KEY_PREFIX"] = prefix
