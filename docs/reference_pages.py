@@ -142,7 +142,9 @@ class Reference:
         yield Entry(name, page, module, item)
         if item.is_class:
             fields = "dataclass" in item.labels or any("Enum" in str(base) for base in item.bases)
-            for member_name, member in item.members.items():
+            # What is inherited stands here too if it says something: its class may stand on no page.
+            inherited = {key: value for key, value in item.inherited_members.items() if value.has_docstring}
+            for member_name, member in (item.members | inherited).items():
                 if member_name.startswith("_") or (member.is_attribute and fields and "property" not in member.labels):
                     continue
                 if member.is_attribute and member.annotation is None and not _wrapped(member):

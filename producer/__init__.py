@@ -16,7 +16,6 @@ Neither torch nor any task of a user is imported from here.
 
 from .async_client import AsyncClient, AsyncHandle, as_completed_async
 from .client import Client
-from .gathering import as_completed
-from .handle import Handle
+from .handle import Handle, as_completed
 
 __all__ = ["Client", "Handle", "AsyncClient", "AsyncHandle", "as_completed", "as_completed_async"]

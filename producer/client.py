@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import redis
 
@@ -15,15 +15,13 @@ from ..protocol.keys import Priority, check_id
 from ..protocol.mode import Mode
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..protocol.tasks import TaskLike
 from .admission import Submission, submit_all, submit_one, through
 from .arguments import Seconds, flag, waited
 from .handle import Handle
 from .listing import Listing, read_listing
 from .session import PATIENCE, Session
 from .submission import build, build_many
-
-if TYPE_CHECKING:
-    from ..workers.tasks import AnyTask
 
 Handles = list[Handle]
 
@@ -67,7 +65,7 @@ class Client:
 
     def submit(
         self,
-        task: AnyTask | str,
+        task: TaskLike | str,
         payload: Any,
         *,
         queue: str = "default",
@@ -170,7 +168,7 @@ class Client:
         ))  # fmt: skip
 
     def _submission(
-        self, task: AnyTask | str, payload: Any, *, retry_when_degraded: bool = False, **options: Any
+        self, task: TaskLike | str, payload: Any, *, retry_when_degraded: bool = False, **options: Any
     ) -> Submission[Handle]:
         retry = flag(retry_when_degraded, "retry_when_degraded")
         request = build(task, payload, self.settings, **options)

@@ -1,4 +1,4 @@
-"""Waiting for many requests at once: ``as_completed``, and the thread that calls the callbacks.
+"""Waiting for many requests at once: what ``as_completed`` stands on, and the thread that calls the callbacks.
 
 Hints say which of them to look at. All are looked at, many in one round trip, whenever hints may have been
 lost; so ten thousand cost a handful of calls every few seconds.
@@ -11,20 +11,17 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol, TypeVar
 
-from ..protocol.errors import PerdureError, RedisUnavailable, UnknownRequest, UsageError
+from ..protocol.errors import PerdureError, RedisUnavailable, UsageError
 from ..protocol.records import RequestRecord
 from ..protocol.store import Store
-from .arguments import waited
 from .questions import RESULT_SILENCE
 from .replies import DEAF_POLL, Replies, Watch
 
-if TYPE_CHECKING:
-    from .handle import Handle
-    from .session import Session
+Answer = TypeVar("Answer")
 
 MOST: Final = 512
 """Records that are read in one round trip."""
@@ -32,10 +29,18 @@ MOST: Final = 512
 _log = logging.getLogger("perdure.producer")
 
 
+class Asks(Protocol):
+    """What is needed of a session, which has callbacks of its own and so imports from here."""
+
+    replies: Replies
+
+    def call(self, operation: Callable[[Store], Answer], *, deadline: float | None = None) -> Answer: ...
+
+
 class Gathering:
     """Requests of one client, of which the next to end is waited for. One thread waits; any may add."""
 
-    def __init__(self, session: Session, bell: threading.Event) -> None:
+    def __init__(self, session: Asks, bell: threading.Event) -> None:
         self._session = session
         self._bell = bell
         self._waiting: dict[str, Interest | None] = {}
@@ -124,51 +129,10 @@ class Interest(Watch):
         self._gathering.hint(self.identifier)
 
 
-def as_completed(handles: Iterable[Handle], timeout: float | None = None) -> Iterator[Handle]:
-    """Yield handles in the order in which their requests end, in whatever way; each once.
-
-    As with ``concurrent.futures``, ``timeout`` is for all of them together, and ``None`` waits for ever; they may
-    be of several clients. Raises ``TimeoutError`` (the requests go on), :class:`UnknownRequest` and
-    :class:`RedisUnavailable`.
-    """
-    wanted = list(dict.fromkeys(handles))
-    limit = None if timeout is None else waited(timeout, "timeout")
-    sessions = {handle.id: handle._session for handle in wanted}
-    return _as_completed({handle.id: handle for handle in wanted}, sessions, limit)
-
-
-def _as_completed(handles: dict[str, Handle], sessions: dict[str, Session], limit: float | None) -> Iterator[Handle]:
-    deadline = float("inf") if limit is None else time.monotonic() + limit
-    bell = threading.Event()
-    gatherings: dict[Session, Gathering] = {}
-    left = len(handles)
-    try:
-        for identifier, session in sessions.items():
-            gatherings.setdefault(session, Gathering(session, bell)).add(identifier)
-        while True:
-            bell.clear()
-            for gathering in gatherings.values():
-                for identifier, record in gathering.look(deadline):
-                    if record is None:
-                        raise UnknownRequest(identifier)
-                    left -= 1
-                    yield handles[identifier]
-            if not left:
-                return
-            now = time.monotonic()
-            if now >= deadline:
-                raise TimeoutError(f"{left} of {len(handles)} requests have not ended within {limit:g} s; they go on")
-            due = min(gathering.due for gathering in gatherings.values() if len(gathering))
-            bell.wait(max(0.0, min(due, deadline) - now))
-    finally:
-        for gathering in gatherings.values():
-            gathering.close()
-
-
 class Callbacks:
     """Calls what waits for the end of requests: one thread for a client, from the first until none is left."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Asks) -> None:
         self._session = session
         self._closed = False
         self.reset()

@@ -6,14 +6,17 @@ grow old, and a request can have any number of handles in any number of processe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ..protocol.errors import PerdureError, UsageError
+from ..protocol.errors import PerdureError, UnknownRequest, UsageError
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from . import questions
-from .arguments import DEFAULT, Default, whole
+from .arguments import DEFAULT, Default, waited, whole
+from .gathering import Gathering
 from .outputs import OutputReader
 from .questions import Limit
 from .session import Session
@@ -221,3 +224,44 @@ class Handle(Reference[Session]):
             case Sleep(watch, seconds):
                 return watch.wait(seconds)
         raise TypeError(f"no step: {step!r}")
+
+
+def as_completed(handles: Iterable[Handle], timeout: float | None = None) -> Iterator[Handle]:
+    """Yield handles in the order in which their requests end, in whatever way; each once.
+
+    As with ``concurrent.futures``, ``timeout`` is for all of them together, and ``None`` waits for ever; they may
+    be of several clients. Raises ``TimeoutError`` (the requests go on), :class:`UnknownRequest` and
+    :class:`RedisUnavailable`.
+    """
+    wanted = list(dict.fromkeys(handles))
+    limit = None if timeout is None else waited(timeout, "timeout")
+    sessions = {handle.id: handle._session for handle in wanted}
+    return _as_completed({handle.id: handle for handle in wanted}, sessions, limit)
+
+
+def _as_completed(handles: dict[str, Handle], sessions: dict[str, Session], limit: float | None) -> Iterator[Handle]:
+    deadline = float("inf") if limit is None else time.monotonic() + limit
+    bell = threading.Event()
+    gatherings: dict[Session, Gathering] = {}
+    left = len(handles)
+    try:
+        for identifier, session in sessions.items():
+            gatherings.setdefault(session, Gathering(session, bell)).add(identifier)
+        while True:
+            bell.clear()
+            for gathering in gatherings.values():
+                for identifier, record in gathering.look(deadline):
+                    if record is None:
+                        raise UnknownRequest(identifier)
+                    left -= 1
+                    yield handles[identifier]
+            if not left:
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError(f"{left} of {len(handles)} requests have not ended within {limit:g} s; they go on")
+            due = min(gathering.due for gathering in gatherings.values() if len(gathering))
+            bell.wait(max(0.0, min(due, deadline) - now))
+    finally:
+        for gathering in gatherings.values():
+            gathering.close()

@@ -15,9 +15,10 @@ from ..protocol.codec import RestrictedPickle, article, digest_of, pack, unpack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
 from ..protocol.identities import new_id, new_nonce
 from ..protocol.keys import Priority, check_id, check_queue, check_task, id_of_key, with_priority
+from ..protocol.limits import MAX_BYTES, MAX_REQUESTS
 from ..protocol.records import NewRequest
-from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.settings import Settings
+from ..protocol.tasks import path_of, prepared, resolve
 from .arguments import Seconds, delayed, due, flag, kept, lasting, stepping, whole
 
 OPTIONS: Final = (
@@ -75,7 +76,7 @@ def build(
         nonce=new_nonce(),
         queue=with_priority(check_queue(queue), priority),
         task=path,
-        payload=pack(_prepared(found, payload), limit=settings.max_payload, what="payload"),
+        payload=pack(prepared(found, payload), limit=settings.max_payload, what="payload"),
         max_retries=whole(
             settings.max_retries if max_retries is None else max_retries, "max_retries", 0, _MOST_RETRIES
         ),
@@ -135,8 +136,7 @@ class _Like:
 
     def __call__(self, payload: Any) -> NewRequest:
         values = self._fields
-        prepared = payload if self._found is None else _prepared(self._found, payload)
-        values["payload"] = pack(prepared, limit=self._limit, what="payload")
+        values["payload"] = pack(prepared(self._found, payload), limit=self._limit, what="payload")
         values["id"], values["nonce"] = new_id(), new_nonce()
         return NewRequest(**values)
 
@@ -195,7 +195,7 @@ def _degraded(found: object, payload: Any, overrides: object, settings: Settings
             "degraded",
         )
     try:
-        merged = _prepared(found, {**payload, **overrides})
+        merged = prepared(found, {**payload, **overrides})
     except InvalidRequest as error:
         error.add_note("this is the payload with the overrides of degraded; without them it was accepted")
         raise
@@ -208,25 +208,10 @@ def _named(task: object) -> tuple[str, object]:
     A dotted path of a user's is not imported: the producer need not have the code, and importing it may load
     a model. What ships with Perdure is light.
     """
-    from ..workers.tasks import path_of, resolve
-
     if not isinstance(task, str):
         return path_of(task), task
     path = check_task(task)
     return path, resolve(path) if path.startswith(_OWN) else None
-
-
-def _prepared(found: object, payload: Any) -> Any:
-    """The payload as the task itself has checked and completed it, where it is at hand."""
-    from ..workers.tasks import BatchTask
-
-    if isinstance(found, type) and issubclass(found, BatchTask):
-        batch: type[BatchTask] = found
-        # An instance costs whatever its author likes; without a check of its own it has nothing to say.
-        found = None if batch.prepare is BatchTask.prepare else batch()
-    if isinstance(found, BatchTask):
-        payload = found.prepare(payload)
-    return payload
 
 
 def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:

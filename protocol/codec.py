@@ -11,7 +11,9 @@ import base64
 import hashlib
 import io
 import pickle
+import secrets
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +24,9 @@ from .tensors import found as find_tensor
 
 MAX_DEPTH = 64
 """Levels of nesting that :func:`pack` accepts; msgpack's own unpacker stops at 511."""
+
+_EPOCH_BITS = 52
+"""What a float holds of an epoch and its token together."""
 
 
 def pack(value: Any, *, limit: int, what: str) -> bytes:
@@ -37,6 +42,23 @@ def pack(value: Any, *, limit: int, what: str) -> bytes:
     if len(packed) > limit:
         raise too_large(len(packed), limit, what)
     return packed
+
+
+def pack_entry(epoch: int, offset: int, outputs: Sequence[Any]) -> bytes:
+    """One entry of an output log: the msgpack of ``(epoch, offset, outputs)``, each output of which has been checked.
+
+    The epoch is written as a number with a fraction, which is the entry's random token: it is made once, and the same
+    when the entry is sent again. Older releases cut the fraction off, and what they write has none.
+    """
+    bits = _EPOCH_BITS - max(1, epoch.bit_length())
+    token = secrets.randbits(bits) | 1
+    return pack([epoch + token / 2**bits, offset, outputs], limit=2**31, what="output")
+
+
+def unpack_entry(raw: bytes) -> tuple[int, int, list[Any]]:
+    """``(epoch, offset, outputs)``. Raises ``ValueError`` or ``TypeError`` for what is no entry."""
+    epoch, offset, outputs = unpack(raw)
+    return int(epoch), int(offset), list(outputs)
 
 
 def article(word: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import redis
 
+from . import scripts
 from .codec import unpack_exception
 from .keys import NAMES, all_served, key
 from .records import RequestRecord, whole
@@ -387,8 +388,6 @@ def _slow(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _script_names() -> dict[str, str]:
-    from . import scripts
-
     return {scripts.digest(scripts.load(name).source): name for name in scripts.names()}
 
 

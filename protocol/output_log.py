@@ -1,8 +1,6 @@
-"""The output log of a request: what an entry is, and how a reader finds out that the log was rolled back.
+"""The output log of a request: how a reader finds out that it was rolled back.
 
-An entry is the msgpack of ``(epoch, offset, outputs)``. The epoch is written as a number with a fraction, which is the
-entry's random token: it is made once, and the same when the entry is sent again. Older releases cut the fraction off, and
-what they write has none.
+Each entry (:func:`.codec.pack_entry`) has a random token.
 
 A store that forgot its last second (a failover to a replica that lagged, a restored file) may get other entries in place
 of those that it has lost. The log only grows. So as long as the last entry that was read still stands in its place, with
@@ -13,14 +11,13 @@ its beginning.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 import redis
 
-from .codec import pack, unpack
+from .codec import unpack_entry
 from .keys import key
 
 FIRST: Final = 8
@@ -37,21 +34,6 @@ PAGE: Final = 256 * 1024
 
 SHORT: Final = 4096
 """Bytes of an entry up to which it is read again with those behind it, to see that it is still there."""
-
-_PRECISION: Final = 52
-
-
-def pack_entry(epoch: int, offset: int, outputs: Sequence[Any]) -> bytes:
-    """One entry of the log, with a new token. The outputs have been checked one by one."""
-    bits = _PRECISION - max(1, epoch.bit_length())
-    token = secrets.randbits(bits) | 1
-    return pack([epoch + token / 2**bits, offset, outputs], limit=2**31, what="output")
-
-
-def unpack_entry(raw: bytes) -> tuple[int, int, list[Any]]:
-    """``(epoch, offset, outputs)``. Raises ``ValueError`` or ``TypeError`` for what is no entry."""
-    epoch, offset, outputs = unpack(raw)
-    return int(epoch), int(offset), list(outputs)
 
 
 @dataclass(frozen=True, slots=True)

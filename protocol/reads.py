@@ -10,10 +10,10 @@ from typing import Any
 
 import redis
 
-from .codec import RestrictedPickle, unpack_exception, unpack_result
+from .codec import RestrictedPickle, unpack_entry, unpack_exception, unpack_result
 from .keys import key, unlisted
 from .mode import DEGRADED, Mode
-from .output_log import Outputs, Page, Place, read_page, unpack_entry
+from .output_log import Outputs, Page, Place, read_page
 from .packed_state import unpack_state
 from .records import Checkpoint, Details, Event, RequestRecord, whole
 from .words import WorkerWord, trouble

@@ -24,11 +24,6 @@ from .keys import NAMES
 Argument = str | bytes | int | float
 Row = Mapping[str, Argument]
 
-# Limits of one call: a longer one would keep every other client of Redis waiting.
-MAX_REQUESTS = 128
-MAX_BYTES = 8 * 1024 * 1024
-
-
 GIVE_WAY = ("enqueue", "progress", "chunk")
 """Scripts that Redis may refuse at maxmemory: they store something new. All others must pass, or no request would
 end and no lease be renewed."""

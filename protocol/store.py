@@ -19,13 +19,14 @@ from .codec import envelope, pack_exception, shortened
 from .errors import DurabilityUnavailable
 from .identities import new_stem
 from .keys import SCHEMA, key, listed
+from .limits import LONGEST_DELAY, MAX_REQUESTS
 from .mode import Count, Tally
 from .packed_state import stored
 from .reads import Reads, queue_names
 from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, RequestRecord, Sweep, whole
 from .refusals import newer_protocol
 from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
-from .scripts import MAX_REQUESTS, Row, load
+from .scripts import Row, load
 from .settings import Settings
 
 TIDIED = 16
@@ -36,9 +37,6 @@ MAX_UNFIT = 500
 
 MAX_EVIDENCE = 8_000
 """Characters of what a dead worker left behind that the history of each request keeps."""
-
-LONGEST = 30.0
-"""Seconds to which the delay of a request grows that is released again and again."""
 
 DISK_TIMEOUT = 3.0
 """Seconds that a durable submit waits for the disk, which is synced every second by default."""
@@ -230,7 +228,7 @@ class Store(Reads):
         delay: float = 0.0,
         fingerprints: Sequence[str] = (),
         unable: bool = False,
-        longest: float = LONGEST,
+        longest: float = LONGEST_DELAY,
     ) -> list[str]:
         """Hand ``(id, execution)`` back in the order of their claims.
 

@@ -15,9 +15,8 @@ from typing import Any, Final
 import msgpack
 import redis
 
-from ..protocol.codec import unpack_exception
+from ..protocol.codec import unpack_entry, unpack_exception
 from ..protocol.inspection import kind_of_key
-from ..protocol.output_log import unpack_entry
 from ..protocol.records import Event
 from .reading import clock
 

@@ -30,6 +30,7 @@ import psutil
 from ..producer import Client, Handle
 from ..protocol.connection import connect
 from ..protocol.errors import PerdureError
+from ..protocol.keys import key
 from ..protocol.records import Event, RequestRecord
 from ..protocol.settings import Settings
 from ..protocol.store import Store
@@ -312,8 +313,6 @@ class Demonstration:
     # --- afterwards --------------------------------------------------------------------------------
 
     def _collect(self, store: Store) -> None:
-        from ..protocol.keys import key
-
         self.record.clock = time.time() - time.monotonic()
         for answer in self.record.answers:
             name = answer.handle.id

@@ -17,10 +17,11 @@ import pytest
 
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.generators import as_batch
+from perdure.protocol.tasks import resolve
+from perdure.workers.engines import as_batch
 from perdure.workers.group import Group
 from perdure.workers.membership import RanksDisagree
-from perdure.workers.tasks import NOTHING, BatchTask, Request, resolve
+from perdure.workers.tasks import NOTHING, BatchTask, Request
 from perdure.workers.text import Generate
 
 from .worker_kit import TASKS, eventually, gone

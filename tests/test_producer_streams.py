@@ -29,7 +29,7 @@ import redis
 from perdure.producer import AsyncClient, Client, Handle
 from perdure.producer.lanes import LANES
 from perdure.producer.outputs import OutputReader
-from perdure.protocol.codec import pack, pack_result
+from perdure.protocol.codec import pack, pack_entry, pack_result, unpack_entry
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
     InvalidRequest,
@@ -42,7 +42,7 @@ from perdure.protocol.errors import (
     UnknownRequest,
 )
 from perdure.protocol.keys import key
-from perdure.protocol.output_log import FIRST, LOST, MOST, Outputs, Place, pack_entry, unpack_entry
+from perdure.protocol.output_log import FIRST, LOST, MOST, Outputs, Place
 from perdure.protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store

@@ -88,6 +88,27 @@ def stored(connection: redis.Redis, handle: Handle) -> dict[bytes, bytes]:
     return dict(fields)
 
 
+# Whoever submits by a dotted path has no use for tasks, and none for RQ or an engine.
+PRODUCER = """
+import sys
+from perdure.producer import Client
+
+with Client(sys.argv[1]) as client:
+    (handle,) = client.submit_many([("app.tasks.count", {"n": 3})])
+    handle.details()
+    client.submit("app.tasks.count", {"n": 3}).cancel()
+print(*sys.modules)
+"""
+
+
+def test_a_producer_loads_nothing_of_workers_nor_of_rq(redis_url: str) -> None:
+    command = [sys.executable, "-c", PRODUCER, redis_url]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    assert "perdure.producer.submission" in loaded
+    heavy = ("perdure.workers", "perdure.scripts", "rq", "torch", "numpy")
+    assert [name for name in loaded if name in heavy or name.startswith(tuple(f"{each}." for each in heavy))] == []
+
+
 # --- what is stored ------------------------------------------------------------------------------
 
 
@@ -180,7 +201,7 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "spaces": ("app.tasks.count me", {}, {}, UsageError, "dotted path"),
     "empty path": ("", {}, {}, UsageError, "dotted path"),
     "our own, missing": ("perdure.workers.nothing.here", {}, {}, UnknownTask, "cannot import"),
-    "our own, no task": ("perdure.workers.tasks.path_of", {}, {}, UnknownTask, "not a task"),
+    "our own, no task": ("perdure.protocol.tasks.path_of", {}, {}, UnknownTask, "not a task"),
     "object": (PATH, {"a": [1, object()]}, {}, InvalidRequest, r"payload\['a'\]\[1\] is an object"),
     "set": (PATH, {1, 2}, {}, InvalidRequest, "payload is a set"),
     "large int": (PATH, {"n": 2**70}, {}, InvalidRequest, "64 bits"),

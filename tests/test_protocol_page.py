@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rq.job import Job
 
-from perdure.protocol import scripts
+from perdure.protocol import limits, scripts
 from perdure.protocol.keys import NAMES, key
 from perdure.protocol.measures import COUNTS
 from perdure.protocol.settings import Settings
@@ -135,7 +135,7 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
 def test_limits_are_those_of_the_code() -> None:
     """The numbers in the prose."""
     text = PAGE.read_text(encoding="utf-8")
-    assert f"at most {scripts.MAX_REQUESTS} requests and {scripts.MAX_BYTES >> 20} MiB" in text
+    assert f"at most {limits.MAX_REQUESTS} requests and {limits.MAX_BYTES >> 20} MiB" in text
     assert f"at {Settings().max_executions} it is a dead letter" in text
     refused = re.search(r"Redis refuses (.*), which store something new", text)
     assert refused

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from perdure.producer import AsyncClient
+from perdure.protocol.tasks import is_task
 from perdure.scripts.screen import Screen
 from perdure.scripts.verdict import Row, Verdict
-from perdure.workers.tasks import is_task
 
 from .page_kit import ROOT, blocks, commands
 from .worker_kit import Lab, eventually

@@ -13,7 +13,7 @@ import pytest
 
 from perdure.workers import Request, Step, task
 from perdure.workers.async_generators import AsyncBatch
-from perdure.workers.generators import as_batch
+from perdure.workers.engines import as_batch
 from perdure.workers.members import Members
 from perdure.workers.tasks import Task
 from perdure.workers.testing import resume_at_every_step

@@ -12,9 +12,11 @@ from typing import Any, cast
 import pytest
 
 from perdure.protocol.errors import UnknownTask
+from perdure.protocol.tasks import is_task, path_of, resolve
 from perdure.workers import BatchTask, InvalidRequest, Request, Step, task
-from perdure.workers.generators import GeneratorBatch, as_batch
-from perdure.workers.tasks import NOTHING, Task, is_task, path_of, resolve
+from perdure.workers.engines import as_batch
+from perdure.workers.generators import GeneratorBatch
+from perdure.workers.tasks import NOTHING, Task
 
 closed: list[str] = []
 

@@ -16,10 +16,10 @@ from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.workers.tasks import NOTHING, Request
 from perdure.workers.text import Generate
-from perdure.workers.text.bundle import read
 from perdure.workers.text.exactness import check_operators, self_check
 from perdure.workers.text.golden import run_alone
 from perdure.workers.text.llama import Llama
+from perdure.workers.text.models import read
 from perdure.workers.text.operators import Operators
 from perdure.workers.text.sampler import choose
 

@@ -19,8 +19,8 @@ from perdure.protocol.settings import Settings
 from perdure.workers.statuses import UNFIT
 from perdure.workers.tasks import BatchTask, Request, Step
 from perdure.workers.text import Generate
-from perdure.workers.text.bundle import read
 from perdure.workers.text.golden import answer, run_alone
+from perdure.workers.text.models import read
 from perdure.workers.text.tokenizer import Tokenizer, Vocabulary
 from perdure.workers.text.transformers import CausalLM
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from perdure.protocol.errors import InvalidRequest
-from perdure.workers.tasks import path_of, resolve
+from perdure.protocol.tasks import path_of, resolve
 from perdure.workers.text import Generate, generate
 from perdure.workers.text.parameters import Parameters
 

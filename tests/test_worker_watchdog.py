@@ -19,7 +19,7 @@ from rq.suspension import resume, suspend
 from perdure.protocol.keys import key
 from perdure.scripts.server import Server
 from perdure.workers import Request, Step, task
-from perdure.workers.generators import as_batch
+from perdure.workers.engines import as_batch
 from perdure.workers.members import Members
 
 from .worker_kit import Lab, Process, eventually, laboratory, later, send

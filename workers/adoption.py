@@ -13,7 +13,8 @@ from rq.job import Job
 from ..protocol.codec import pack
 from ..protocol.errors import InvalidRequest
 from ..protocol.settings import Settings
-from .tasks import RAISED, BatchTask, is_task, path_of, resolve
+from ..protocol.tasks import is_task, path_of, prepared, resolve
+from .tasks import RAISED
 
 
 def task_of(job: Job) -> str | None:
@@ -37,12 +38,7 @@ def payload_of(job: Job, task: str, settings: Settings) -> bytes:
     if args and (kwargs or len(args) > 1):
         raise InvalidRequest("a task takes keywords, or one argument, which is its payload", "payload")
     payload: Any = args[0] if args else dict(kwargs)
-    found = resolve(task)
-    if isinstance(found, type) and found.prepare is not BatchTask.prepare:
-        found = found()
-    if isinstance(found, BatchTask):
-        payload = found.prepare(payload)
-    return pack(payload, limit=settings.max_payload, what="payload")
+    return pack(prepared(resolve(task), payload), limit=settings.max_payload, what="payload")
 
 
 def left_out_of(job: Job, default_timeout: int) -> list[str]:

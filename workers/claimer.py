@@ -19,14 +19,10 @@ from ..protocol.output_log import Outputs
 from ..protocol.records import Claim
 from ..protocol.store import Store
 from .holding import Holding
-from .holdings import Handback, Holdings
+from .holdings import NO_CHECKPOINT, Handback, Holdings
 from .ledger import Ledger
 from .mailbox import Admission
 from .tasks import Request
-
-NO_CHECKPOINT = "damaged"
-"""Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
-restarts from zero."""
 
 FIRST_BEAT: Final = 5.0
 """Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it may

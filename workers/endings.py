@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..protocol.limits import MAX_REQUESTS
 from ..protocol.logs import about, traced
 from ..protocol.records import Failure, FailureKind, Finish
-from ..protocol.scripts import MAX_REQUESTS
 from .line import Line
 
 

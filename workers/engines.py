@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..protocol.records import Claim
 from ..protocol.settings import Settings
+from .async_generators import AsyncBatch
 from .batch_size import BatchSize
+from .generators import GeneratorBatch
+from .group import Group
 from .room import Room, Verdict
 from .soundness import Soundness
-from .tasks import BatchTask, Request
+from .tasks import AnyTask, BatchTask, Request, Task
+from .threads import ThreadBatch
 
 PATIENCE = 1.0
 """Seconds after which requests that wait behind another one are handed back: another worker may have room."""
+
+
+def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTask:
+    """What an engine runs for a task: an instance of a batch task, a group of them, or one made of generators.
+
+    ``news`` is called, from any thread, when requests that move by themselves have something to collect.
+    """
+    if not isinstance(task, Task):
+        batch = task() if isinstance(task, type) else task
+        return batch if batch.ranks == 1 else Group(batch)
+    if task.asynchronous:
+        return AsyncBatch(task, news)
+    return GeneratorBatch(task) if task.slots == 1 else ThreadBatch(task, news)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Any, cast
 
 from ..protocol import logs
 from .forks import foreign
-from .tasks import RAISED, AnyTask, BatchTask, Request, Step, Task
+from .tasks import RAISED, BatchTask, Request, Step, Task
 
 log = logging.getLogger("rq.worker")
 
@@ -98,26 +98,3 @@ def _generator(task: Task, request: Request) -> Running:
             f"{task!r} returned a {type(generator).__name__}, not a generator: a task yields at least one Step"
         )
     return cast("Running", generator)
-
-
-def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTask:
-    """What the engine loop runs for a task: an instance of a batch task, a group of them, or one made of generators.
-
-    ``news`` is called, from any thread, when requests that move by themselves have something to collect.
-    """
-    if not isinstance(task, Task):
-        batch = task() if isinstance(task, type) else task
-        if batch.ranks == 1:
-            return batch
-        from .group import Group
-
-        return Group(batch)
-    if task.asynchronous:
-        from .async_generators import AsyncBatch
-
-        return AsyncBatch(task, news)
-    if task.slots == 1:
-        return GeneratorBatch(task)
-    from .threads import ThreadBatch
-
-    return ThreadBatch(task, news)

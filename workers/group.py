@@ -24,12 +24,13 @@ from typing import Any, Final
 
 from ..protocol.errors import SettingsError, UnknownTask
 from ..protocol.settings import Settings
+from ..protocol.tasks import path_of
 from .collectives import CollectiveFailed, Collectives, serve
 from .followers import Follower, wait
 from .forks import foreign
 from .membership import Membership, Outcome, Report, Verdict, judge
 from .rank import digest
-from .tasks import NOTHING, RAISED, BatchTask, Request, Step, path_of
+from .tasks import NOTHING, RAISED, BatchTask, Request, Step
 from .unfit import Unfit
 
 log: Final = logging.getLogger("rq.worker")

@@ -10,12 +10,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..protocol.codec import pack, pack_result
+from ..protocol.codec import pack, pack_entry, pack_result
 from ..protocol.errors import PayloadTooLarge
-from ..protocol.output_log import pack_entry
+from ..protocol.limits import MAX_BYTES
 from ..protocol.packed_state import CHUNK, PackedState, pack_state
 from ..protocol.records import Claim, Failure, FailureKind, Finish, Progress
-from ..protocol.scripts import MAX_BYTES
 from ..protocol.settings import Settings
 from ..recovery.failures import POLICIES, failure
 from .tasks import NOTHING, Step

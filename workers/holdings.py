@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.errors import PerdureError
+from ..protocol.limits import LONGEST_DELAY
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import LEASE, Settings
-from ..protocol.store import LONGEST
 from ..recovery.failures import POLICIES, classify
 from .holding import Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
@@ -26,6 +26,10 @@ MAX_BUFFER = 32 * 1024 * 1024
 
 
 PASSED_OVER = "its steps began to bring no state after one was passed over; from now on each is kept here"
+
+NO_CHECKPOINT = "damaged"
+"""Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
+restarts from zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Handback:
     fingerprint: str = ""
     unable: bool = False
     """Its task could not be loaded here."""
-    longest: float = LONGEST
+    longest: float = LONGEST_DELAY
     """Seconds to which a delay may grow when the request is released again and again."""
 
 

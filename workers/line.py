@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import redis
 
 from ..protocol.errors import PayloadTooLarge
+from ..protocol.limits import MAX_BYTES, MAX_REQUESTS
 from ..protocol.logs import about
 from ..protocol.records import Chunk, Failure, Finish, Progress
 from ..protocol.refusals import passing
-from ..protocol.scripts import MAX_BYTES, MAX_REQUESTS
 from ..protocol.store import Store
 from ..recovery.failures import failure
 from .holding import Holding

@@ -15,21 +15,20 @@ from ..protocol.keys import check_task
 from ..protocol.packed_state import unpack_state
 from ..protocol.records import Claim, FailureKind
 from ..protocol.settings import Settings
+from ..protocol.tasks import resolve
 from ..protocol.tensors import CannotRead
 from ..recovery.failures import classify, describe
 from .admissions import Admissions
-from .claimer import NO_CHECKPOINT
 from .device_memory import forget
-from .engines import Engine, Waiting
+from .engines import Engine, Waiting, as_batch
 from .fitness import Fitness
 from .forks import foreign
-from .generators import as_batch
-from .holdings import Holdings
+from .holdings import NO_CHECKPOINT, Holdings
 from .mailbox import Admission, Drop, Letter, News, Stop, Stored
 from .members import Members
 from .soundness import Blame
 from .statuses import HUNG, UNFIT
-from .tasks import RAISED, AnyTask, Raised, Request, Step, resolve
+from .tasks import RAISED, AnyTask, Raised, Request, Step
 from .unable import BROKEN, Unable
 from .unfit import Unfit
 from .watchdog import WAIT, Watchdog

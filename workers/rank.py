@@ -22,9 +22,10 @@ from typing import Any
 
 from ..protocol import logs
 from ..protocol.codec import pack
+from ..protocol.tasks import resolve
 from .collectives import CollectiveFailed, Collectives, reach
 from .forks import at_home, foreign
-from .tasks import NOTHING, RAISED, BatchTask, Step, resolve
+from .tasks import NOTHING, RAISED, BatchTask, Step
 from .wire import Wire
 
 log = logging.getLogger("perdure.rank")

@@ -6,7 +6,6 @@ which it has loaded, with the digest of each; its guardian looks at the files fr
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
 import os
@@ -59,26 +58,6 @@ class Loaded:
         """The same when one was loaded."""
         self._broken = {}
         return self.now()
-
-
-def added(module: object, name: str) -> str:
-    """The file of a loaded module, if it has a name by now that the loaded module lacks; else an empty text."""
-    place = getattr(module, "__file__", None)
-    if not isinstance(place, str):
-        return ""
-    try:
-        tree = ast.parse(Path(place).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
-            return place
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return place
-    return ""
 
 
 def concerned(task: str, error: BaseException) -> dict[str, str]:

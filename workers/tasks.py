@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
-from ..protocol.codec import article
-from ..protocol.errors import InvalidRequest, UnknownTask
+from ..protocol.errors import InvalidRequest
+from ..protocol.tasks import ClassTask, FunctionTask, path_of
 from .unfit import Unfit
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ __all__ = [
     "Step",
     "Task",
     "Unfit",
-    "path_of",
-    "resolve",
     "task",
 ]
 
@@ -114,7 +111,7 @@ class Raised(Step):
     """
 
 
-class BatchTask:
+class BatchTask(ClassTask):
     """Many requests in one forward pass, on one warm instance per worker process.
 
     The worker calls, always from one thread: :meth:`load` once; :meth:`admit` when a request joins;
@@ -158,15 +155,6 @@ class BatchTask:
     def fingerprint(self) -> str:
         """What must be equal for another worker to continue a request of this task; called after load."""
         return ""
-
-    def prepare(self, payload: Any) -> Any:
-        """Check and complete a payload at submit, where the producer has this task at hand.
-
-        Returns the payload to store. Raises :class:`InvalidRequest` with the field's name. The
-        worker must check again in :meth:`admit`: a producer that knows only the dotted path stores
-        what it was given.
-        """
-        return payload
 
     def check(self, payload: Any) -> None:
         """Check a stored payload in the worker, before anything else is asked about it.
@@ -221,7 +209,7 @@ GeneratorFunction = (
 Function = TypeVar("Function", bound=GeneratorFunction)
 
 
-class Task:
+class Task(FunctionTask):
     """A generator function that users may submit; calling it gives the generator, as before.
 
     Raises ``TypeError`` for a function that yields nothing. One that returns another one's generator says so by its
@@ -315,75 +303,3 @@ def task(
 
 
 AnyTask = Task | BatchTask | type[BatchTask]
-
-
-def is_task(candidate: object) -> bool:
-    """True for what a worker runs: a :class:`Task`, a :class:`BatchTask`, or a subclass of it."""
-    if isinstance(candidate, Task | BatchTask):
-        return True
-    return isinstance(candidate, type) and issubclass(candidate, BatchTask) and candidate is not BatchTask
-
-
-def path_of(candidate: object) -> str:
-    """The dotted path under which workers import a task.
-
-    Raises :class:`UnknownTask` for what is no task, or stands where no other process can import it.
-    """
-    if not is_task(candidate):
-        name = getattr(candidate, "__qualname__", None) or repr(candidate)
-        raise UnknownTask(
-            f"{name} is not a task: put @perdure.workers.task above a generator function, "
-            "or derive a class from perdure.workers.BatchTask"
-        )
-    module = candidate.__module__
-    if isinstance(candidate, BatchTask):
-        owner = sys.modules.get(module)
-        names = [name for name, value in vars(owner).items() if value is candidate] if owner else []
-        if not names:
-            raise UnknownTask(
-                f"this {type(candidate).__name__} instance has no module-level name in {module}; "
-                "submit it by its dotted path"
-            )
-        qualname = names[0]
-    else:
-        qualname = candidate.__qualname__  # type: ignore[attr-defined]
-        if isinstance(candidate, Task) and "." in qualname and "<locals>" not in qualname:
-            raise UnknownTask(
-                f"{module}.{qualname} is a method, or stands in a class; move it to the top level of {module}"
-            )
-    if module == "__main__" or "<locals>" in qualname:
-        raise UnknownTask(f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module")
-    return f"{module}.{qualname}"
-
-
-def resolve(path: str) -> AnyTask:
-    """Import the task at a dotted path.
-
-    Raises :class:`UnknownTask` when nothing can be imported from there, or when what stands there
-    is not a task: a worker never runs any importable callable.
-    """
-    import importlib
-
-    module_name, _, attribute = path.rpartition(".")
-    if not module_name:
-        raise UnknownTask(f"{path!r} is not a dotted path to a task, such as app.tasks.count")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UnknownTask(f"cannot import {module_name} for the task {path}: {error}") from error
-    try:
-        candidate = getattr(module, attribute)
-    except AttributeError:
-        # Late: what reads files is not for those who only submit.
-        from .sources import added
-
-        text = f"module {module_name} has no task named {attribute}"
-        if place := added(module, attribute):
-            text += f", but {place} has it by now: this process loaded it before; restart it"
-        raise UnknownTask(text) from None
-    if not is_task(candidate):
-        raise UnknownTask(
-            f"{path} is {article(type(candidate).__name__)}, not a task; workers run only objects made with "
-            "@perdure.workers.task or derived from perdure.workers.BatchTask"
-        )
-    return candidate  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from ..protocol.identities import new_id
 from ..protocol.records import Claim, FailureKind, NewRequest
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..protocol.tasks import is_task, path_of, prepared
 from .claimer import Claimer, Limits
 from .companion import Guarded
 from .courier import Courier
@@ -27,7 +28,7 @@ from .line import Line
 from .loop import EngineLoop
 from .mailbox import Mailbox
 from .members import Members
-from .tasks import AnyTask, BatchTask, Step, is_task, path_of
+from .tasks import AnyTask, Step
 
 __all__ = ["Report", "resume_at_every_step"]
 
@@ -184,9 +185,7 @@ class _Pool:
         self.runs = 0
         # A killed worker closes nothing: what its task holds is kept until the end of all runs.
         self.killed: list[_Worker] = []
-        found = task() if isinstance(task, type) else task
-        prepared = found.prepare(payload) if isinstance(found, BatchTask) else payload
-        self.payload = pack(prepared, limit=settings.max_payload, what="payload")
+        self.payload = pack(prepared(task, payload), limit=settings.max_payload, what="payload")
 
     def run(self, cut: int = 0, checkpoint: int = 0) -> _Run:
         """One request to its end; with ``cut``, its worker is gone after that step."""

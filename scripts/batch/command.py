@@ -12,8 +12,8 @@ import click
 from ...producer.session import PATIENCE, Session
 from ...protocol.errors import UsageError
 from ...protocol.keys import check_queue, with_priority
+from ...protocol.limits import MAX_REQUESTS
 from ...protocol.mode import Mode
-from ...protocol.scripts import MAX_REQUESTS
 from ...protocol.store import Store
 from ..console import json_option, print_json, read_settings, url_option
 from .ledger import Ledger

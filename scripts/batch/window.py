@@ -9,9 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from ...protocol.limits import MAX_REQUESTS
 from ...protocol.records import NewRequest
 from ...protocol.refusals import RETRY_AFTER
-from ...protocol.scripts import MAX_REQUESTS
 
 MOST_LOSSES: Final = 3
 """Times that a line's request may vanish from Redis before the line is given up."""

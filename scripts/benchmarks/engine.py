@@ -132,7 +132,7 @@ def write_weights(settings: Settings, folder: Path) -> int:
     """Our weights as transformers reads them; returns the size of the vocabulary."""
     from safetensors.torch import save_file
 
-    from ...workers.text.bundle import read
+    from ...workers.text.models import read
 
     bundle = read(settings)
     shape = bundle.shape

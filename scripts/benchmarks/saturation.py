@@ -20,13 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ...protocol.codec import pack
+from ...protocol.codec import pack, pack_entry
 from ...protocol.connection import connect
 from ...protocol.identities import new_id
 from ...protocol.keys import key
-from ...protocol.output_log import pack_entry
+from ...protocol.limits import MAX_REQUESTS
 from ...protocol.records import Claim, FailureKind, NewRequest, Progress
-from ...protocol.scripts import MAX_REQUESTS
 from ...protocol.settings import LEASE, Settings
 from ...protocol.store import Store
 from ...recovery.reaper import Reaper

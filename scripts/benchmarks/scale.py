@@ -16,8 +16,8 @@ from typing import Any
 from ...producer import Client
 from ...protocol.codec import pack
 from ...protocol.identities import new_id
+from ...protocol.limits import MAX_REQUESTS
 from ...protocol.records import Failure, FailureKind, NewRequest
-from ...protocol.scripts import MAX_REQUESTS
 from ...protocol.settings import Settings
 from ...protocol.store import Store
 from .processes import BenchmarkFailed

@@ -11,9 +11,8 @@ from typing import Any, Final
 
 import redis
 
-from ...protocol.codec import unpack, unpack_result
+from ...protocol.codec import unpack, unpack_entry, unpack_result
 from ...protocol.keys import PREFIX, key
-from ...protocol.output_log import unpack_entry
 from ...protocol.records import Event
 from . import journal
 from .load import STEPS, TEXTS

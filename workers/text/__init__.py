@@ -97,11 +97,11 @@ class Generate(BatchTask):
 
         import torch
 
-        from .bundle import read
         from .device import describe_device, prepare_device
         from .exactness import sampler_bits
         from .key_memory import begin_measuring
         from .llama import BUCKET, Llama
+        from .models import read
         from .parallel import ParallelLlama, place
         from .tokenizer import Tokenizer
 
