@@ -2,8 +2,9 @@
 
     python -m tests.captures [FOLDER]
 
-In the root of a checkout, in about a minute and a half; without FOLDER it writes into docs/images. Tasks sleep instead of computing,
-all else is what it is: worker processes, a reaper, Redis, ``perdure web``, ``top`` and ``show``.
+In the root of a checkout, in about two and a half minutes; without FOLDER it writes into docs/images. Tasks sleep instead of computing,
+all else is what it is: worker processes, a reaper, Redis, ``perdure web``, ``top`` and ``show``. ``kill.svg`` is what the
+tutorial has its reader draw.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from perdure.scripts.server import Server
 from perdure.scripts.top import Looks, drawn
 
 from .browser_kit import Browser, browsing
+from .tutorial_kit import newcomer
 from .web_kit import TOKEN, Site, serving
 from .worker_kit import Lab, Process, eventually, laboratory
 
@@ -216,6 +219,9 @@ def plain_lines(filtered: bytes, width: int, height: int, pixel: int) -> bytes:
 def main(folder: Path) -> None:
     """All pictures."""
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, newcomer(Path(scratch)) as someone:
+        someone.follow_all()
+        shutil.copyfile(someone.folder / "long.svg", folder / "kill.svg")
     with tempfile.TemporaryDirectory() as scratch, Server(die_with_parent=True) as server:
         place = Path(scratch)
         (place / "browser").mkdir()

@@ -61,12 +61,15 @@ def run(
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Whether a command prints what the page shows, where ``…`` stands for anything on its line."""
-    lines, found = shown.splitlines(), printed.splitlines()
-    return len(lines) == len(found) and all(
-        re.fullmatch(".*".join(map(re.escape, line.split("…"))), other)
-        for line, other in zip(lines, found, strict=True)
+    """Whether a command prints what the page shows.
+
+    ``…`` stands for anything on its line, and a line that is nothing else for any number of lines.
+    """
+    pattern = "".join(
+        r"(?:.*\n)*" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + r"\n"
+        for line in shown.splitlines()
     )
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in printed.splitlines())) is not None
 
 
 def section(page: Path, heading: str) -> str:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,21 +297,32 @@ def test_every_public_name_is_described(pages: Any, reference: Any) -> None:
 
 
 def test_links_of_the_docs_lead_somewhere(reference: Any) -> None:
-    """Files exist, and headings do."""
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]:
-        text = path.read_text(encoding="utf-8")
-        for target in re.findall(
-            r"\]\(([^)#\s]*(?:#[^)\s]+)?)\)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-        ):
-            if "://" in target:
-                continue
-            name, _, anchor = target.partition("#")
+    """Files exist, and headings do; also where a link is that of the project's repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    owner = project["urls"]["Repository"].removeprefix("https://github.com/")
+    ours = re.compile(rf"https://(?:github\.com/{owner}/(?:blob|tree)|raw\.githubusercontent\.com/{owner})/main/")
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]
+    links = [("pyproject.toml", ROOT, url) for url in project["urls"].values() if url != project["urls"]["Repository"]]
+    for path in pages:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        links += [(path.name, path, target) for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]+)?)\)", text)]
+    seen = 0
+    for page, path, target in links:
+        name, _, anchor = target.partition("#")
+        if ours.match(name):
+            file = ROOT / ours.sub("", name)
+            seen += 1
+        elif "://" in name:
+            assert owner not in name, f"{page}: {target}"
+            continue
+        else:
             file = path.parent / name if name else path
-            assert file.exists(), f"{path.name}: {target}"
-            if anchor:
-                headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-                anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
-                assert anchor in anchors, f"{path.name}: {target}"
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
+            assert anchor in anchors, f"{page}: {target}"
+    assert seen > 20
     assert not re.search(r":\w+:`", "".join(reference.pages().values())), "a role that is no link"
 
 

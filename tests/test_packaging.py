@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,37 +14,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("protocol", "producer", "workers", "recovery", "scripts")
-SUFFIXES = (".py", ".lua", ".typed", ".html", ".css", ".js", ".svg")
+from .wheel_kit import PACKAGES, ROOT, build, in_tree
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def in_tree() -> set[str]:
-    """What the packages consist of, as paths below the root."""
-    return {
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.suffix in SUFFIXES and path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution of a copy of what belongs to it, and a wheel of that: no left-over of an earlier build can help."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in (*sorted(in_tree()), "pyproject.toml", "README.md", "LICENSE"):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, copy / name)
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return copy / "dist"
+    return build(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

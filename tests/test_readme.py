@@ -1,4 +1,4 @@
-"""The programs of the README and of docs/text-generation.md, on a real worker and a real reaper."""
+"""The programs of the README, of docs/clients.md and of docs/text-generation.md, on a real pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import io
 import json
 import re
 import shlex
+import signal
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .page_kit import ROOT, blocks, commands
 from .worker_kit import Lab, eventually
 
 README = blocks(ROOT / "README.md")
+CLIENTS = blocks(ROOT / "docs" / "clients.md")
 TEXT = blocks(ROOT / "docs" / "text-generation.md")
 HERE = "redis://localhost:6379"
 
@@ -42,12 +45,13 @@ def execute(text: str, url: str, namespace: dict[str, Any]) -> str:
 
 @pytest.mark.slow
 def test_the_programs_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its task, its two commands, its two producers; then those of text-generation.md, with the shapes that it shows."""
+    """Its task, its pool and its producer; those of clients.md; then those of text-generation.md, with its shapes."""
     pytest.importorskip("torch")
     (task,) = [block for block in README if block.kind == "tasks"]
     (pool,) = [block for block in README if block.kind == "pool"]
     (produce,) = [block for block in README if block.kind == "produce"]
-    (awaited,) = [block for block in README if block.kind == "await"]
+    (thread,) = [block for block in CLIENTS if block.kind == "produce"]
+    (awaited,) = [block for block in CLIENTS if block.kind == "await"]
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "tasks.py").write_text(task.text, encoding="utf-8")
     environment = {
@@ -56,25 +60,23 @@ def test_the_programs_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "PERDURE_DEVICE": "cpu",
         "PERDURE_THREADS": "1",
     }
-    processes = []
-    for number, (command, _) in enumerate(commands(pool)):
-        words = shlex.split(command.replace(HERE, lab.url), comments=True)
-        words[0] = str(Path(sys.executable).with_name(words[0]))
-        processes.append(lab._start(f"readme-{number}", words, {}, environment))
-    eventually(lambda: any(item["ready"] for item in lab.store.workers()) or not processes[0].running)
-    assert all(process.running for process in processes), processes[0].log
+    monkeypatch.setenv("PERDURE_REDIS_URL", lab.url)
+    ((command, _),) = commands(pool)
+    words = shlex.split(command)
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    process = lab._start("readme", words, {}, environment)
+    eventually(lambda: sum(item["ready"] for item in lab.store.workers()) == 2 or not process.running)
+    assert process.running, process.log
 
     namespace: dict[str, Any] = {}
-    printed = execute(produce.text, lab.url, namespace)
-    assert printed.startswith("0\n1\n2\n{'counted': 3}\n")
-    assert len(printed.splitlines()) >= 4
-    printed = execute(awaited.text, lab.url, {})
-    assert printed.startswith("0\n1\n2\n{'counted': 3}\n")
-    assert sorted(eval(line.split(" ", 1)[1])["counted"] for line in printed.splitlines()[4:]) == list(range(100))
+    assert execute(produce.text, lab.url, namespace) == "0\n1\n2\n{'counted': 3}\n"
+    for text in (thread.text, awaited.text):
+        printed = execute(text, lab.url, {})
+        assert printed.startswith("0\n1\n2\n{'counted': 3}\n")
+        assert sorted(eval(line.split(" ", 1)[1])["counted"] for line in printed.splitlines()[4:]) == list(range(100))
 
     # The one program among the signatures of the reference.
     (example,) = [block for block in blocks(ROOT / "docs/reference/producer.md") if block.text.startswith("async with")]
-    monkeypatch.setenv("PERDURE_REDIS_URL", lab.url)
     execute(example.text, lab.url, {"AsyncClient": AsyncClient})
 
     (block,) = [block for block in TEXT if block.kind == "produce"]
@@ -85,6 +87,8 @@ def test_the_programs_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             payload = {"prompt": "Once", "max_tokens": 4, **more}
             result = client.submit("perdure.workers.text.generate", payload, queue="gpu").result(timeout=60)
             assert _keys(result) == _keys(shape)
+    process.send(signal.SIGTERM)
+    assert process.end() == 0, process.log
 
 
 def _keys(value: Any) -> Any:
@@ -127,3 +131,14 @@ def test_the_last_lines_of_the_demonstration_are_its_own(capsys: pytest.CaptureF
     report = Verdict([replace(row, tokens=tokens), *[row] * (requests - 1)], kills)
     Screen(1.0).report(report, seconds)
     assert capsys.readouterr().out.splitlines()[-len(lines) :] == lines
+
+
+def test_the_readme_can_be_read_anywhere() -> None:
+    """It is short, and no link or picture of it needs the checkout around it: a package index shows it too."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"git clone {project['urls']['Repository']} " in text
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
