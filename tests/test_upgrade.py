@@ -1,13 +1,12 @@
-"""A rolling upgrade: the release before and the working tree on one queue, neither of which knows of the other.
+"""A rolling upgrade: an earlier release and the working tree on one queue, neither of which knows of the other.
 
-The release is a wheel (see ``releases/README.md``), put in front of the path of its processes.
+The releases are wheels (see ``releases/README.md``), each in an environment of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,14 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
+import perdure.producer
 from perdure.producer import Client
 from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.settings import Settings
 
-from .worker_kit import LONG, TASKS, Lab, Process, eventually
-
-RELEASES = Path(__file__).with_name("releases")
-(WHEEL,) = RELEASES.glob("*.whl")
+from .releases_kit import WHEELS, environment_of, version_of
+from .worker_kit import LONG, Lab, Process, eventually
 
 PRODUCER = """
 import json, sys
@@ -44,13 +42,10 @@ with Client(sys.argv[1]) as client:
 """
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel."""
-    folder = tmp_path_factory.mktemp("release")
-    with zipfile.ZipFile(WHEEL) as wheel:
-        wheel.extractall(folder)
-    return folder
+@pytest.fixture(scope="module", params=WHEELS, ids=version_of)
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with a release."""
+    return environment_of(request.param, tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture
@@ -60,29 +55,29 @@ def client(redis_url: str) -> Iterator[Client]:
 
 
 class Releases:
-    """Processes of either release; each is made sure of."""
+    """Processes of either release; each is made sure of (those of the old one by themselves)."""
 
     def __init__(self, lab: Lab, release: Path) -> None:
         self.lab = lab
         self.release = release
+        assert self.made_by(perdure.producer.__file__ or "") == "new"
 
-    def environment(self, which: str) -> dict[str, str]:
-        return {"PYTHONPATH": f"{self.release}{os.pathsep}{TASKS}" if which == "old" else str(TASKS)}
+    def python(self, which: str) -> Path | None:
+        return self.release if which == "old" else None
 
     def worker(self, which: str, **options: Any) -> Process:
-        process = self.lab.worker(environment=self.environment(which), **options)
-        for pid in process.children():  # its guardian inherits what it was started with
-            assert (str(self.release) in psutil.Process(pid).environ()["PYTHONPATH"]) is (which == "old")
+        process = self.lab.worker(python=self.python(which), **options)
+        for pid in process.children():  # its guardian is started with the same Python
+            assert (psutil.Process(pid).cmdline()[0] == str(self.release)) is (which == "old")
         return process
 
     def made_by(self, place: str) -> str:
         """Which release's code a file is of."""
-        return "old" if Path(place).is_relative_to(self.release) else "new"
+        return "old" if Path(place).is_relative_to(self.release.parent.parent) else "new"
 
     def produce(self, which: str, queue: str, number: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PRODUCER, self.lab.url, queue, str(number)]
-        environment = {**os.environ, **self.environment(which)}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        command = [str(self.python(which) or sys.executable), "-c", PRODUCER, self.lab.url, queue, str(number)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -98,18 +93,38 @@ def other(which: str) -> str:
     return "new" if which == "old" else "old"
 
 
-def test_the_release_is_the_one_that_is_written_down() -> None:
+@pytest.mark.parametrize("wheel", WHEELS, ids=version_of)
+def test_a_release_is_the_one_that_is_written_down(wheel: Path) -> None:
     """Its digest stands beside it, and it names no path of the machine that built it."""
-    assert hashlib.sha256(WHEEL.read_bytes()).hexdigest() in (RELEASES / "README.md").read_text(encoding="utf-8")
-    with zipfile.ZipFile(WHEEL) as wheel:
-        for name in wheel.namelist():
-            assert not re.search(rb"(?<![\w./])/(home|root|work|Users|tmp/\w+)/", wheel.read(name)), name
+    table = wheel.with_name("README.md").read_text(encoding="utf-8")
+    assert f"`{wheel.name}`" in table
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in table
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            assert not re.search(rb"(?<![\w./])/(home|root|work|Users|tmp/\w+)/", archive.read(name)), name
+
+
+def test_a_process_of_a_release_does_not_run_the_tree(release: Path, tmp_path: Path) -> None:
+    """Not even where a path says so: it ends with 86, and says what it would have run."""
+    tree = Path(perdure.producer.__file__ or "").parent.parent
+    code = "import perdure.producer; print(perdure.producer.__file__)"
+    well = subprocess.run([release, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert Path(well.stdout.strip()).is_relative_to(release.parent.parent)
+    (tmp_path / "perdure").mkdir()
+    for entry in tree.iterdir():
+        (tmp_path / "perdure" / entry.name).symlink_to(entry)
+    (tmp_path / "perdure" / "__init__.py").touch()
+    bad = subprocess.run(
+        [release, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert (bad.returncode, bad.stdout) == (86, "")
+    assert "this is not the release" in bad.stderr
 
 
 @pytest.mark.slow
 def test_both_releases_serve_one_queue(lab: Lab, releases: Releases) -> None:
     """Producers of both, workers of both, a reaper of each: every request ends once, with the right outputs."""
-    lab.reaper(environment=releases.environment("old"))
+    lab.reaper(python=releases.python("old"))
     lab.reaper()
     for which in ("old", "new"):
         releases.worker(which, queues=("gpu", f"only-{which}"))

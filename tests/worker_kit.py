@@ -207,13 +207,16 @@ class Lab:
 
     def worker(
         self, *arguments: str, queues: Sequence[str] = ("gpu",), url: str = "", wait: bool = True,
-        environment: dict[str, str] | None = None, ours: bool = True, **settings: Any,
+        environment: dict[str, str] | None = None, ours: bool = True, python: Path | None = None, **settings: Any,
     ) -> Process:  # fmt: skip
-        """A plain ``rq worker`` process; ``wait`` until it claims (unless it ends by itself, or is RQ's own)."""
+        """A plain ``rq worker`` process; ``wait`` until it claims (unless it ends by itself, or is RQ's own).
+
+        ``python`` is that of another environment, for a release of ours.
+        """
         name = f"worker-{len(self.processes)}"
-        rq = str(Path(sys.executable).with_name("rq"))
+        rq = [str(python), "-m", "rq.cli"] if python else [str(Path(sys.executable).with_name("rq"))]
         kind = ["-w", "perdure.workers.Worker"] if ours else []
-        command = [rq, "worker", *kind, "--url", url or self.url, "--name", name, *arguments, *queues]
+        command = [*rq, "worker", *kind, "--url", url or self.url, "--name", name, *arguments, *queues]
         process = self._start(name, command, settings, environment)
         if wait and ours and "--burst" not in arguments:
             eventually(lambda: self.ready(name) or not process.running)
@@ -225,13 +228,15 @@ class Lab:
         """What is known of the worker of this name, once it claims."""
         return next((item for item in self.store.workers() if item["worker"] == name and item["ready"]), None)
 
-    def reaper(self, *, environment: dict[str, str] | None = None, **settings: Any) -> Process:
+    def reaper(
+        self, *, environment: dict[str, str] | None = None, python: Path | None = None, **settings: Any
+    ) -> Process:
         """A ``python -m perdure.recovery`` process, once it has swept."""
         name = f"reaper-{len(self.processes)}"
         self.connection.delete(key("pulse"))
         process = self._start(
             name,
-            [sys.executable, "-m", "perdure.recovery"],
+            [str(python or sys.executable), "-m", "perdure.recovery"],
             {"reap_interval": 0.1, **settings},
             {"RQ_REDIS_URL": self.url, **(environment or {})},
         )
