@@ -168,8 +168,7 @@ def test_at_maxmemory_a_state_waits_and_the_lease_is_renewed(bench: Bench) -> No
         assert bench.pool.store.checkpoint("a") is None
     finally:
         connection.config_set("maxmemory", 0)
-    for _ in range(2):
-        bench.round()
+    bench.rounds()
     assert bench.pool.store.all_outputs("b") == [0, 1]
     assert bench.pool.store.all_outputs("a") == [0]
     assert bench.pool.store.state("a") == (b"s" * (2 * CHUNK), True)
@@ -180,8 +179,7 @@ def test_a_state_is_read_whole_before_its_request_runs(bench: Bench, monkeypatch
     held(bench, "a")
     state = b"s" * (3 * CHUNK)
     bench.offer("a", Step(output=0, state=state))
-    bench.round()
-    bench.round()
+    bench.rounds()
     assert bench.pool.store.state("a") == (state, True)
     bench.pool.reap(bench.courier.incarnation)
     bench.courier._rejoin()
