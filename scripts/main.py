@@ -14,11 +14,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
+
+from .. import __version__
 
 OK, FAILED, USAGE, UNREACHABLE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -111,7 +112,7 @@ Redis is found by --url, PERDURE_REDIS_URL, RQ_REDIS_URL, or a running embedded 
 
 
 @click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("perdure"), prog_name="perdure")
+@click.version_option(__version__, prog_name="perdure")
 def perdure() -> None:
     """Inference requests that outlive the workers running them."""
 

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("protocol", "producer", "workers", "recovery", "scripts")
+PACKAGES = ("src/perdure", "protocol", "producer", "workers", "recovery", "scripts")
 SUFFIXES = (".py", ".lua", ".typed", ".html", ".css", ".js", ".svg")
+OF_THE_CHECKOUT = ("scripts/benchmarks/", "scripts/chaos/")
+"""What runs from a checkout, and is in no wheel."""
 
 
 def in_tree() -> set[str]:
-    """What the packages consist of, as paths below the root."""
-    return {
+    """What the package consists of, as paths below the root."""
+    found = (
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.suffix in SUFFIXES and path.is_file()
-    }
+    )
+    return {name for name in found if not name.startswith(OF_THE_CHECKOUT)}
 
 
 def build(copy: Path) -> Path:

@@ -23,7 +23,6 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -32,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ... import __version__
 from ...protocol.errors import InvalidRequest, PerdureError, UnknownRequest, UsageError
 from ..reading import Rates
 from .access import Access, App, guarded
@@ -136,7 +136,7 @@ class _Pages:
         return Response("ok\n", media_type="text/plain", headers=_NEW)
 
     async def about(self, request: Request) -> Response:
-        return _json({"version": version("perdure"), "where": self._looks.where, "writable": self._access.writable})
+        return _json({"version": __version__, "where": self._looks.where, "writable": self._access.writable})
 
     async def stream(self, request: Request) -> Any:
         if self._watch.full:
