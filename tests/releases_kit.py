@@ -39,11 +39,13 @@ def environment_of(wheel: Path, folder: Path) -> Path:
     site.mkdir(parents=True)
     for entry in own.iterdir():
         # Also what leads to the tree: the editable installation's files and the checkout's .pth are named after it.
-        if not re.match(r"(__editable__[._]+)?perdure|sitecustomize", entry.name):
+        if not re.match(r"(__editable__[._]+)?perdure", entry.name):
             (site / entry.name).symlink_to(entry)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    (site / "sitecustomize.py").write_text(_CHECK.format(home=os.path.realpath(site)), encoding="utf-8")
+    # By a line that site runs: a sitecustomize here would be hidden by that of a distribution's Python.
+    (site / "_perdure_release.py").write_text(_CHECK.format(home=os.path.realpath(site)), encoding="utf-8")
+    (site / "_perdure_release.pth").write_text("import _perdure_release\n", encoding="utf-8")
     python = folder / "bin" / "python"
     python.parent.mkdir()
     python.symlink_to(os.path.realpath(sys.executable))
