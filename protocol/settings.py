@@ -63,19 +63,21 @@ class Settings:
         default=0.1, metadata={"help": "seconds between checkpoints of a running request"}
     )
     checkpoint_ttl: float = field(
-        default=3600.0, metadata={"help": "seconds after its last write when a checkpoint is stale"}
+        default=3600.0, metadata={"help": "seconds after its last write at which a checkpoint becomes stale"}
     )
     max_retries: int = field(default=3, metadata={"help": "retries after the first attempt"})
     retry_base: float = field(
-        default=1.0, metadata={"help": "seconds before the first retry; doubles for each further one"}
+        default=1.0, metadata={"help": "seconds before the first retry; doubles with each further one"}
     )
     retry_cap: float = field(default=30.0, metadata={"help": "longest delay before a retry, in seconds"})
     max_crashes: int = field(
-        default=3, metadata={"help": "crashes of a request alone on its worker before it is a dead letter"}
+        default=3, metadata={"help": "crashes of a request alone on its worker after which it is a dead letter"}
     )
-    max_crashes_total: int = field(default=10, metadata={"help": "crashes in all before a request is a dead letter"})
+    max_crashes_total: int = field(
+        default=10, metadata={"help": "crashes in total after which a request is a dead letter"}
+    )
     max_executions: int = field(
-        default=40, metadata={"help": "executions without progress before a request is a dead letter"}
+        default=40, metadata={"help": "executions without progress after which a request is a dead letter"}
     )
     reap_interval: float = field(default=0.5, metadata={"help": "seconds between two sweeps of the reaper"})
     drain_timeout: float = field(
@@ -93,9 +95,7 @@ class Settings:
     )
     capacity: int = field(
         default=0,
-        metadata={
-            "help": "workers that there should be; with less than half the pool is degraded; 0 takes the last hour's most"
-        },
+        metadata={"help": "expected workers; below half of it the pool is degraded; 0 takes the most of the last hour"},
     )
     max_payload: int = field(default=8 * 1024 * 1024, metadata={"help": "most bytes of a payload or an output, packed"})
     max_state: int = field(default=64 * 1024 * 1024, metadata={"help": "most bytes of a state, packed"})
@@ -115,8 +115,8 @@ class Settings:
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
-    slots: int = field(default=8, metadata={"help": "requests that one worker runs at once in text generation"})
-    threads: int = field(default=0, metadata={"help": "threads of torch; 0 leaves torch's own choice"})
+    slots: int = field(default=8, metadata={"help": "requests that one worker runs at once (text generation)"})
+    threads: int = field(default=0, metadata={"help": "torch threads; 0 keeps torch's default"})
     ranks: int = field(
         default=1, metadata={"help": "processes that share one model in text generation; they must divide its heads"}
     )

@@ -66,7 +66,7 @@ def _refuse(error: Exception, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="perdure reaper", description="Take requests from dead workers.",
+        prog="perdure reaper", description="Requeue the requests of dead workers.",
         epilog="Examples:\n  perdure reaper\n  perdure reaper --url redis://localhost:6379",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -15,9 +15,11 @@ from perdure.scripts.reading import duration, open_store, size
 @click.command(
     epilog="\b\nExamples:\n  perdure checkpoints\n  perdure checkpoints --newest --limit 10\n  perdure checkpoints --json"
 )
-@click.option("--newest", is_flag=True, help="The last written first; else the oldest.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="On a page.")
-@click.option("--cursor", default=0, type=click.IntRange(0), metavar="N", help="Of the page before.")
+@click.option("--newest", is_flag=True, help="Newest first; default: oldest first.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="Checkpoints on a page."
+)
+@click.option("--cursor", default=0, type=click.IntRange(0), metavar="N", help="Continue after the previous page.")
 @json_option
 @url_option
 def checkpoints(newest: bool, limit: int, cursor: int, as_json: bool, url: str | None) -> None:

@@ -19,16 +19,18 @@ from perdure.scripts.reading import chosen_queues, open_store
     epilog="\b\nExamples:\n  perdure dead-letters\n  perdure dead-letters --kind GPU_OOM --ids\n"
     "  perdure dead-letters --error 3fa94c01d2 --requeue --yes",
 )
-@click.option("--queue", metavar="NAME", help="Only of this queue, with its priorities.")
-@click.option("--kind", metavar="KIND", help="Only of this kind, such as GPU_OOM; RQ for what RQ itself failed.")
-@click.option("--task", metavar="TASK", help="Only of this task.")
-@click.option("--error", "fingerprint", metavar="ERROR", help="Only of this group.")
-@click.option("--ids", is_flag=True, help="List the single failures instead of groups.")
-@click.option("--requeue", is_flag=True, help="Send all that fit back to their queues.")
-@click.option("--yes", is_flag=True, help="With --requeue: do it, instead of saying how many there are.")
+@click.option("--queue", metavar="NAME", help="Only this queue, with its priorities.")
+@click.option(
+    "--kind", metavar="KIND", help="Only this kind, such as GPU_OOM; RQ stands for failures of plain RQ jobs."
+)
+@click.option("--task", metavar="TASK", help="Only this task.")
+@click.option("--error", "fingerprint", metavar="ERROR", help="Only this group.")
+@click.option("--ids", is_flag=True, help="List single failures instead of groups.")
+@click.option("--requeue", is_flag=True, help="Requeue all matching failures.")
+@click.option("--yes", is_flag=True, help="With --requeue: requeue them; without it, only count them.")
 @click.option(
     "--limit", default=10_000, show_default=True, type=click.IntRange(1), metavar="N",
-    help="The newest of each queue that are looked at.",
+    help="How many of each queue's newest failures to read.",
 )  # fmt: skip
 @json_option
 @url_option
@@ -38,8 +40,8 @@ def dead_letters(
 ) -> None:  # fmt: skip
     """Group what has failed by error, the largest group first.
 
-    Failures of one group have task, kind and reason in common, but for numbers, addresses and quoted words. A requeue
-    is "perdure requeue" of each: attempts start anew, and a young checkpoint is gone on from.
+    Failures of a group share task, kind and reason; numbers, addresses and quoted words are ignored. --requeue does
+    what "perdure requeue" does: attempts are reset, and a checkpoint younger than an hour is resumed.
     """
     if yes and not requeue:
         raise click.UsageError("--yes goes with --requeue")

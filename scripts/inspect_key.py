@@ -32,8 +32,8 @@ _WIDTH = 14
 def inspect_key(name: str, limit: int, as_json: bool, url: str | None) -> None:
     """Decode one key: msgpack as values, scores as dates, tracebacks as text.
 
-    KEY is the whole name (rq:perdure:checkpoint:ID) or its end (checkpoint:ID). Nothing is unpickled: of a pickle its
-    constants are shown. Values above 1 MiB are only measured.
+    KEY is the whole name (rq:perdure:checkpoint:ID) or its end (checkpoint:ID). Nothing is unpickled: of a pickle
+    only the constants are shown. Of values above 1 MiB only the size is shown.
     """
     with open_store(url) as store:
         facts = _find(store, name, limit)

@@ -16,20 +16,24 @@ from perdure.scripts.reading import chosen_queues, duration, open_store
 @click.command(
     epilog="\b\nExamples:\n  perdure leases\n  perdure leases --within 5\n  perdure leases --queue gpu --json"
 )
+@click.option("--within", type=float, metavar="SECONDS", help="Only leases that expire within so many seconds.")
+@click.option("--queue", metavar="NAME", help="Only this queue, with its priorities.")
 @click.option(
-    "--within", type=float, metavar="SECONDS", help="Only those that end in so many seconds without progress."
-)
-@click.option("--queue", metavar="NAME", help="Only of this queue, with its priorities.")
-@click.option(
-    "--limit", default=50, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="Leases at most."
+    "--limit",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Maximum number of leases.",
 )
 @json_option
 @url_option
 def leases(within: float | None, queue: str | None, limit: int, as_json: bool, url: str | None) -> None:
-    """List the leases that end first.
+    """List the leases that expire first.
 
-    Each step that a request makes renews its lease for one and a half step timeouts. One that comes near its end has
-    a step that takes long; one that is overdue waits for a reaper. A plain RQ job has one lease for all of its timeout.
+    Each step that a request makes renews its lease for one and a half step timeouts. A lease that is about to expire
+    belongs to a slow step; one that is overdue waits for a reaper. A plain RQ job has one lease for all of its
+    timeout.
     """
     with open_store(url) as store:
         found = read_leases(store, chosen_queues(store, queue), within=within, limit=limit)

@@ -23,7 +23,8 @@ _WIDTH = 14
 def redis_(slow: int, as_json: bool, url: str | None) -> None:
     """Show memory, persistence, latency and the slowest commands of the server.
 
-    What a user may not ask (INFO, CONFIG, SLOWLOG) is shown as "-". Of slow commands only the name, never arguments.
+    What the user has no permission to read (INFO, CONFIG, SLOWLOG) is shown as "-". Slow commands are shown without
+    their arguments.
     """
     with open_store(url) as store:
         facts = pressure(store.connection, slow=slow)

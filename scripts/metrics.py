@@ -60,29 +60,31 @@ Examples:
   perdure metrics --bind 0.0.0.0 --port 9727
   perdure metrics --once | grep recovery
 
-It asks for no password: let only Prometheus reach it. deploy/ has a scrape configuration, alert rules and a dashboard."""
+It has no password: let only Prometheus reach it. deploy/ has a scrape configuration, alert rules and a dashboard."""
 )
 @click.option("--bind", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
-@click.option(
-    "--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes any that is free."
-)
-@click.option("--once", is_flag=True, help="Print the metrics and end.")
+@click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
+@click.option("--once", is_flag=True, help="Print the metrics once and exit.")
 @click.option(
     "--max-queues",
     default=200,
     show_default=True,
     type=click.IntRange(1),
-    help="Queues that are told; others are counted.",
+    help="Queues shown by name; the rest are only counted.",
 )
 @click.option(
-    "--max-workers", default=500, show_default=True, type=click.IntRange(1), help="With more, none is told by its name."
+    "--max-workers",
+    default=500,
+    show_default=True,
+    type=click.IntRange(1),
+    help="With more workers than this, none is shown by name.",
 )
 @url_option
 def metrics(bind: str, port: int, *, once: bool, max_queues: int, max_workers: int, url: str | None) -> int:
     """Serve /metrics for Prometheus, and /livez. One process is enough for a pool.
 
-    Everything is read from Redis at a scrape, so this process may be started, killed and moved at any time, and the
-    counters survive whoever counted. Redis may be away: perdure_redis_up is 0 then.
+    Everything is read from Redis at each scrape: this process may be restarted or moved at any time, and the counters
+    survive the workers that counted. Redis may be away: perdure_redis_up is 0 then.
     """
     settings = read_settings(url)
     address = resolve_url(settings)

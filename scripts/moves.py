@@ -55,7 +55,7 @@ def cancel(identifiers: tuple[str, ...], reason: str, as_json: bool, url: str | 
 def requeue(identifiers: tuple[str, ...], everything: bool, queue: str | None, as_json: bool, url: str | None) -> None:
     """Send failed requests back to their queues, as "rq requeue" does.
 
-    Attempts start anew. What is stored of a young checkpoint and its outputs is kept and gone on from.
+    Attempts are reset. A checkpoint younger than an hour is kept and resumed, with its outputs.
     """
     if bool(identifiers) == everything:
         raise click.UsageError("give ids, or --all")

@@ -23,14 +23,14 @@ Examples:
   perdure worker high low --tasks app.tasks.count --device cuda
   perdure worker gpu -- --max-idle-time 60
 
-What follows -- is given to "rq worker" as it is."""
+Arguments after -- go to "rq worker" unchanged."""
 )
 @click.argument("queues", metavar="QUEUE...", nargs=-1, required=True)
-@click.option("--name", "-n", metavar="NAME", help="RQ's name for the worker; a random one if not given.")
-@click.option("--burst", "-b", is_flag=True, help="End when the queues are empty.")
-@click.option("--max-jobs", type=click.IntRange(min=1), metavar="N", help="End after so many requests.")
-@click.option("--verbose", "-v", is_flag=True, help="Say more.")
-@click.option("--quiet", "-q", is_flag=True, help="Say less.")
+@click.option("--name", "-n", metavar="NAME", help="RQ's name for the worker; default: a random one.")
+@click.option("--burst", "-b", is_flag=True, help="Exit when the queues are empty.")
+@click.option("--max-jobs", type=click.IntRange(min=1), metavar="N", help="Exit after N requests.")
+@click.option("--verbose", "-v", is_flag=True, help="Log more.")
+@click.option("--quiet", "-q", is_flag=True, help="Log less.")
 @setting_options(
     "tasks", "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval",
     "checkpoint_ttl", "drain_timeout", "model", "model_path", "device", "dtype", "slots", "threads", "log_format",
@@ -71,7 +71,7 @@ def worker(
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def reaper(arguments: tuple[str, ...]) -> int:
-    """Take requests from dead workers. The same as "python -m perdure.recovery"."""
+    """Requeue the requests of dead workers. The same as "python -m perdure.recovery"."""
     from ..recovery.command import main
 
     return main(arguments)

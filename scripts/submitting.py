@@ -38,17 +38,26 @@ Examples:
 @click.argument("payload", metavar="JSON", default="{}")
 @click.option("--queue", default="default", show_default=True, metavar="NAME", help="The queue it waits in.")
 @click.option("--priority", default="normal", show_default=True, metavar="WORD", help="high, normal or low.")
-@click.option("--id", "identifier", metavar="ID", help="An id of your own: letters, digits, '_' and '-'.")
-@click.option("--idempotency-key", metavar="TEXT", help="Submit once: the same text and body is the same request.")
-@click.option("--delay", type=float, default=0.0, metavar="SECONDS", help="Keep it out of its queue for so long.")
-@click.option("--deadline", type=float, metavar="SECONDS", help="End it as failed if it has not ended by then.")
-@click.option("--queue-timeout", type=float, metavar="SECONDS", help="The same if no worker has taken it by then.")
-@click.option("--durable", is_flag=True, help="Return once it is on disk.")
-@click.option("--meta", metavar="JSON", help="An object for people and RQ's tools.")
-@click.option("--step-timeout", type=float, metavar="SECONDS", help="Longest step of this request.")
-@click.option("--degraded", metavar="JSON", help="Fields that replace those of the payload in a degraded pool.")
-@click.option("--max-retries", type=int, metavar="N", help="Retries after failures of its own.")
-@click.option("--retry-when-degraded", is_flag=True, help="Wait for a degraded pool that refuses low priority.")
+@click.option("--id", "identifier", metavar="ID", help="Choose its id: letters, digits, '_' and '-'.")
+@click.option(
+    "--idempotency-key",
+    metavar="TEXT",
+    help="Submit only once: the same key with the same payload gives the same request.",
+)
+@click.option("--delay", type=float, default=0.0, metavar="SECONDS", help="Enqueue it after this many seconds.")
+@click.option("--deadline", type=float, metavar="SECONDS", help="Fail it if it has not ended after this many seconds.")
+@click.option(
+    "--queue-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="Fail it if no worker has claimed it after this many seconds.",
+)
+@click.option("--durable", is_flag=True, help="Return only once it is on disk.")
+@click.option("--meta", metavar="JSON", help="A JSON object to store with it, for people and RQ's tools.")
+@click.option("--step-timeout", type=float, metavar="SECONDS", help="Seconds that one step of this request may take.")
+@click.option("--degraded", metavar="JSON", help="Fields that replace those of the payload while the pool is degraded.")
+@click.option("--max-retries", type=int, metavar="N", help="Retries after failures; default: the worker's setting.")
+@click.option("--retry-when-degraded", is_flag=True, help="Retry while a degraded pool refuses low priority.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
 @click.option("--stream", is_flag=True, help="Print outputs as they come.")
 @timeout_option("With --wait: longest time until the end; with --stream: until the next output.")

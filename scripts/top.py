@@ -26,18 +26,23 @@ REQUESTS_HEADER = ("ID", "QUEUE", "WORKER", "TASK", "EXECUTION", "EXPIRES IN")
 
 @click.command(epilog="\b\nExamples:\n  perdure top\n  perdure top --every 5 --queue gpu\n  perdure top --once")
 @click.option(
-    "--every", default=1.0, show_default=True, type=click.FloatRange(0.1), metavar="SECONDS", help="Between two looks."
+    "--every",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="Seconds between two refreshes.",
 )
 @click.option("--queue", metavar="NAME", help="Only this queue, with its priorities.")
 @click.option(
     "--rows", default=12, show_default=True, type=click.IntRange(1, 200), metavar="N", help="Running requests shown."
 )
-@click.option("--once", is_flag=True, help="Look once, measure rates for --every seconds, print, and end.")
+@click.option("--once", is_flag=True, help="Measure rates for --every seconds, print once, and exit.")
 @url_option
 def top(every: float, queue: str | None, rows: int, once: bool, url: str | None) -> None:
     """Watch queues, workers and the requests whose leases end first. Ends with Ctrl-C.
 
-    While Redis does not answer, the last screen stays, with a line that says so; it goes on when Redis does.
+    While Redis does not answer, the last screen stays and a line says so.
     """
     settings = read_settings(url)
     looks = Looks(settings, queue, rows)

@@ -145,15 +145,15 @@ Examples:
   perdure up gpu --gpus 0,2 --spares 2
   perdure up gpu --reload
 
-A place whose process ends again and again, or whose GPU needs repair, is quarantined; the log says why. SIGUSR1 has
-all of them tried again. A second Ctrl-C or SIGTERM does not wait for running steps, a third one kills."""
+A place is quarantined if its process keeps ending or its GPU needs repair; the log says why. SIGUSR1 retries all of
+them. A second Ctrl-C or SIGTERM does not wait for running steps, a third one kills."""
 )
 @click.argument("queues", nargs=-1, required=True, metavar="QUEUE...")
 @click.option("--workers", type=click.IntRange(1, 256), help="Worker processes; default 1.")
 @click.option("--gpus", metavar="all|N,N", help="One worker for each of these GPUs, as nvidia-smi numbers them.")
 @click.option(
     "--spares", default=0, type=click.IntRange(0, 256),
-    help="Loaded workers that claim only when another is lost; with --gpus spread over these in turn.",
+    help="Workers that stay loaded and claim only when another one is lost; with --gpus spread over these in turn.",
 )  # fmt: skip
 @click.option("--url", help="Redis; else PERDURE_REDIS_URL, RQ_REDIS_URL, or an embedded server.")
 @click.option("--tasks", help="Dotted paths, comma-separated, that workers load before they claim.")
@@ -163,7 +163,7 @@ def up(
     queues: tuple[str, ...], workers: int | None, gpus: str | None, spares: int, url: str | None, tasks: str | None,
     reload: bool, data: str | None,
 ) -> None:  # fmt: skip
-    """Run a reaper and workers in the foreground; the dead are replaced. Ctrl-C or SIGTERM drains them."""
+    """Run a reaper and workers in the foreground and replace those that die. Ctrl-C or SIGTERM drains them."""
     if gpus is not None and workers is not None:
         raise click.UsageError("--gpus and --workers exclude each other: a GPU takes one worker.")
     settings = Settings.from_environment(strict=True).replace(redis_url=url)

@@ -54,7 +54,7 @@ def show(identifier: str, svg_file: Path | None, as_json: bool, url: str | None)
     """Show one request: its state, its checkpoint, and what happened to it.
 
     Of each execution: its worker, when it began and ended, and the checkpoint that it left. The drawing has a lane for
-    each worker; a red cross is the loss of one. Of earlier checkpoints Redis keeps the newest of each execution only.
+    each worker; a red cross is the loss of one. Redis keeps only the newest checkpoint of each execution.
     """
     if svg_file is not None and as_json:
         raise click.UsageError("give --svg or --json, not both")
@@ -212,11 +212,11 @@ def _date(at: float, now: float) -> str:
     epilog="\b\nExamples:\n  perdure list --status failed --queue gpu\n  perdure list --status failed --kind GPU_OOM\n  perdure list --json --limit 200",
 )
 @click.option("--status", help="Only these: queued, started, scheduled, finished, failed, canceled, stopped.")
-@click.option("--queue", metavar="NAME", help="Only of this queue.")
-@click.option("--worker", metavar="NAME", help="Only what this worker has, or had last.")
+@click.option("--queue", metavar="NAME", help="Only this queue.")
+@click.option("--worker", metavar="NAME", help="Only requests that this worker runs, or ran last.")
 @click.option("--kind", metavar="KIND", help="Only failures of this kind, such as GPU_OOM.")
 @click.option("--limit", default=50, show_default=True, type=int, metavar="N", help="Requests on a page.")
-@click.option("--cursor", metavar="CURSOR", help="Of the page before.")
+@click.option("--cursor", metavar="CURSOR", help="Continue after the previous page.")
 @json_option
 @url_option
 def list_(
@@ -225,7 +225,7 @@ def list_(
 ) -> None:  # fmt: skip
     """List requests: running, waiting, then ended ones from the newest.
 
-    A page is bounded work and reads no payload: it ends after 1000 requests that were looked at, however few fitted.
+    A page reads no payloads and at most 1000 requests, even if few of them match.
     """
     with open_client(url) as client:
         say_if_degraded(client)

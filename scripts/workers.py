@@ -20,10 +20,10 @@ from .reading import duration
 @json_option
 @url_option
 def workers(as_json: bool, url: str | None) -> None:
-    """List the workers that live, and the devices that workers left because they are not to be used.
+    """List living workers, and devices that workers left because they must not be used.
 
-    A worker that is not ready still loads its tasks, or is leaving. A device is forgotten when a worker is ready on it
-    again, or a day after the last word of it.
+    A worker that is not ready still loads its tasks, or is leaving. A device is dropped from the list when a worker
+    is ready on it again, or after a day.
     """
     settings = read_settings(url)
     address = resolve_url(settings)

@@ -96,7 +96,7 @@ class File:
             raise UsageError(f"cannot write to {path}: {reason_of(error)}") from None
         if not stat.S_ISREG(self.stat().st_mode):
             os.close(self._file)
-            raise UsageError(f"cannot write to {path}: it is no ordinary file, so nothing in it could be gone on from")
+            raise UsageError(f"cannot write to {path}: it is no ordinary file, so the run could not be resumed from it")
 
     def stat(self) -> os.stat_result:
         return os.fstat(self._file)

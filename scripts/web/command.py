@@ -47,18 +47,16 @@ Examples:
   perdure web --allow-host pool.example.org     # behind a reverse proxy on this host"""
 )
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
-@click.option(
-    "--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes any that is free."
-)
+@click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
 @click.option(
     "--token-file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Holds the token that lets a viewer requeue; else PERDURE_WEB_TOKEN. Without, the page only shows.",
+    help="File with the token that allows requeues; else PERDURE_WEB_TOKEN. Without one, the page is read-only.",
 )
 @click.option(
     "--allow-host", "allowed", multiple=True, metavar="NAME",
-    help="A name under which the page may be asked for, beside localhost; may be repeated.",
+    help="An additional host name that the page answers to; may be repeated.",
 )  # fmt: skip
 @click.option(
     "--every",
@@ -66,7 +64,7 @@ Examples:
     show_default=True,
     type=click.FloatRange(0.2, 60),
     metavar="SECONDS",
-    help="Between two looks.",
+    help="Seconds between two refreshes.",
 )
 @url_option
 def web(
@@ -75,8 +73,8 @@ def web(
 ) -> int:  # fmt: skip
     """Serve a page with queues, workers, requests, failures and the load of Redis.
 
-    However many look, Redis is asked as if one did, and nobody is asked while none does. Redis may be away: the page
-    says since when, and goes on. Who can connect can read; to requeue, a viewer needs the token.
+    Redis is read once per refresh however many viewers there are, and not at all without viewers. Redis may be away:
+    the page says since when, and goes on. Anybody who can connect can read; a requeue needs the token.
     """
     token = read_token(os.environ, token_file)
     settings = read_settings(url)
