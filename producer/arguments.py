@@ -23,14 +23,14 @@ def whole(value: object, name: str, least: int, most: int | None = None) -> int:
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
     if not fits:
         bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
-        raise InvalidRequest(f"{name} is a whole number {bounds}, not {value!r}", name)
+        raise InvalidRequest(f"{name} must be a whole number {bounds}, not {value!r}", name)
     return value  # type: ignore[return-value]
 
 
 def flag(value: object, name: str) -> bool:
     """True or False, and nothing that only counts as one."""
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} is True or False, not {value!r}", name)
+        raise InvalidRequest(f"{name} must be True or False, not {value!r}", name)
     return value
 
 
@@ -38,7 +38,9 @@ def kept(value: object, name: str) -> int:
     """How long something is kept: whole seconds, rounded up."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST:
-        raise InvalidRequest(f"{name} is in seconds, more than 0 and at most 100 years, but is {value!r}", name)
+        raise InvalidRequest(
+            f"{name} must be a number of seconds above 0 and at most 100 years, but is {value!r}", name
+        )
     return math.ceil(seconds)
 
 
@@ -46,7 +48,7 @@ def delayed(value: object, name: str) -> float:
     """How much later something happens, in seconds; 0 is at once."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
-        raise InvalidRequest(f"{name} is in seconds, from 0 to 100 years, but is {value!r}", name)
+        raise InvalidRequest(f"{name} must be a number of seconds from 0 to 100 years, but is {value!r}", name)
     return float(seconds)
 
 
@@ -57,7 +59,7 @@ def due(value: object) -> tuple[float, float]:
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise InvalidRequest(
-                f"deadline is a date without a time zone ({value}); give one, as in datetime.now(UTC) + "
+                f"deadline has no time zone ({value}); give one, as in datetime.now(UTC) + "
                 "timedelta(minutes=5), or a number of seconds",
                 "deadline",
             )
@@ -72,7 +74,7 @@ def lasting(value: object, name: str) -> float:
         return 0.0
     seconds = delayed(value, name)
     if seconds == 0:
-        raise InvalidRequest(f"{name} is in seconds and more than 0, but is {value!r}", name)
+        raise InvalidRequest(f"{name} must be a number of seconds above 0, but is {value!r}", name)
     return seconds
 
 
@@ -99,5 +101,5 @@ DEFAULT: Final = Default.DEFAULT
 def waited(value: object, name: str) -> float:
     """How long something is waited for, in seconds; 0 and infinity are allowed."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
-        raise InvalidRequest(f"{name} is in seconds and not negative, but is {value!r}", name)
+        raise InvalidRequest(f"{name} must be a number of seconds, 0 or more, but is {value!r}", name)
     return float(value)

@@ -42,7 +42,7 @@ class Reference(Generic[SessionT]):
     @property
     def _session(self) -> SessionT:
         if self._session_or_none is None:
-            raise UsageError(f"this handle was pickled and knows its id only; use client.get({self.id!r})")
+            raise UsageError(f"this handle was unpickled and knows only its id; use client.get({self.id!r})")
         return self._session_or_none
 
     def __repr__(self) -> str:

@@ -140,4 +140,4 @@ def _parse(cursor: str | None) -> tuple[int, str, int]:
         section, position, queue = text.split(":", 2)
         return int(section), queue, max(0, int(position))
     except (ValueError, UnicodeDecodeError):
-        raise InvalidRequest("this cursor is not one that a listing gave out", "cursor") from None
+        raise InvalidRequest("this is not a cursor of a listing", "cursor") from None

@@ -253,7 +253,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
             if not (yield from _sleep(watch, overdue.silence, deadline)):
                 state = yield from _state(record)
                 raise NotYet(
-                    f"request {identifier} has put out nothing new for {limit:g} s: it is {state}",
+                    f"request {identifier} has had no new output for {limit:g} s: it is {state}",
                     f"read on with stream(start={reader.count}, timeout=SECONDS)", identifier,
                 )  # fmt: skip
 

@@ -247,7 +247,7 @@ class Replies:
                 last, pinged = now, False
                 self._take(message)
             elif now - last > 2 * PING_AFTER:
-                raise redis.TimeoutError("the server has answered no ping")
+                raise redis.TimeoutError("the server did not answer a ping")
             elif now - last > PING_AFTER and not pinged:
                 pubsub.ping()
                 pinged = True

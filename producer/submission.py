@@ -163,7 +163,7 @@ def _identity(
     if idempotency_key is None:
         return (new_id() if id is None else check_id(id)), ""
     if id is not None:
-        raise InvalidRequest("give a request either an id or an idempotency_key, which makes the id", "idempotency_key")
+        raise InvalidRequest("give either an id or an idempotency_key (the id is made from it)", "idempotency_key")
     return id_of_key(idempotency_key), digest_of(path, payload, limit=settings.max_payload)
 
 
@@ -172,7 +172,7 @@ def _meta(meta: object) -> bytes:
     if meta is None:
         return b""
     if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in meta):
-        raise InvalidRequest(f"meta is a dict whose keys are texts, not {type(meta).__name__}: {meta!r:.60}", "meta")
+        raise InvalidRequest(f"meta must be a dict with string keys, not {type(meta).__name__}: {meta!r:.60}", "meta")
     # Through msgpack: what comes out is of no class but Python's own.
     plain = unpack(pack(dict(meta), limit=_MOST_META, what="meta"))
     return RestrictedPickle.dumps(plain) if plain else b""
@@ -184,14 +184,13 @@ def _degraded(found: object, payload: Any, overrides: object, settings: Settings
         return b""
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
         raise InvalidRequest(
-            f"degraded is a dict of fields that replace those of the payload, not {overrides!r:.60}", "degraded"
+            f"degraded must be a dict of fields that replace those of the payload, not {overrides!r:.60}", "degraded"
         )
     if not overrides:
         return b""
     if not isinstance(payload, Mapping):
         raise InvalidRequest(
-            f"degraded replaces fields of a payload that is a dict, but the payload is "
-            f"{article(type(payload).__name__)}",
+            f"degraded replaces fields of the payload, which must be a dict, but is {article(type(payload).__name__)}",
             "degraded",
         )
     try:
@@ -225,7 +224,7 @@ def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:
             if name not in OPTIONS:
                 near = difflib.get_close_matches(str(name), OPTIONS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
-                raise InvalidRequest(f"{name!r} is no option of a request; {hint}", str(name))
+                raise InvalidRequest(f"{name!r} is not an option of a request; {hint}", str(name))
         return task, payload, options
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1], {}

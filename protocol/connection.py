@@ -210,9 +210,9 @@ def _check_url(url: str) -> None:
     elif port == 0:
         problem = "has the port 0, at which nothing can be reached"
     elif path.strip("/") and not path.strip("/").isdecimal():
-        problem = "ends in something else than the number of a database, as in redis://127.0.0.1:6379/0"
+        problem = "does not end in the number of a database, as in redis://127.0.0.1:6379/0"
     if problem:
         raise SettingsError(f"PERDURE_REDIS_URL {problem}")
     refused = [option for option in parse_qs(parts.query, keep_blank_values=True) if option in _REFUSED_OPTIONS]
     if refused:
-        raise SettingsError(f"PERDURE_REDIS_URL has the option {refused[0]}, which Perdure decides itself; remove it")
+        raise SettingsError(f"PERDURE_REDIS_URL has the option {refused[0]}, which Perdure sets itself; remove it")

@@ -28,7 +28,7 @@ def _prefix() -> str:
     prefix = os.environ.get("RQ_KEY_PREFIX", "rq")
     if not re.fullmatch(r"[A-Za-z0-9_.:{}-]+", prefix):
         raise SettingsError(
-            f"RQ_KEY_PREFIX may have letters, digits and _ . : - {{ }} only, but it is {_shown(prefix)}"
+            f"RQ_KEY_PREFIX may only have letters, digits and _ . : - {{ }}, but it is {_shown(prefix)}"
         )
     return prefix
 
@@ -129,7 +129,8 @@ def id_of_key(idempotency_key: object) -> str:
     """
     if not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= 1000:
         raise InvalidRequest(
-            f"an idempotency_key is a text of 1 to 1000 characters, not {_shown(idempotency_key)}", "idempotency_key"
+            f"an idempotency_key must be a string of 1 to 1000 characters, not {_shown(idempotency_key)}",
+            "idempotency_key",
         )
     return "i" + hashlib.sha256(idempotency_key.encode(errors="surrogatepass")).hexdigest()[:39]
 
@@ -138,7 +139,8 @@ def check_queue(name: object) -> str:
     """Return the queue's name: any text, as in RQ. Raises :class:`InvalidRequest` for what is none, or too long."""
     if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_QUEUE or not _is_text(name):
         raise InvalidRequest(
-            f"a queue name is a text of 1 to {_LONGEST_QUEUE} characters, but this one is {_shown(name)}", "queue"
+            f"a queue name must be a string of 1 to {_LONGEST_QUEUE} characters, but this one is {_shown(name)}",
+            "queue",
         )
     return name
 
@@ -171,7 +173,7 @@ def with_priority(queue: str, priority: object) -> str:
     if priority == "normal":
         return queue
     if queue.endswith(_SUFFIXES):
-        raise InvalidRequest(f"the queue {queue} is one of a priority already; leave out the priority", "priority")
+        raise InvalidRequest(f"the queue {queue} already names a priority; leave out the priority", "priority")
     return check_queue(f"{queue}-{priority}")
 
 
@@ -196,5 +198,5 @@ def all_served(queues: Iterable[str]) -> set[str]:
 def check_task(path: object) -> str:
     """Return the dotted path of a task; raise :class:`UsageError` for what cannot be one."""
     if not isinstance(path, str) or len(path) > 500 or not _TASK.fullmatch(path):
-        raise UsageError(f"a task is given by its dotted path, such as app.tasks.count, not {_shown(path)}")
+        raise UsageError(f"a task must be a dotted path, such as app.tasks.count, not {_shown(path)}")
     return path

@@ -180,7 +180,7 @@ class Settings:
         if self.heartbeat_timeout < 2 * self.heartbeat:
             raise SettingsError(
                 f"PERDURE_HEARTBEAT_TIMEOUT ({self.heartbeat_timeout:g}) must be at least twice PERDURE_HEARTBEAT "
-                f"({self.heartbeat:g}); with less, one late heartbeat loses a healthy worker"
+                f"({self.heartbeat:g}); otherwise one late heartbeat would lose a healthy worker"
             )
         if self.retry_cap < self.retry_base:
             raise SettingsError(

@@ -69,7 +69,7 @@ def path_of(candidate: object) -> str:
         qualname = candidate.__qualname__  # type: ignore[attr-defined]
         if isinstance(candidate, FunctionTask) and "." in qualname and "<locals>" not in qualname:
             raise UnknownTask(
-                f"{module}.{qualname} is a method, or stands in a class; move it to the top level of {module}"
+                f"{module}.{qualname} is a method, or a class attribute; move it to the top level of {module}"
             )
     if module == "__main__" or "<locals>" in qualname:
         raise UnknownTask(f"{module}.{qualname} cannot be imported by a worker; move it to the top level of a module")

@@ -90,7 +90,7 @@ class Encoded:
                 view = view[os.write(handle, view) :]
         header = memoryview(fields + digest.digest())
         if os.pwrite(handle, header, 0) != len(header):
-            raise OSError("the header was not written as a whole")
+            raise OSError("the header was not written completely")
 
     def _parts(self) -> Iterator[bytes | memoryview]:
         yield self.tree
@@ -221,7 +221,7 @@ def _header(handle: int, number: int) -> tuple[int, int, bytes, Any]:
     if magic != MAGIC:
         raise Damaged("it is no snapshot")
     if version != VERSION:
-        raise Damaged(f"it is of version {version}, and this release reads {VERSION}")
+        raise Damaged(f"it has version {version}, but this release reads {VERSION}")
     if written != number:
         raise Damaged(f"it is the snapshot {written} under another name")
     if HEADER + tree + section != size:
@@ -231,7 +231,7 @@ def _header(handle: int, number: int) -> tuple[int, int, bytes, Any]:
 
 def _compare(digest: Any, expected: bytes) -> None:
     if digest.digest() != expected:
-        raise Damaged("it does not match its digest")
+        raise Damaged("its content does not match its digest")
 
 
 def _decoded(tree: memoryview, section: memoryview) -> Any:

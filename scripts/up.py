@@ -165,7 +165,7 @@ def up(
 ) -> None:  # fmt: skip
     """Run a reaper and workers in the foreground and replace those that die. Ctrl-C or SIGTERM drains them."""
     if gpus is not None and workers is not None:
-        raise click.UsageError("--gpus and --workers exclude each other: a GPU takes one worker.")
+        raise click.UsageError("--gpus and --workers cannot be combined: a GPU takes one worker.")
     settings = Settings.from_environment(strict=True).replace(redis_url=url)
     if reload:
         settings = settings.replace(reload=True)

@@ -92,7 +92,7 @@ def test_what_no_batch_has_written_is_left_alone(files: Files, content: bytes) -
     """Refused and not cut, also as a last line."""
     for before in (b"", files.line("a")):
         files.out.write_bytes(before + content)
-        with pytest.raises(UsageError, match=r"line [12] of .*out\.jsonl is none that a batch run writes"):
+        with pytest.raises(UsageError, match=r"line [12] of .*out\.jsonl was not written by a batch run"):
             files.resume()
         assert files.out.read_bytes() == before + content
 
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_only_whole_lines(files: Files) -> None:
         ledger.append([line], [])
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 1000, hard))
         try:
-            with pytest.raises(PerdureError, match=r"cannot write to .*out\.jsonl.*same command goes on"):
+            with pytest.raises(PerdureError, match=r"cannot write to .*out\.jsonl.*same command again"):
                 ledger.append([files.line("b", "y" * 3000)], [])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -68,7 +68,7 @@ def test_every_bad_line_is_told_with_its_number(tmp_path: Path) -> None:
     assert message.endswith("; nothing was started")
     assert notes == [
         "line 2: url '/v1/embeddings' is not served; there are /v1/completions, /v1/chat/completions and dotted paths of tasks",
-        "line 3: custom_id 'a' is that of line 1 too",
+        "line 3: custom_id 'a' is already that of line 1",
         "line 4: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         "line 5: not UTF-8: byte 0xff after 15 bytes",
         "line 6: body: max_tokens must be between 1 and 2147483647, but is 0",

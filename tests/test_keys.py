@@ -120,7 +120,7 @@ def test_a_prefix_that_rq_refuses_is_refused_in_one_line(prefix):
         timeout=60,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("perdure: RQ_KEY_PREFIX may have")
+    assert done.stderr.startswith("perdure: RQ_KEY_PREFIX may only have")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -185,7 +185,7 @@ def test_any_text_is_a_queue_as_in_rq(queue):
 @pytest.mark.parametrize("queue", ["", "x" * 501, None, b"gpu", "\udcff"])
 def test_what_is_no_text_is_no_queue(queue):
     """Nothing, what cannot be stored, and what nobody could read."""
-    with pytest.raises(InvalidRequest, match="a queue name is a text of 1 to 500"):
+    with pytest.raises(InvalidRequest, match="a queue name must be a string of 1 to 500"):
         keys.check_queue(queue)
 
 

@@ -163,7 +163,7 @@ def refused(connection: redis.Redis) -> int:
 
 
 def test_it_is_true_or_false(client: Client) -> None:
-    with pytest.raises(InvalidRequest, match="retry_when_degraded is True or False"):
+    with pytest.raises(InvalidRequest, match="retry_when_degraded must be True or False"):
         client.submit(PATH, 1, retry_when_degraded=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword"):
         client.submit(PATH, 1, retry_when_degrade=True)  # type: ignore[call-arg]

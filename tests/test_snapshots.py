@@ -196,9 +196,9 @@ def test_a_newest_one_that_is_torn_or_changed_anywhere_is_passed_over(snapshots:
     [
         ("empty", "it has 0 bytes, less than a header"),
         ("torn", "it has 100 of"),
-        ("tampered", "it does not match its digest"),
+        ("tampered", "its content does not match its digest"),
         ("foreign", "it is no snapshot"),
-        ("newer", "it is of version 2, and this release reads 1"),
+        ("newer", "it has version 2, but this release reads 1"),
         ("renamed", "it is the snapshot 1 under another name"),
         ("link", "it is a symbolic link"),
         ("folder", "it is no regular file"),
@@ -275,7 +275,7 @@ def test_a_folder_or_a_name_that_another_can_turn_against_us_is_refused(tmp_path
     folder.mkdir()
     folder.chmod(0o1777)
     for call in (lambda: Snapshots(folder, "a").save(1), lambda: Snapshots(folder, "a").load()):
-        with pytest.raises(SnapshotError, match="anybody may write into"):
+        with pytest.raises(SnapshotError, match="anybody can write into"):
             call()
     folder.chmod(0o700)
     (folder / ".a.lock").symlink_to(victim)

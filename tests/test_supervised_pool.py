@@ -318,7 +318,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_step(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--gpus", "all", "--workers", "2"], 2, "exclude each other"),
+        (["--gpus", "all", "--workers", "2"], 2, "cannot be combined"),
         (["--workers", "0"], 2, "0 is not in the range"),
         (["--spares", "-1"], 2, "-1 is not in the range"),
         (["--gpus", "first"], 2, "--gpus takes"),

@@ -157,7 +157,7 @@ def test_what_no_worker_can_import_has_no_path() -> None:
 def test_what_does_not_yield_is_refused_where_it_is_made_a_task(function: Any) -> None:
     """Not at its first request, on a worker. With arguments of the decorator too."""
     for make in (task, task(slots=2), Task):
-        with pytest.raises(TypeError, match=r"is no generator: a task yields"):
+        with pytest.raises(TypeError, match=r"is not a generator: a task yields"):
             make(function)
 
 

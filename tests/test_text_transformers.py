@@ -150,7 +150,7 @@ def test_weights_make_the_fingerprint(gpt2, task):
 def test_slow_tokenizers_are_refused(gpt2):
     """Their tokens cannot be told as bytes."""
     task = CausalLM(lambda: (gpt2()[0], object()), settings=SETTINGS)
-    with pytest.raises(SettingsError, match="no fast tokenizer"):
+    with pytest.raises(SettingsError, match="not a fast tokenizer"):
         task.load()
 
 

@@ -125,7 +125,7 @@ def test_a_queue_name_that_cannot_be_is_refused(lab: Lab) -> None:
     """Status 1 and a message that shows it, bounded."""
     worker = lab.worker(wait=False, queues=("x" * 501,))
     assert worker.end() == 1
-    assert "a queue name is a text of 1 to 500 characters, but this one is 'xxx" in worker.log
+    assert "a queue name must be a string of 1 to 500 characters, but this one is 'xxx" in worker.log
     assert "Traceback" not in worker.log
 
 

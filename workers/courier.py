@@ -271,7 +271,7 @@ class Courier:
             return
         self._refusals += 1
         if self._refusals >= REFUSALS:
-            raise RuntimeError(f"Redis did not take {REFUSALS} calls in succession, and answered others") from error
+            raise RuntimeError(f"Redis refused {REFUSALS} calls in a row, and answered others") from error
 
     def _in_contact(self) -> None:
         self._refusals = 0

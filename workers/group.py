@@ -304,10 +304,10 @@ class Group(BatchTask):
             return []
         except RAISED as error:
             self.close()
-            raise Unfit(f"{self.path} cannot begin anew: {type(error).__name__}: {error}") from error
+            raise Unfit(f"{self.path} cannot restart: {type(error).__name__}: {error}") from error
         if self.batch.fingerprint() != self._fingerprint:
             self.close()
-            raise Unfit(f"{self.path} computes other bits in epoch {self.collectives.epoch} than in the one before")
+            raise Unfit(f"{self.path} computes different bits in epoch {self.collectives.epoch} than in the one before")
         log.info(
             "%s: epoch %d, %.1f s after the loss; followers: %s",
             self.path, self.collectives.epoch, time.monotonic() - self._lost_at, self._pids(),
@@ -329,7 +329,7 @@ class Group(BatchTask):
         for rank, follower in self.followers.items():
             _raise_from(follower, self._number)
             if not follower.said(self._number, "joined"):
-                raise ChildProcessError(f"rank {rank} did not come into epoch {epoch}")
+                raise ChildProcessError(f"rank {rank} did not join epoch {epoch}")
         self._joined = True
         self.membership.formed(time.monotonic())
 
@@ -385,7 +385,8 @@ def collective_timeout(settings: Settings, step_timeout: float) -> float:
     if settings.collective_timeout >= step_timeout:
         raise SettingsError(
             f"PERDURE_COLLECTIVE_TIMEOUT ({settings.collective_timeout:g}) must be less than the step timeout "
-            f"({step_timeout:g}); with more, a worker that has lost a rank counts as hung before it can form its group anew"
+            f"({step_timeout:g}); with more, a worker that has lost a rank counts as hung before it can form "
+            "its group again"
         )
     return settings.collective_timeout
 

@@ -203,8 +203,9 @@ class Holding:
         limit = max(MAX_TOGETHER, settings.max_payload)
         if together > limit:
             raise PayloadTooLarge(
-                f"{self.last - self.first} outputs were put out with one state, or before it could be stored: together they "
-                f"have {together:,} bytes, more than the {limit:,} that can be stored at once; put out less in a step"
+                f"{self.last - self.first} outputs belong to one state, or came before it could be stored: "
+                f"together they have {together:,} bytes, more than the {limit:,} that can be stored at once; "
+                "yield less in a step"
             )
 
     def _cut(self) -> tuple[int, bool]:

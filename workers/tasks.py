@@ -227,7 +227,7 @@ class Task(FunctionTask):
         if slots < 1:
             raise ValueError(f"slots must be at least 1, not {slots}")
         if step_timeout is not None and not step_timeout > 0:
-            raise ValueError(f"step_timeout is in seconds and must be more than 0, not {step_timeout}")
+            raise ValueError(f"step_timeout must be a number of seconds above 0, not {step_timeout}")
         if inspect.iscoroutinefunction(function):
             raise TypeError(
                 f"{function.__qualname__} is an async function without a yield: a task is a generator; have it "
@@ -236,7 +236,7 @@ class Task(FunctionTask):
         if not (inspect.isasyncgenfunction(function) or _yields(function)):
             name = getattr(function, "__qualname__", repr(function))
             raise TypeError(
-                f"{name} is no generator: a task yields; have it `yield Step(...)` for each step, and return its "
+                f"{name} is not a generator: a task yields; have it `yield Step(...)` for each step, and return its "
                 "result. If it returns a generator that another function makes, annotate it: `-> Iterator[Step]`"
             )
         functools.update_wrapper(self, function)

@@ -266,7 +266,7 @@ class _Worker:
         self.beat()
         self.courier._round()
         if self.identifier not in self.holdings.held:
-            raise AssertionError(f"nobody could claim the request any more; {self._state()}")
+            raise AssertionError(f"no worker could claim the request any more; {self._state()}")
         turns, last = 0, time.monotonic()
         while self.identifier in self.holdings.held:
             before = self.holdings.steps

@@ -484,7 +484,7 @@ def check_rq(settings: Settings) -> None:
     if version not in TESTED_RQ and not settings.untested_rq:
         raise ProtocolMismatch(
             f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
-            "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run all the same"
+            "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run with it anyway"
         )
 
 

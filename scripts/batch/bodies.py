@@ -98,11 +98,13 @@ def _completion(given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list):
         if prompt and all(isinstance(item, str | list) for item in prompt):
             if len(prompt) > 1:
-                raise InvalidRequest(f"body.prompt holds {len(prompt)} prompts; give each a line of its own", "prompt")
+                raise InvalidRequest(
+                    f"body.prompt holds {len(prompt)} prompts; put each on a line of its own", "prompt"
+                )
             prompt = prompt[0]
         if isinstance(prompt, list):
             if "token_ids" in payload:
-                raise InvalidRequest("body.prompt and body.token_ids exclude each other; give one of them", "prompt")
+                raise InvalidRequest("body.prompt and body.token_ids cannot be combined; give one of them", "prompt")
             return {"token_ids": prompt, **payload}
     return payload if prompt is None else {"prompt": prompt, **payload}
 
@@ -164,7 +166,7 @@ def _joined(parts: list[Any], name: str) -> str:
     for place, part in enumerate(parts):
         said = part.get("type") if isinstance(part, dict) else None
         if said not in ("text", "refusal") or not isinstance(part.get(said), str):
-            raise InvalidRequest(f"{name}[{place}] is no text; only texts can be read", "messages")
+            raise InvalidRequest(f"{name}[{place}] is not a text; only texts can be read", "messages")
         texts.append(part[said])
     return "".join(texts)
 

@@ -135,7 +135,7 @@ class File:
                     continue
                 if value is None:
                     if reader.read(1) or not _torn(raw):
-                        raise UsageError(f"line {number} of {self.path} is none that a batch run writes; {_ADVICE}")
+                        raise UsageError(f"line {number} of {self.path} was not written by a batch run; {_ADVICE}")
                     break  # the request's answer is read again
                 self._mark(checked, done, number, value, unnamed)
                 count += 1
@@ -184,7 +184,8 @@ class File:
         except OSError as error:
             self._undo()
             raise PerdureError(
-                f"cannot write to {self.path}: {reason_of(error)}; what it has is kept, and the same command goes on"
+                f"cannot write to {self.path}: {reason_of(error)}; what was written is kept; run the same "
+                "command again to continue"
             ) from None
         self._size += len(data)
 

@@ -275,7 +275,7 @@ def check(
             line = parse(content, number, offset)
             first = places.setdefault(digest(line.custom_id), number)
             if first != number:
-                raise InvalidRequest(f"custom_id {line.custom_id!r:.80} is that of line {first} too")
+                raise InvalidRequest(f"custom_id {line.custom_id!r:.80} is already that of line {first}")
             made(line, "", settings, options)
             if models is not None and line.model and line.model not in models:
                 raise InvalidRequest(

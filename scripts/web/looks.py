@@ -174,7 +174,7 @@ class Looks:
         try:
             yield Store(self._connection, self._settings)
         except redis.exceptions.NoPermissionError:
-            raise NotAllowed("the user of Redis as whom this server runs may not do that") from None
+            raise NotAllowed("the Redis user of this server has no permission to do that") from None
         except (redis.RedisError, OSError) as error:
             raise explain(error, self._address) from None
 

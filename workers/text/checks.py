@@ -66,7 +66,7 @@ def checked(payload: Any) -> dict[str, Any]:
     given = {name: value for name, value in payload.items() if value is not None}
     sources = [name for name in SOURCES if name in given]
     if len(sources) > 1:
-        raise InvalidRequest(f"{' and '.join(sources)} exclude each other; give one of them", field=sources[0])
+        raise InvalidRequest(f"{' and '.join(sources)} cannot be combined; give one of them", field=sources[0])
     if not sources:
         raise InvalidRequest(
             "a prompt (a string), messages (a list) or token_ids (a list) must be given", field="prompt"
@@ -184,7 +184,7 @@ def _repetition_penalty(given: Mapping[str, Any]) -> float:
     value = _number(given, "repetition_penalty", 1.0)
     if value <= 0:
         raise InvalidRequest(
-            f"repetition_penalty must be more than 0 (1 changes nothing), but is {value}", field="repetition_penalty"
+            f"repetition_penalty must be more than 0 (1 means no penalty), but is {value}", field="repetition_penalty"
         )
     return value
 

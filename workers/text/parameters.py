@@ -153,7 +153,7 @@ class Parameters:
         if unknown := [token for token in prompt if not 0 <= token < size]:
             raise InvalidRequest(
                 f"{self.source} has the token {unknown[0]}, but the model knows the tokens 0 to {size - 1}: its "
-                "tokenizer has one that its weights lack",
+                "tokenizer has more tokens than its weights",
                 field=self.source,
             )
 

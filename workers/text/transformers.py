@@ -104,7 +104,7 @@ class CausalLM(BatchTask):
             encoder = transformers.AutoTokenizer.from_pretrained(self._source)
         if not getattr(encoder, "is_fast", False):
             raise SettingsError(
-                f"{type(encoder).__name__} is no fast tokenizer: what bytes its tokens stand for cannot be told; "
+                f"{type(encoder).__name__} is not a fast tokenizer: the bytes of its tokens cannot be told; "
                 "convert it, or give a factory that returns a PreTrainedTokenizerFast"
             )
         self._model = model.to(device).eval()
@@ -127,7 +127,7 @@ class CausalLM(BatchTask):
         result = complete(payload)
         for name in REFUSED:
             if name in result:
-                raise InvalidRequest(f"{name} is a field of the built-in engine; this task has no such thing", name)
+                raise InvalidRequest(f"{name} is a field of the built-in engine; this task does not have it", name)
         return result
 
     def admit(self, request: Request) -> None:
