@@ -1,7 +1,7 @@
 """The pages under docs/reference, made from annotations and docstrings. Run by ``scripts/reference``.
 
-The code is read by griffe and not imported, but for the settings, whose help stands in their metadata. What an
-annotation or a docstring names links to where that is described.
+The code is read by griffe and not imported, but for the settings and the options of a submit, whose help stands in
+their metadata. What an annotation or a docstring names links to where that is described.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import griffe
 from failure_page import failure_page
 from script_page import script_page
 
+from perdure.producer import Client
 from perdure.protocol.settings import Settings, variable
 
 FOLDER = Path(__file__).parent / "reference"
@@ -154,6 +155,8 @@ class Reference:
                 yield Entry(f"{name}.{member_name}", page, module, member, name)
 
     def _docstring(self, entry: Entry) -> str:
+        if entry.owner == "Client" and _taken(entry.item):
+            return str(getattr(Client, entry.item.name).__doc__)  # with what the options say
         if entry.item.docstring:
             return str(entry.item.docstring.value)
         original = _wrapped(entry.item)
@@ -186,12 +189,11 @@ class Reference:
             )
         if item.is_function:
             forms = item.overloads or [item]
-            return "\n".join(_form(entry.name, form) for form in forms)
+            asked = self._module("perdure.producer.options")[taken] if (taken := _taken(item)) else None
+            return "\n".join(_form(entry.name, form, asked) for form in forms)
         if original := _wrapped(item):
             function = self._module("perdure.producer")["Client"].final_target.members[original.rpartition(".")[2]]
-            returns = str(function.returns).replace("Handles", "list[AsyncHandle]")
-            returns = re.sub(r"^Handle$", "AsyncHandle", returns)
-            return "async " + _call(entry.name, function, returns=returns)
+            return "async " + _call(entry.name, function, returns=str(function.returns))
         annotation = "" if item.annotation is None else f": {item.annotation}"
         value = "" if item.value is None or len(str(item.value)) > 60 else f" = {item.value}"
         return f"{entry.name}{annotation}{value}"
@@ -276,15 +278,22 @@ class Reference:
 
 def _wrapped(item: Any) -> str:
     """``Client.submit`` for a method of the asynchronous client that is made of that one."""
-    match = re.fullmatch(r"_(?:awaited|handing_out\w*)\((Client\.\w+)\)", str(getattr(item, "value", "")))
+    match = re.fullmatch(r"_awaited\((Client\.\w+)\)", str(getattr(item, "value", "")))
     return match[1] if match else ""
 
 
-def _form(name: str, function: Any) -> str:
+def _taken(function: Any) -> str:
+    """``Submit`` for a method whose arguments are the fields of that class."""
+    decorators = (re.fullmatch(r"taking\((\w+)\)", str(item.value)) for item in getattr(function, "decorators", ()))
+    return next((match[1] for match in decorators if match), "")
+
+
+def _form(name: str, function: Any, asked: Any) -> str:
+    """A signature; ``asked``: the class whose fields are the arguments, if it is not the function's own."""
     kind = "async " if "async" in function.labels else ""
     decorated = "@classmethod\n" if "classmethod" in function.labels else ""
-    returns = str(function.returns or "").replace("Handles", "list[Handle]")
-    return decorated + kind + _call(name, function, returns=returns)
+    returns = re.sub(r"(\w*Handle)s", r"list[\1]", str(function.returns or ""))
+    return decorated + kind + _call(name, asked or function, returns=returns)
 
 
 def _call(name: str, function: Any, *, returns: str) -> str:

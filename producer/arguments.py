@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
 
+from ..protocol.codec import RestrictedPickle, pack, unpack
 from ..protocol.errors import InvalidRequest
 
 Seconds = int | float | timedelta
@@ -16,6 +18,8 @@ LONGEST = 100 * 366 * 86400
 
 SHORTEST_STEP = 0.2
 """Seconds. Leases are renewed once per checkpoint interval: a lease as short as that would end before its time."""
+
+_MOST_META = 64 * 1024  # bytes; RQ's tools read it with every job
 
 
 def whole(value: object, name: str, least: int, most: int | None = None) -> int:
@@ -52,20 +56,31 @@ def delayed(value: object, name: str) -> float:
     return float(seconds)
 
 
-def due(value: object) -> tuple[float, float]:
+def due(value: object, name: str) -> tuple[float, float]:
     """A deadline: seconds from now, and seconds since 1970; the one that was not given is 0."""
     if value is None:
         return 0.0, 0.0
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise InvalidRequest(
-                f"deadline has no time zone ({value}); give one, as in datetime.now(UTC) + "
+                f"{name} has no time zone ({value}); give one, as in datetime.now(UTC) + "
                 "timedelta(minutes=5), or a number of seconds",
-                "deadline",
+                name,
             )
         # One that has passed is left to the server's clock, which may think otherwise.
         return 0.0, max(0.001, value.timestamp())
-    return lasting(value, "deadline"), 0.0
+    return lasting(value, name), 0.0
+
+
+def packed_meta(value: object, name: str) -> bytes:
+    """RQ's ``meta`` as RQ stores it. Only plain values: nobody should have to unpickle anything else."""
+    if value is None:
+        return b""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidRequest(f"{name} must be a dict with string keys, not {type(value).__name__}: {value!r:.60}", name)
+    # Through msgpack: what comes out is of no class but Python's own.
+    plain = unpack(pack(dict(value), limit=_MOST_META, what=name))
+    return RestrictedPickle.dumps(plain) if plain else b""
 
 
 def lasting(value: object, name: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable
 from contextlib import closing
@@ -22,7 +21,8 @@ from .admission import Submission, advance
 from .arguments import DEFAULT, Default, waited, whole
 from .async_session import AsyncSession, LoopWatch
 from .client import Client
-from .handle import Handle, Reference
+from .handle import Reference
+from .options import Submit, SubmitMany, taking
 from .outputs import OutputReader
 from .questions import Limit
 from .session import PATIENCE
@@ -171,6 +171,9 @@ class AsyncHandle(Reference[AsyncSession]):
         raise TypeError(f"no step: {step!r}")
 
 
+AsyncHandles = list[AsyncHandle]
+
+
 class FoundHandle(AsyncHandle):
     """What :meth:`AsyncClient.get` gives. ``await`` turns it into a handle as ``await client.submit(…)`` gives.
 
@@ -197,34 +200,6 @@ def _awaited(
     @wraps(method)
     async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         return await self._session.run(partial(method, self._client, *args, **kwargs))
-
-    return call
-
-
-def _handing_out(
-    method: Callable[Concatenate[Client, P], Handle], submission: Callable[..., Submission[Handle]]
-) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, AsyncHandle]]:
-    """``method``, whose steps are ``submission``'s: it takes and raises the same."""
-    signature = inspect.signature(method)
-
-    @wraps(method)
-    async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncHandle:
-        signature.bind(self, *args, **kwargs)
-        return await self.get((await self._through(submission(self._client, *args, **kwargs))).id)
-
-    return call
-
-
-def _handing_out_many(
-    method: Callable[Concatenate[Client, P], list[Handle]], submission: Callable[..., Submission[list[Handle]]]
-) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, list[AsyncHandle]]]:
-    signature = inspect.signature(method)
-
-    @wraps(method)
-    async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> list[AsyncHandle]:
-        signature.bind(self, *args, **kwargs)
-        handles = await self._through(submission(self._client, *args, **kwargs))
-        return [await self.get(handle.id) for handle in handles]
 
     return call
 
@@ -265,8 +240,17 @@ class AsyncClient:
         """The settings that this client works with."""
         return self._session.settings
 
-    submit = _handing_out(Client.submit, Client._submission)
-    submit_many = _handing_out_many(Client.submit_many, Client._submissions)
+    @taking(Submit)
+    async def submit(self, asked: Submit) -> AsyncHandle:
+        """As :meth:`Client.submit`, to be awaited."""
+        return await self.get((await self._through(self._client._submission(asked))).id)
+
+    @taking(SubmitMany)
+    async def submit_many(self, asked: SubmitMany) -> AsyncHandles:
+        """As :meth:`Client.submit_many`, to be awaited."""
+        handles = await self._through(self._client._submissions(asked))
+        return [await self.get(handle.id) for handle in handles]
+
     list = _awaited(Client.list)
     mode = _awaited(Client.mode)
     ping = _awaited(Client.ping)

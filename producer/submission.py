@@ -5,97 +5,44 @@ A mistake is told here, in the caller's own stack, and nothing has been written 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
-from ..protocol.codec import RestrictedPickle, article, digest_of, pack, unpack
+from ..protocol.codec import article, digest_of, pack
 from ..protocol.errors import IdempotencyConflict, InvalidRequest
 from ..protocol.identities import new_id, new_nonce
-from ..protocol.keys import Priority, check_id, check_queue, check_task, id_of_key, with_priority
+from ..protocol.keys import check_id, check_task, id_of_key
 from ..protocol.limits import MAX_BYTES, MAX_REQUESTS
 from ..protocol.records import NewRequest
 from ..protocol.settings import Settings
 from ..protocol.tasks import path_of, prepared, resolve
-from .arguments import Seconds, delayed, due, flag, kept, lasting, stepping, whole
-
-OPTIONS: Final = (
-    "queue",
-    "priority",
-    "id",
-    "idempotency_key",
-    "delay",
-    "deadline",
-    "queue_timeout",
-    "durable",
-    "meta",
-    "step_timeout",
-    "degraded",
-    "max_retries",
-    "result_ttl",
-    "failure_ttl",
-)
+from .options import Options
 
 _OWN = __package__.partition(".")[0] + "."
 _ROW = 1024  # bytes of a request beside its payload, generously
-_MOST_RETRIES = 1000
-_MOST_META = 64 * 1024  # bytes; RQ's tools read it with every job
 
 
-def build(
-    task: object,
-    payload: Any,
-    settings: Settings,
-    *,
-    queue: str = "default",
-    priority: Priority = "normal",
-    id: str | None = None,
-    idempotency_key: str | None = None,
-    delay: Seconds = 0,
-    deadline: Seconds | datetime | None = None,
-    queue_timeout: Seconds | None = None,
-    durable: bool = False,
-    meta: Mapping[str, Any] | None = None,
-    step_timeout: Seconds | None = None,
-    degraded: Mapping[str, Any] | None = None,
-    max_retries: int | None = None,
-    result_ttl: Seconds | None = None,
-    failure_ttl: Seconds | None = None,
-) -> NewRequest:
+def build(task: object, payload: Any, settings: Settings, options: Options) -> NewRequest:
     """Check one request and put it into the form in which it is sent.
 
     Raises :class:`InvalidRequest` with the name of the field, ``UnknownTask`` or ``PayloadTooLarge``.
     """
     path, found = _named(task)
-    from_now, at = due(deadline)
-    identifier, digest = _identity(path, payload, id, idempotency_key, settings)
+    identifier, digest = _identity(path, payload, options, settings)
     return NewRequest(
         id=identifier,
         nonce=new_nonce(),
-        queue=with_priority(check_queue(queue), priority),
         task=path,
         payload=pack(prepared(found, payload), limit=settings.max_payload, what="payload"),
-        max_retries=whole(
-            settings.max_retries if max_retries is None else max_retries, "max_retries", 0, _MOST_RETRIES
-        ),
-        result_ttl=kept(settings.result_ttl if result_ttl is None else result_ttl, "result_ttl"),
-        failure_ttl=kept(settings.failure_ttl if failure_ttl is None else failure_ttl, "failure_ttl"),
         description=path,
         digest=digest,
-        delay=delayed(delay, "delay"),
-        durable=flag(durable, "durable"),
-        meta=_meta(meta),
-        deadline=from_now,
-        deadline_at=at,
-        queue_timeout=lasting(queue_timeout, "queue_timeout"),
-        step_timeout=stepping(step_timeout, "step_timeout"),
-        degraded_payload=_degraded(found, payload, degraded, settings),
+        degraded_payload=_degraded(found, payload, options.degraded, settings),
+        **options.stored(settings),
     )
 
 
-def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, Any]) -> list[NewRequest]:
+def build_many(items: Iterable[Any], settings: Settings, common: Options) -> list[NewRequest]:
     """Check all of ``(task, payload)`` or ``{"task": …, "payload": …, option: …}``; ``common`` options apply to all.
 
     Raises as :func:`build` does, with the position of the item in the message.
@@ -110,8 +57,8 @@ def build_many(items: Iterable[Any], settings: Settings, common: Mapping[str, An
             if known is not None:
                 request = known(payload)
             else:
-                request = build(task, payload, settings, **{**common, **options})
-                if not options and common.get("degraded") is None:
+                request = build(task, payload, settings, common.changed(options) if options else common)
+                if not options and common.degraded is None:
                     alike[task if isinstance(task, str) else id(task)] = _Like(task, request, settings)
             twin = seen.get(request.id)
             if twin is not None and not request.digest:
@@ -156,26 +103,13 @@ def chunks(requests: Sequence[NewRequest]) -> Iterator[list[NewRequest]]:
         yield chunk
 
 
-def _identity(
-    path: str, payload: Any, id: str | None, idempotency_key: str | None, settings: Settings
-) -> tuple[str, str]:
+def _identity(path: str, payload: Any, options: Options, settings: Settings) -> tuple[str, str]:
     """Id and digest. The body is the one that the user wrote: a seed that is drawn later makes no other request."""
-    if idempotency_key is None:
-        return (new_id() if id is None else check_id(id)), ""
-    if id is not None:
+    if options.idempotency_key is None:
+        return (new_id() if options.id is None else check_id(options.id)), ""
+    if options.id is not None:
         raise InvalidRequest("give either an id or an idempotency_key (the id is made from it)", "idempotency_key")
-    return id_of_key(idempotency_key), digest_of(path, payload, limit=settings.max_payload)
-
-
-def _meta(meta: object) -> bytes:
-    """RQ's ``meta`` as RQ stores it. Only plain values: nobody should have to unpickle anything else."""
-    if meta is None:
-        return b""
-    if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in meta):
-        raise InvalidRequest(f"meta must be a dict with string keys, not {type(meta).__name__}: {meta!r:.60}", "meta")
-    # Through msgpack: what comes out is of no class but Python's own.
-    plain = unpack(pack(dict(meta), limit=_MOST_META, what="meta"))
-    return RestrictedPickle.dumps(plain) if plain else b""
+    return id_of_key(options.idempotency_key), digest_of(path, payload, limit=settings.max_payload)
 
 
 def _degraded(found: object, payload: Any, overrides: object, settings: Settings) -> bytes:
@@ -220,11 +154,6 @@ def _item(item: Any) -> tuple[Any, Any, dict[str, Any]]:
             task, payload = options.pop("task"), options.pop("payload")
         except KeyError as error:
             raise InvalidRequest(f"the item has no {error.args[0]!r}", str(error.args[0])) from None
-        for name in options:
-            if name not in OPTIONS:
-                near = difflib.get_close_matches(str(name), OPTIONS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
-                raise InvalidRequest(f"{name!r} is not an option of a request; {hint}", str(name))
         return task, payload, options
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1], {}

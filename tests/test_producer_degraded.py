@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from perdure.producer import AsyncClient, Client
+from perdure.producer.options import Submit, SubmitMany
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import Degraded, IdempotencyConflict, InvalidRequest, QueueFull, TryAgainLater
 from perdure.protocol.keys import key
@@ -103,7 +104,7 @@ def test_a_submit_that_waits_comes_again_when_it_was_told_and_not_before(
     """Spread over half as long again, cut by the patience; then the last refusal is raised."""
     degrade(redis_client, dwell=1000)
     client._session.patience = 1.8
-    waiting = client._submission(PATH, 1, priority="low", retry_when_degraded=True)
+    waiting = client._submission(Submit(PATH, 1, priority="low", retry_when_degraded=True))
     pauses: list[float] = []
 
     def wait() -> None:
@@ -118,11 +119,11 @@ def test_a_submit_that_waits_comes_again_when_it_was_told_and_not_before(
     assert pauses[1] <= 1.8 - pauses[0]
     client._session.patience = 60
     low = {"task": PATH, "payload": 1, "priority": "low"}
-    firsts = {next(client._submissions([low], retry_when_degraded=True)) for _ in range(6)}
+    firsts = {next(client._submissions(SubmitMany([low], retry_when_degraded=True))) for _ in range(6)}
     assert len(firsts) == 6
     assert all(1.0 <= pause <= 1.5 for pause in firsts)
     with pytest.raises(Degraded):
-        next(client._submission(PATH, 1, priority="low"))
+        next(client._submission(Submit(PATH, 1, priority="low")))
 
 
 def test_whoever_waits_for_a_degraded_pool_is_served_when_it_recovers(redis_url: str) -> None:
@@ -137,14 +138,13 @@ def test_whoever_waits_for_a_degraded_pool_is_served_when_it_recovers(redis_url:
                     other.submit(PATH, n, priority="low", retry_when_degraded=True, id=f"a{n}") for n in range(20)
                 ]
                 many = other.submit_many([{**item, "id": f"b{item['id']}"} for item in items], retry_when_degraded=True)
-                gathered = asyncio.gather(many, *waiting)
+                gathered = asyncio.gather(many, asyncio.gather(*waiting))
                 # More wait than there are threads: they keep none.
                 await asyncio.to_thread(eventually, lambda: refused(connection) >= 22 + 2 + 1)
                 assert (await asyncio.wait_for(other.submit(PATH, 1), 30)).id
                 assert (await other.mode()).degraded
                 recover(connection)
-                done = await gathered
-                return [handle.id for handle in done[0]] + [handle.id for handle in done[1:]]
+                return [handle.id for handles in await gathered for handle in handles]
 
         with ThreadPoolExecutor(3) as pool:
             one = pool.submit(lambda: client.submit(PATH, 1, priority="low", retry_when_degraded=True))

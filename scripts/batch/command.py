@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +17,7 @@ from ...protocol.limits import MAX_REQUESTS
 from ...protocol.mode import Mode
 from ...protocol.store import Store
 from ..console import json_option, print_json, read_settings, url_option
+from ..options import option_flags
 from .ledger import Ledger
 from .lines import Source, check, pages, refuse_bad
 from .models import served_models
@@ -61,8 +63,7 @@ Examples:
 @click.argument("source", metavar="IN.JSONL")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where answers go, as they come.")
 @click.option("-e", "--errors", metavar="FILE", help="Where lines that fail go.  [default: OUTPUT.errors.jsonl]")
-@click.option("--queue", default="default", show_default=True, metavar="NAME", help="The queue they wait in.")
-@click.option("--priority", default="normal", show_default=True, metavar="WORD", help="high, normal or low.")
+@option_flags("queue", "priority")
 @click.option(
     "--in-flight", default=512, show_default=True, type=click.IntRange(1, 100_000), metavar="N",
     help="Lines that wait or run at once.",
@@ -77,8 +78,8 @@ Examples:
 @json_option
 @url_option
 def run(
-    source: str, output: str, errors: str | None, queue: str, priority: str, in_flight: int, name: str,
-    patience: float, strict: bool, any_model: bool, as_json: bool, url: str | None,
+    source: str, output: str, errors: str | None, in_flight: int, name: str,
+    patience: float, strict: bool, any_model: bool, as_json: bool, url: str | None, **options: Any,
 ) -> int:  # fmt: skip
     """Run every line of IN.JSONL, which may be - for stdin.
 
@@ -87,12 +88,11 @@ def run(
     two files is done. Exit code 1 means that some lines have failed.
     """
     settings = read_settings(url)
-    with_priority(check_queue(queue), priority)
+    queue = with_priority(check_queue(options["queue"]), options["priority"])
     answers = Path(output)
     failures = Path(errors) if errors is not None else answers.with_name(f"{answers.stem}.errors.jsonl")
     for path in (answers, failures):
         _check_place(path)
-    options = {"queue": queue, "priority": priority}
     session = Session(None, settings, None, patience)
     try:
         session.ping()
@@ -100,7 +100,7 @@ def run(
         if mode.degraded:
             click.echo(str(mode), err=True)
         with Source(source, answers.parent) as opened:
-            models = None if any_model else session.call(partial(served_models, queue=with_priority(queue, priority)))
+            models = None if any_model else session.call(partial(served_models, queue=queue))
             checked = check(opened, settings, options, name=name, models=models)
             if strict:
                 refuse_bad(checked)

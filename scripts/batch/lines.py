@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, NoReturn, Self
 
+from ...producer.options import Options
 from ...producer.submission import build
 from ...protocol.errors import InvalidRequest, UsageError
 from ...protocol.keys import id_of_key
@@ -318,7 +319,7 @@ def made(line: Line, identity: str, settings: Settings, options: dict[str, Any])
         payload = {**payload, "seed": int(identifier[1:17], 16) >> 1}
     try:
         meta = {"batch": identity[:12], "custom_id": line.custom_id}
-        request = build(line.task, payload, settings, id=identifier, meta=meta, **options)
+        request = build(line.task, payload, settings, Options(id=identifier, meta=meta, **options))
     except InvalidRequest as error:
         if error.field in options:
             raise
