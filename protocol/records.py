@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from .packed_state import PackedState
 from .states import State
@@ -46,15 +46,44 @@ class FailureKind(StrEnum):
     """
 
 
+STORED: Final[dict[str, tuple[str, ...]]] = {
+    "queue": ("origin",),
+    "task": ("task",),
+    "data": ("data",),
+    "description": ("description",),
+    "delay": ("aside_at",),
+    "deadline": ("deadline", "counted_from"),
+    "deadline_at": ("deadline", "dated"),
+    "queue_timeout": ("queue_deadline", "counted_from"),
+    "step_timeout": ("step_ms",),
+    "max_retries": ("max_retries", "retries_left"),
+    "result_ttl": ("result_ttl",),
+    "failure_ttl": ("failure_ttl",),
+    "meta": ("meta",),
+    "trace": ("trace",),
+    "payload": ("payload",),
+    "degraded_payload": ("payload_aside", "degraded"),
+    "nonce": ("nonce",),
+    "digest": ("digest",),
+}
+"""Where a request's job hash has what its submit gave: fields of :class:`NewRequest` → fields of the hash.
+
+Everywhere else an option has its own name. The id is a part of the key, and ``durable`` is kept nowhere.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequest:
-    """What ``enqueue`` stores. ``payload`` is packed; durations are seconds.
+    """What ``enqueue`` stores. ``payload`` is packed; numbers of the type ``float`` are seconds.
 
-    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise; ``delay`` keeps the request out of its queue for so long;
-    ``durable`` waits until it is on disk; ``meta`` is RQ's field of that name, pickled.
-    ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none. ``step_timeout`` is the longest
-    step of this request, 0 leaves it to task and worker; ``degraded_payload``, packed, is what a degraded pool runs instead.
-    ``trace``: see :mod:`~perdure.protocol.tracing`.
+    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise.
+    ``delay`` keeps the request out of its queue for so long; ``durable`` waits until it is on disk; ``meta`` is RQ's field
+    of that name, pickled. ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
+    ``step_timeout`` is the longest step of this request, 0 leaves it to task and worker. ``degraded_payload``, packed, is
+    what a degraded pool runs instead. ``trace``: see :mod:`~perdure.protocol.tracing`.
+
+    :data:`STORED` says where it is stored. A field that ``enqueue.lua`` does not name is stored as it is, unless it has
+    its default.
     """
 
     id: str

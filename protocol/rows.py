@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import Field, fields
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
 from .codec import envelope
-from .records import Claim, Interruption, NewRequest, whole
+from .records import STORED, Claim, Interruption, NewRequest, whole
+from .scripts import load
 
 STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
 """What a stock RQ worker runs when it takes a request of ours: see that function."""
 
-_KIND = attrgetter(
-    "queue", "task", "description", "max_retries", "result_ttl", "failure_ttl", "meta", "durable", "deadline", "deadline_at",
-    "queue_timeout", "delay", "step_timeout", "trace",
-)  # fmt: skip
-"""What most requests of one call have in common."""
+_OWN = ("id", "nonce", "payload", "digest", "degraded_payload")
+"""What each request has for itself; most requests of one call have all the rest in common."""
+
+_SHARED = {item.name: item for item in fields(NewRequest) if item.name not in _OWN}
+_KIND = attrgetter(*_SHARED)
 
 
 def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
@@ -31,31 +33,26 @@ def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
         }
         for request in requests
     ]  # fmt: skip
-    kinds = []
-    for (
-        queue,
-        task,
-        description,
-        retries,
-        result_ttl,
-        failure_ttl,
-        meta,
-        durable,
-        soon,
-        at,
-        wait,
-        delay,
-        step,
-        trace,
-    ) in numbers:
-        kinds.append({
-            "queue": queue, "task": task, "data": envelope(STOCK_FUNCTION, task), "description": description,
-            "max_retries": retries, "result_ttl": result_ttl, "failure_ttl": failure_ttl, "meta": meta,
-            "durable": int(durable), "deadline_ms": math.ceil(soon * 1000), "deadline_at": math.ceil(at * 1000),
-            "queue_ms": math.ceil(wait * 1000), "delay_ms": math.ceil(delay * 1000), "step_ms": math.ceil(step * 1000),
-            "trace": trace,
-        })  # fmt: skip
-    return {"kind": kinds, "request": rows}
+    ruled = load("enqueue").header.groups["kind"]
+    kinds, stored = [], []
+    for shared, number in numbers.items():
+        sent = dict(zip(_SHARED, map(_sent, shared, _SHARED.values()), strict=True))
+        kinds.append({name: sent[name] for name in ruled})
+        plain = [
+            (name, sent[name]) for name, item in _SHARED.items() if name not in ruled and sent[name] != item.default
+        ]
+        plain.append(("data", envelope(STOCK_FUNCTION, sent["task"])))
+        stored += [
+            {"of_kind": number, "name": name, "value": value} for field, value in plain for name in STORED[field]
+        ]
+    return {"kind": kinds, "stored": stored, "request": rows}
+
+
+def _sent(value: Any, item: Field[Any]) -> Any:
+    """As scripts take it: seconds as whole milliseconds, rounded up."""
+    if item.type == "float":
+        return math.ceil(value * 1000)
+    return int(value) if item.type == "bool" else value
 
 
 def claim_of(row: Sequence[bytes], now: float) -> Claim:

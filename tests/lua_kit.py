@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from perdure.protocol import scripts
+from perdure.protocol.records import STORED
 
 HASHES = {
     "job": ("KEY.job .. id",),
@@ -92,8 +93,11 @@ def written() -> Iterator[tuple[str, str]]:
             literal = _literal(field)
             assert literal, field
             yield "job", literal
-    for field in re.findall(r"\bfield\('(\w+)', ", enqueue):
+    for field in re.findall(r"\bfield\(kind, '(\w+)', ", enqueue):
         yield "job", field
+    for stored in STORED.values():
+        for field in stored:
+            yield "job", field
 
 
 def counted() -> set[str]:

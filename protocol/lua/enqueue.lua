@@ -3,21 +3,15 @@
 -- ARGV schema     protocol version of the caller
 -- ARGV client     channel of the producer's replies
 -- ARGV limit      most requests that may wait in a queue; 0 for any number
--- EACH kind: queue        queue name
--- EACH kind: task         dotted path
--- EACH kind: data         RQ's envelope, compressed
--- EACH kind: description  what RQ's tools show
--- EACH kind: max_retries  retries after the first attempt
--- EACH kind: result_ttl   s to keep a finished request
--- EACH kind: failure_ttl  s to keep a failed one
--- EACH kind: meta         RQ's meta field, pickled; '' for none
--- EACH kind: durable      '1' if the caller waits until it is on disk
--- EACH kind: deadline_ms  ms from now until it must have ended; 0 for no limit
--- EACH kind: deadline_at  the same as ms since 1970; 0 for no limit
--- EACH kind: queue_ms     ms that it may wait in its queue for its first worker; 0 for any time
--- EACH kind: delay_ms     ms until it may enter its queue; 0 for at once
--- EACH kind: step_ms      ms that one of its steps may take; 0 leaves it to task and worker
--- EACH kind: trace        the producer's context of OpenTelemetry; '' for none
+-- EACH kind: queue          queue name
+-- EACH kind: durable        '1' if the caller waits until it is on disk
+-- EACH kind: delay          ms until it may enter its queue; 0 for at once
+-- EACH kind: deadline       ms from now until it must have ended; 0 for no limit
+-- EACH kind: deadline_at    the same as ms since 1970; 0 for no limit
+-- EACH kind: queue_timeout  ms that it may wait in its queue for its first worker; 0 for any time
+-- EACH stored: of_kind  the kind whose requests have this field, from 1
+-- EACH stored: name     field of the job hash
+-- EACH stored: value    what it holds
 -- EACH request: id           request id, [A-Za-z0-9_-]
 -- EACH request: nonce        one per submit; the same again when a call is sent again
 -- EACH request: kind         which of the kinds it is, from 1: most requests of one call have all of that in common
@@ -30,7 +24,7 @@
 --          (as many wait as the limit allows; nothing was stored) or 'degraded <ms> <live> <expected>' (the pool takes
 --          no low priority for at least so many ms; nothing was stored); or only 'newer' if Redis holds a newer protocol.
 --
--- While the pool is degraded, whatever counts from now takes twice as long: deadline_ms and queue_ms are doubled. The
+-- While the pool is degraded, whatever counts from now takes twice as long: deadline and queue_timeout are doubled. The
 -- request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
 -- What waits is what stands in the queue's list, but for what has ended there, or aside for its time.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
@@ -47,31 +41,30 @@ local function refusal()
   return table.concat({ 'degraded', int(math.max(1000, since + dwell - now_ms)), int(number_of(mode[1])), int(number_of(mode[2])) }, ' ')
 end
 
+local function field(kind, name, value)
+  kind.fields[#kind.fields + 1] = name
+  kind.fields[#kind.fields + 1] = value
+end
+
 local kinds, date, factor = {}, utc(), short and 2 or 1
 for number = 1, tonumber(arg()) do
-  local queue, task, data, description, max_retries, result_ttl, failure_ttl = arg(), arg(), arg(), arg(), arg(), arg(), arg()
-  local meta, durable, deadline_ms, deadline_at, queue_ms, delay_ms, step_ms = arg(), arg(), arg(), arg(), arg(), arg(), arg()
-  local trace = arg()
-  local kind = { queue = queue, durable = durable, delay = tonumber(delay_ms), queue_ms = factor * tonumber(queue_ms),
-    deadline_ms = tonumber(deadline_ms), deadline = tonumber(deadline_at) }
-  if kind.deadline_ms > 0 then kind.deadline = now_ms + factor * kind.deadline_ms end
+  local queue, durable, delay, deadline, deadline_at, queue_timeout = arg(), arg(), arg(), arg(), arg(), arg()
+  local kind = { queue = queue, durable = durable, delay = tonumber(delay), deadline = tonumber(deadline_at),
+    soon = factor * tonumber(deadline), queue_timeout = factor * tonumber(queue_timeout) }
+  if kind.soon > 0 then kind.deadline = now_ms + kind.soon end
   -- RQ writes '' for what a job does not have, and reads a missing field the same way. Here they stay away: a dozen of
   -- names that say nothing.
-  kind.fields = { 'created_at', date, 'enqueued_at', kind.delay > 0 and '' or date, 'data', data, 'description', description,
-    'origin', queue, 'status', 'queued', 'timeout', '-1', 'result_ttl', result_ttl, 'failure_ttl', failure_ttl,
-    'retries_left', max_retries, 'max_retries', max_retries, 'task', task, 'client', client }
-  local function field(name, value)
-    kind.fields[#kind.fields + 1] = name
-    kind.fields[#kind.fields + 1] = value
-  end
-  if meta ~= '' then field('meta', meta) end
-  if step_ms ~= '0' then field('step_ms', step_ms) end
-  if trace ~= '' then field('trace', trace) end
-  if short then field('stretched', '1') end
-  if kind.deadline > 0 then field('deadline', int(kind.deadline)) end
-  if kind.deadline_ms > 0 or kind.queue_ms > 0 then field('counted_from', now_text) end
-  if kind.deadline > 0 and kind.deadline_ms == 0 then field('dated', '1') end
+  kind.fields = { 'created_at', date, 'enqueued_at', kind.delay > 0 and '' or date, 'origin', queue, 'status', 'queued',
+    'timeout', '-1', 'client', client }
+  if short then field(kind, 'stretched', '1') end
+  if kind.deadline > 0 then field(kind, 'deadline', int(kind.deadline)) end
+  if kind.soon > 0 or kind.queue_timeout > 0 then field(kind, 'counted_from', now_text) end
+  if kind.deadline > 0 and kind.soon == 0 then field(kind, 'dated', '1') end
   kinds[number] = kind
+end
+for _ = 1, tonumber(arg()) do
+  local of_kind, name, value = arg(), arg(), arg()
+  field(kinds[tonumber(of_kind)], name, value)
 end
 
 -- Who is let in is decided first, for all of them; then the ids enter their queues; their jobs are written last. If the
@@ -137,12 +130,12 @@ for _, request in ipairs(new) do
   redis.call('HSET', name, 'payload', request.payload, 'nonce', request.nonce, unpack(kind.fields))
   if request.digest ~= '' then redis.call('HSET', name, 'digest', request.digest) end
   if request.degraded ~= '' then redis.call('HSET', name, 'degraded', '0', 'payload_aside', request.degraded) end
-  if short and (kind.deadline_ms > 0 or kind.queue_ms > 0) then
+  if short and (kind.soon > 0 or kind.queue_timeout > 0) then
     history(id, 'stretched', '', '', '0', '', 'the pool was degraded at its submit: it has twice the time that was given')
   end
   if kind.delay > 0 then to_retries(queue, id, kind.delay / 1000) end
-  if kind.queue_ms > 0 then
-    local queue_deadline = now_ms + kind.delay + kind.queue_ms
+  if kind.queue_timeout > 0 then
+    local queue_deadline = now_ms + kind.delay + kind.queue_timeout
     redis.call('HSET', name, 'queue_deadline', int(queue_deadline))
     if deadline == 0 or queue_deadline < deadline then deadline = queue_deadline end
   end
