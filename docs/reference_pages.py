@@ -65,7 +65,7 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {
             "perdure.recovery": (
                 "Reaper", "classify", "describe", "failure", "lost_peer", "Policy", "POLICIES", "Death", "device_kind",
-                "backoff", "schedule", "Snapshots", "Snapshot",
+                "Snapshots", "Snapshot",
             ),
         },
     ),

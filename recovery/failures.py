@@ -54,7 +54,7 @@ class Policy:
 
     @property
     def delay(self) -> str:
-        """How long the next execution waits; a backoff is that of :func:`perdure.recovery.retries.backoff`."""
+        """How long the next execution waits; a backoff is computed by the scripts."""
         if not self.retry:
             return "there is none"
         reasons = [

@@ -86,7 +86,7 @@ def test_all_contracts_hold_and_a_new_folder_needs_a_layer(tree: Path, broken: L
         ("protocol/rows", "from ..recovery.failures import POLICIES", LAYERS),
         ("protocol/rows", "def late():\n    from ..workers.tasks import Step", LAYERS),
         ("protocol/rows", "if TYPE_CHECKING:\n    from ..producer.client import Client", LAYERS),
-        ("recovery/retries", "def late():\n    import perdure.workers.pace", LAYERS),
+        ("recovery/strays", "def late():\n    import perdure.workers.pace", LAYERS),
         ("producer/steps", "def late():\n    from ..workers.tasks import path_of", LAYERS),
         ("workers/pace", "def late():\n    from ..producer import client", LAYERS),
         ("workers/pace", "def late():\n    from ..scripts import console", LAYERS),

@@ -14,8 +14,8 @@ from rq.worker import Worker
 from perdure.protocol.keys import key
 from perdure.protocol.records import Claim, FailureKind, Sweep
 from perdure.protocol.states import State
-from perdure.recovery.retries import backoff, schedule
 
+from .backoff_kit import backoff, schedule
 from .test_protocol_kit import HOUR_MS, Hand, Pool, dump
 
 
@@ -506,14 +506,14 @@ def test_a_crash_always_waits_before_the_next_try(pool: Pool, hand: Hand):
         assert pool.due_in("a") == pytest.approx(backoff("a", number, 1, 30), abs=0.7)
 
 
-def test_the_schedule_that_is_shown_is_the_one_that_happens(connection: redis.Redis):
-    """Python computes the very delays that the scripts give: base, doubling, cap, and the same jitter."""
+def test_retries_come_as_the_formula_says(connection: redis.Redis):
+    """The delays between a request's failures are those of the first, second, third … retry."""
     pool = Pool.over(connection, retry_base=100.0, retry_cap=1000.0)
     hand = Hand(pool)
     for identifier in ("a", "another-id", "Z_9"):
         pool.submit(identifier, retries=6)
-        shown = schedule(identifier, 6, 100.0, 1000.0)
-        for delay in shown:
+        expected = schedule(identifier, 6, 100.0, 1000.0)
+        for delay in expected:
             pool.make_due(identifier)
             claim = hand.take(identifier)
             before = pool.now()

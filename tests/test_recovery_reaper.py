@@ -24,7 +24,6 @@ from perdure.protocol.states import State
 from perdure.protocol.store import Store
 from perdure.recovery import reaper as module
 from perdure.recovery.reaper import MAX_ROUNDS, Reaper
-from perdure.recovery.retries import backoff, schedule
 from perdure.scripts.server import Server
 
 from .test_protocol_kit import Hand, Pool
@@ -320,28 +319,3 @@ def test_a_process_that_is_too_old_ends_with_4(connection: redis.Redis, redis_ur
     assert code == 4
     assert "upgrade this process" in errors
     assert "Traceback" not in errors
-
-
-# --- the schedule of retries -------------------------------------------------------------------------
-
-
-def test_a_schedule_doubles_up_to_its_cap():
-    """base, 2 base, 4 base … cap, each less at most a quarter."""
-    for delay, longest in zip(schedule("a", 7, 1.0, 30.0), (1, 2, 4, 8, 16, 30, 30), strict=True):
-        assert 0.75 * longest < delay <= longest
-    assert schedule("a", 0, 1.0, 30.0) == []
-    assert backoff("a", 10_000, 1.0, 30.0) <= 30
-
-
-def test_requests_that_failed_together_do_not_come_back_together():
-    """The jitter spreads neighbours evenly over the quarter."""
-    delays = sorted(backoff(f"request-{number}", 1, 1.0, 30.0) for number in range(400))
-    for part in range(4):
-        low = 0.75 + part / 16
-        assert 60 <= sum(low < delay <= low + 1 / 16 for delay in delays) <= 140
-
-
-def test_there_is_no_retry_before_the_first():
-    """Numbers begin with 1."""
-    with pytest.raises(ValueError, match="number 1"):
-        backoff("a", 0, 1.0, 30.0)

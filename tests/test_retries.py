@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from perdure.protocol.keys import key
-from perdure.recovery.retries import schedule
 
+from .backoff_kit import schedule
 from .worker_kit import Lab, eventually
 
 BASE, CAP, RETRIES = 0.3, 0.9, 4
