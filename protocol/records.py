@@ -183,7 +183,7 @@ class Progress:
     """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
 
     ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. A state given as
-    bytes is stored as they are.
+    bytes is stored as they are. A field that ``progress.lua`` does not name stands in the checkpoint under its own name.
     """
 
     id: str

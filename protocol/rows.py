@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from datetime import datetime
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 from .codec import envelope
-from .records import STORED, Claim, Interruption, NewRequest, whole
+from .packed_state import stored
+from .records import STORED, Claim, Interruption, NewRequest, Progress, whole
 from .scripts import load
 
 STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
@@ -34,7 +36,7 @@ def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
         for request in requests
     ]  # fmt: skip
     ruled = load("enqueue").header.groups["kind"]
-    kinds, stored = [], []
+    kinds, besides = [], []
     for shared, number in numbers.items():
         sent = dict(zip(_SHARED, map(_sent, shared, _SHARED.values()), strict=True))
         kinds.append({name: sent[name] for name in ruled})
@@ -42,10 +44,10 @@ def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
             (name, sent[name]) for name, item in _SHARED.items() if name not in ruled and sent[name] != item.default
         ]
         plain.append(("data", envelope(STOCK_FUNCTION, sent["task"])))
-        stored += [
+        besides += [
             {"of_kind": number, "name": name, "value": value} for field, value in plain for name in STORED[field]
         ]
-    return {"kind": kinds, "stored": stored, "request": rows}
+    return {"kind": kinds, "stored": besides, "request": rows}
 
 
 def _sent(value: Any, item: Field[Any]) -> Any:
@@ -53,6 +55,28 @@ def _sent(value: Any, item: Field[Any]) -> Any:
     if item.type == "float":
         return math.ceil(value * 1000)
     return int(value) if item.type == "bool" else value
+
+
+@cache
+def kept() -> tuple[str, ...]:
+    """Fields of :class:`Progress` that ``progress.lua`` has no rule for: they stand in the checkpoint by their names."""
+    ruled = load("progress").header.groups["request"]
+    return tuple(item.name for item in fields(Progress) if item.name not in ruled)
+
+
+def progressed(requests: Sequence[Progress]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of ``progress``."""
+    rows, besides = [], []
+    for number, item in enumerate(requests, 1):
+        state = stored(item.state)
+        rows.append({
+            "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
+            "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
+            "state": b"" if state.chunks else state.pieces[0], "crc": state.crc, "chunks": state.chunks,
+            "length": state.length, "stepped": round(item.stepped * 1000),
+        })  # fmt: skip
+        besides += [{"of_request": number, "name": name, "value": getattr(item, name)} for name in kept()]
+    return {"kept": besides, "request": rows}
 
 
 def claim_of(row: Sequence[bytes], now: float) -> Claim:

@@ -21,11 +21,10 @@ from .identities import new_stem
 from .keys import SCHEMA, key, listed
 from .limits import LONGEST_DELAY, MAX_REQUESTS
 from .mode import Count, Tally
-from .packed_state import stored
 from .reads import Reads, queue_names
 from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, RequestRecord, Sweep, whole
 from .refusals import newer_protocol
-from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms
+from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms, progressed
 from .scripts import Row, load
 from .settings import Settings
 
@@ -157,19 +156,10 @@ class Store(Reads):
 
         The chunks of a large state must have been written before (:meth:`write_chunks`).
         """
-        rows = []
-        for item in requests:
-            state = stored(item.state)
-            rows.append({
-                "id": item.id, "execution": item.execution, "seq": item.seq, "offset": item.offset,
-                "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
-                "state": b"" if state.chunks else state.pieces[0], "crc": state.crc, "chunks": state.chunks,
-                "length": state.length, "fingerprint": item.fingerprint, "stepped": round(item.stepped * 1000),
-            })  # fmt: skip
         # Ten checkpoints, and a second: so long a suspect must have stepped.
         clear_ms = max(1000, 10 * in_ms(self.settings.checkpoint_interval))
         values = {"incarnation": incarnation, "lease_ms": in_ms(self.settings.lease), "clear_ms": clear_ms}
-        return list(self._call("progress", values, {"request": rows}))
+        return list(self._call("progress", values, progressed(requests)))
 
     def write_chunks(self, chunks: Sequence[Chunk]) -> list[str]:
         """Write chunks of states, at most :data:`MAX_BYTES` a call; ``progress`` commits them. ``ok`` or ``lost`` each."""

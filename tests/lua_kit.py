@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from perdure.protocol import scripts
 from perdure.protocol.records import STORED
+from perdure.protocol.rows import kept
 
 HASHES = {
     "job": ("KEY.job .. id",),
@@ -95,6 +96,8 @@ def written() -> Iterator[tuple[str, str]]:
             yield "job", literal
     for field in re.findall(r"\bfield\(kind, '(\w+)', ", enqueue):
         yield "job", field
+    for field in kept():
+        yield "checkpoint", field
     for stored in STORED.values():
         for field in stored:
             yield "job", field

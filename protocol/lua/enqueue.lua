@@ -24,8 +24,8 @@
 --          (as many wait as the limit allows; nothing was stored) or 'degraded <ms> <live> <expected>' (the pool takes
 --          no low priority for at least so many ms; nothing was stored); or only 'newer' if Redis holds a newer protocol.
 --
--- While the pool is degraded, whatever counts from now takes twice as long: deadline and queue_timeout are doubled. The
--- request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
+-- While the pool is degraded, whatever counts from now takes twice as long: deadline and queue_timeout are doubled.
+-- The request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
 -- What waits is what stands in the queue's list, but for what has ended there, or aside for its time.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.

@@ -45,7 +45,8 @@ for _ = 1, tonumber(arg()) do
     local fresh = not (point[1] or point[2] or point[3])
     local stored, have = 0, 0
     if not fresh or offset > 0 or outputs > 0 then
-      stored, have = store(id, { point[4], point[1] }, offset, outputs, blob, number_of(point[1]))
+      local new = { offset = offset, outputs = outputs, blob = blob, seq = number_of(point[1]) }
+      stored, have = store(id, { point[4], point[1] }, new)
     end
     if not stored then
       answers[#answers + 1] = 'gap ' .. int(have)

@@ -1044,22 +1044,24 @@ end
 -- Returns the new number of outputs, or nil with the number stored when the offset leaves a gap.
 -- Sent again after a lost reply, it changes nothing: what is below the stored offset is there already.
 -- point: 'offset', 'seq' and 'at' of the checkpoint that is there, and `claimed`, the ms of this execution's claim; points:
--- a batch of ZADD, for whose sending the caller cares.
-local function store(id, point, offset, outputs, blob, seq, points, has_state, state, crc, fingerprint, stepped, chunks, length)
+-- a batch of ZADD, for whose sending the caller cares. new: what progress.lua takes, by its names; `kept` has names and
+-- values of the fields that only stand in the checkpoint.
+local function store(id, point, new, points)
   local name = KEY.checkpoint .. id
   local have, have_seq = number_of(point[1]), number_of(point[2])
+  local offset, outputs, seq = tonumber(new.offset), tonumber(new.outputs), tonumber(new.seq)
   if offset > have then return nil, have end
   if outputs > 0 and offset + outputs > have then
     -- Resends are verbatim, so an entry is stored whole or not at all.
     if offset ~= have then return nil, have end
-    redis.call('RPUSH', KEY.output .. id, blob)
+    redis.call('RPUSH', KEY.output .. id, new.blob)
     if have == 0 then redis.call('EXPIRE', KEY.output .. id, DAY) end
     have = have + outputs
   end
   if seq > have_seq then
-    redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms), 'fingerprint', fingerprint,
-      'stepped', int(seq) .. ':' .. stepped)
-    if has_state == '1' then put_state(id, state, crc, tonumber(chunks), length) end
+    redis.call('HSET', name, 'seq', int(seq), 'offset', int(have), 'at', int(now_ms),
+      'stepped', int(seq) .. ':' .. new.stepped, unpack(new.kept))
+    if new.has_state == '1' then put_state(id, new.state, new.crc, tonumber(new.chunks), new.length) end
     points.add(KEY.checkpoints, now_text, id)
     -- Not at every checkpoint: what lives for a day is told so at an execution's first one, and once in every hour.
     local at = number_of(point[3])

@@ -3,6 +3,9 @@
 -- ARGV incarnation  of the worker process
 -- ARGV lease_ms     length of the renewed leases, but for requests that have a step timeout of their own
 -- ARGV clear_ms     a suspect that has stepped for so long is cleared
+-- EACH kept: of_request  the request in whose checkpoint this field is to be, from 1
+-- EACH kept: name        field of the checkpoint
+-- EACH kept: value       what it holds
 -- EACH request: id           request id
 -- EACH request: execution    the caller's execution
 -- EACH request: seq          number of this checkpoint, growing; the same when sent again
@@ -14,7 +17,6 @@
 -- EACH request: crc          CRC-32 of the state, decimal
 -- EACH request: chunks       how many chunks of this seq hold the state; 0 if it is in `state`
 -- EACH request: length       bytes of the state
--- EACH request: fingerprint  of the task that computed this
 -- EACH request: stepped      ms for which this execution has stepped
 --
 -- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
@@ -25,10 +27,16 @@
 -- changes nothing.
 local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
 local answers, leases, points = {}, batch('ZADD'), batch('ZADD')
+local kept_of = {}
 for _ = 1, tonumber(arg()) do
+  local of_request, name, value = arg(), arg(), arg()
+  local kept = kept_of[tonumber(of_request)] or {}
+  kept_of[tonumber(of_request)] = kept
+  kept[#kept + 1], kept[#kept + 2] = name, value
+end
+for place = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
-  local blob, has_state, state, crc, chunks, length = arg(), arg(), arg(), arg(), arg(), arg()
-  local fingerprint, stepped = arg(), arg()
+  local blob, has_state, state, crc, chunks, length, stepped = arg(), arg(), arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
     'worker_name', 'claimed', 'started_at', 'counted_from')
@@ -47,8 +55,10 @@ for _ = 1, tonumber(arg()) do
     local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
     local stored, have
     if not missing then
-      stored, have = store(id, point, tonumber(offset), tonumber(outputs), blob, tonumber(seq), points, has_state, state, crc, fingerprint,
-        stepped, chunks, length)
+      stored, have = store(id, point, {
+        seq = seq, offset = offset, outputs = outputs, blob = blob, has_state = has_state, state = state, crc = crc,
+        chunks = chunks, length = length, stepped = stepped, kept = kept_of[place] or {},
+      }, points)
     end
     if missing then
       answers[#answers + 1] = 'missing'
