@@ -13,9 +13,9 @@ import ssl
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import redis
 
@@ -46,6 +46,11 @@ class Policy:
     """What the worker does. One that exits is replaced. A group (several ranks that step together) is left when a
     collective failed (:func:`lost_peer`); otherwise such a worker goes on.
     """
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What of it the scripts act upon, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.type == "bool"}
 
     @property
     def suspect(self) -> str:
@@ -148,13 +153,12 @@ def describe(error: BaseException) -> str:
     return plain if len(plain) <= MAX_REASON else plain[: MAX_REASON - 1] + "…"
 
 
-def failure(claim_id: str, execution: str, error: BaseException) -> Failure:
-    """The record that ``fail`` wants for a request whose ``execution`` ended with ``error``."""
-    kind = classify(error)
-    policy = POLICIES[kind]
+def failure(claim_id: str, execution: str, error: BaseException, kind: FailureKind | None = None) -> Failure:
+    """The record that ``fail`` wants for a request whose ``execution`` ended with ``error``; ``kind``: if it is known."""
+    kind = kind or classify(error)
     return Failure(
         id=claim_id, execution=execution, kind=kind, reason=describe(error), traceback=_traceback(error),
-        charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry,
+        **POLICIES[kind].flags,
     )  # fmt: skip
 
 

@@ -73,16 +73,13 @@ class Reaper:
         store = self.store
         # First: a script of this release must not touch what it may misread. (Few calls: each may take long.)
         queues = store.survey()
-        lost = POLICIES[FailureKind.WORKER_LOST]
         reaped: list[Reaped] = []
         for _ in range(MAX_ROUNDS):
             swept = store.reap(
                 queues,
                 kind=FailureKind.WORKER_LOST,
                 reason=f"no heartbeat for {self.settings.heartbeat_timeout:g} s",
-                charge=lost.charge,
-                crash=lost.crash,
-                loss=lost.loss,
+                **POLICIES[FailureKind.WORKER_LOST].flags,
             )
             for item in swept.reaped:
                 self._report(item)

@@ -266,7 +266,6 @@ class Guardian:
     def _reap(self) -> int:
         """Hand on what the worker held: it is gone, and did not say good-bye."""
         kind, reason, evidence = self._evidence()
-        policy = POLICIES[kind]
         if evidence:
             self.log.error("%s\n%s", reason, evidence)
         deadline = time.monotonic() + LAST_EFFORT
@@ -277,9 +276,7 @@ class Guardian:
                         incarnation=self.incarnation,
                         kind=kind,
                         reason=reason,
-                        charge=policy.charge,
-                        crash=policy.crash,
-                        loss=policy.loss,
+                        **POLICIES[kind].flags,
                         seen=not self._left,
                         evidence=evidence,
                     )

@@ -16,7 +16,7 @@ from ..protocol.limits import MAX_BYTES
 from ..protocol.packed_state import CHUNK, PackedState, pack_state
 from ..protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from ..protocol.settings import Settings
-from ..recovery.failures import POLICIES, failure
+from ..recovery.failures import failure
 from .tasks import NOTHING, Step
 
 LARGE = CHUNK
@@ -238,12 +238,7 @@ class Holding:
         """
         self.result = NOTHING
         self._drop_behind()  # a retry computes them again, from the state that is stored
-        ended = failure(self.claim.id, self.claim.execution, error)
-        if kind is not None:
-            policy = POLICIES[kind]
-            ended = replace(
-                ended, kind=kind, charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry
-            )
+        ended = failure(self.claim.id, self.claim.execution, error, kind)
         if counted:
             ended = replace(ended, charge=False, retry=True, crash=counted == "crash", batch=counted == "batch")
         self.ended = ended

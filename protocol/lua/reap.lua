@@ -8,6 +8,7 @@
 -- ARGV charge             '1' charges an attempt
 -- ARGV crash              '1' counts a crash; 'alone' counts one for a request that was alone with this worker
 -- ARGV loss               '1' counts the loss of a worker
+-- ARGV retry              '1' allows another execution
 -- ARGV clean              '1' if it has left of its own accord: the pool expects one worker less from now on
 -- ARGV hang_exception     traceback for one whose lease expired under a healthy heartbeat
 -- ARGV timeout_ms         heartbeat timeout
@@ -29,7 +30,7 @@
 -- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
 -- Decides by lease and execution, never by RQ's status.
 local incarnation, kind, reason, exception, evidence = arg(), arg(), arg(), arg(), arg()
-local charge, crash, loss, clean = arg(), arg(), arg(), arg()
+local charge, crash, loss, retry, clean = arg(), arg(), arg(), arg(), arg()
 local hang_exception, timeout_ms, pulse_ms, limit = arg(), arg(), arg(), arg()
 local base, cap, max_crashes, max_crashes_total, max_executions = arg(), arg(), arg(), arg(), arg()
 timeout_ms, pulse_ms, limit = tonumber(timeout_ms), tonumber(pulse_ms), math.min(tonumber(limit), 128)
@@ -78,7 +79,7 @@ local function reap_one(id, execution, holder, worker, why, text, blob, policy)
   local outcome
   count('lost:' .. job[2], why)
   if job[3] then
-    policy.kind, policy.reason, policy.exception, policy.retry, policy.taken = why, text, blob, '1', '1'
+    policy.kind, policy.reason, policy.exception, policy.retry, policy.taken = why, text, blob, retry, '1'
     policy.base, policy.cap, policy.max_crashes = tonumber(base), tonumber(cap), tonumber(max_crashes)
     policy.max_crashes_total, policy.max_executions = tonumber(max_crashes_total), tonumber(max_executions)
     outcome = decide(job[2], id, execution, holder, policy)
