@@ -97,7 +97,7 @@ def stepping(value: object, name: str) -> float:
     """A step timeout in seconds; ``None`` leaves it to task and worker and gives 0."""
     seconds = lasting(value, name)
     if 0 < seconds < SHORTEST_STEP:
-        raise InvalidRequest(f"{name} is in seconds and at least {SHORTEST_STEP}, but is {value!r}", name)
+        raise InvalidRequest(f"{name} must be a number of seconds, at least {SHORTEST_STEP}, but is {value!r}", name)
     return seconds
 
 
