@@ -2,7 +2,8 @@
 
 Each file is one transition. Its header is the contract: the arguments are named there, in order,
 and :meth:`Script.__call__` takes them by those names, so header, Lua and Python cannot drift apart
-without an error (tests compare the header with the code as well).
+without an error (tests compare the header with the code as well). What transitions share stands in
+``lua/lib/``, one idea a file; each file names those that it uses, in lines ``--- @include lib/lease``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from operator import itemgetter
 from typing import Any
 
@@ -26,7 +28,7 @@ Row = Mapping[str, Argument]
 
 GIVE_WAY = ("enqueue", "progress", "chunk")
 """Scripts that Redis may refuse at maxmemory: they store something new. All others must pass, or no request would
-end and no lease be renewed."""
+end and no lease be renewed: they begin with ``never_refused()``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,12 @@ class Header:
 class Script:
     """One transition. The source is sent once per server (EVALSHA, else load and EVALSHA again)."""
 
-    def __init__(self, name: str, body: str, prelude: str) -> None:
+    def __init__(self, name: str, body: str, source: str) -> None:
+        """``body`` is the file; ``source`` is what the server gets: see :func:`linked`."""
         self.name = name
         self.body = body
         self.header = Header.parse(body)
-        self.source = linked(prelude, ("" if name in GIVE_WAY else "never_refused()\n") + body)
+        self.source = source
         self._pick = {group: itemgetter(*names) for group, names in self.header.groups.items()}
 
     def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
@@ -130,48 +133,65 @@ class Script:
 
 @cache
 def digest(source: str) -> str:
-    """The name under which a server knows a script. (redis-py's Script hashes the source, 40 KB, at every use.)"""
+    """The name under which a server knows a script. (redis-py's Script hashes the source, up to 45 KB, at every use.)"""
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
-def linked(prelude: str, body: str) -> str:
-    """The source of a script: of the prelude only what it uses, and the names of keys that stand in that.
+class IncludeError(Exception):
+    """A Lua file includes one that is not there, or itself by way of others."""
 
-    Redis runs the whole source at each call, and so makes all functions of the prelude again, of which a script needs a few:
-    24 us of a script that does nothing else. A piece of the prelude begins with ``local`` in the first column, and uses
-    only what stands before it.
+
+def linked(name: str, folder: Traversable) -> str:
+    """The source of the transition ``<folder>/<name>.lua``, as the server gets it, without comments.
+
+    In front of a file stand those that it includes, each once; in front of all stand the names of the keys that are
+    used. Redis runs the whole source at each call, and makes every function in it again (0.2 us each): so a file
+    includes no more than it uses, which tests check.
+
+    Raises :class:`IncludeError`.
     """
-    used = set(_WORD.findall(body))
-    kept = []
-    for piece in reversed(re.split(r"^(?=local )", _COMMENT.sub("", prelude), flags=re.MULTILINE)[1:]):
-        first = piece.partition("\n")[0].partition("=")[0].removeprefix("local ").removeprefix("function ")
-        names = _WORD.findall(first.partition("(")[0])
-        if not used.isdisjoint(names) or "clock" in names:
-            kept.append(piece.rstrip() + "\n")
-            used |= set(_WORD.findall(piece))
-    code = "".join(reversed(kept)) + body
+    code = "".join(_COMMENT.sub("", text) for text in _in_order(name, folder, [], {}).values())
     keys = set(re.findall(r"\bKEY\.(\w+)", code)) | (_BY_VERDICT if "KEY[" in code else set())
     rows = ", ".join(f"{name} = '{value}'" for name, value in NAMES.items() if name in keys)
-    return f"local KEY = {{ {rows} }}\n{code}"
+    late = f"local LATE = '{pack_exception(_LATE)}'\n" if re.search(r"\bLATE\b", code) else ""
+    return f"local KEY = {{ {rows} }}\n{late}{code}"
 
 
-_WORD = re.compile(r"[A-Za-z_]\w*")
-_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
+def _in_order(name: str, folder: Traversable, way: list[str], found: dict[str, str]) -> dict[str, str]:
+    """Add the text of a file to ``found``, after the texts of those that it includes. ``way`` leads to it."""
+    if name in way:
+        circle = " -> ".join([*way[way.index(name) :], name])
+        raise IncludeError(
+            f"Lua files in {folder} include each other in a circle: {circle}. Move what both use into a third one"
+        )
+    if name not in found:
+        file = folder / f"{name}.lua"
+        if not file.is_file():
+            why = f", which {way[-1]}.lua includes" if way else ""
+            raise IncludeError(f"there is no Lua file {file}{why}. After adding one, run scripts/setup")
+        text = file.read_text(encoding="utf-8")
+        for line in re.findall(r".*@include.*", text):
+            if not _INCLUDE.fullmatch(line):
+                raise IncludeError(f"{file} has a line that is no include, such as '--- @include lib/lease': {line}")
+        for other in _INCLUDE.findall(text):
+            _in_order(other, folder, [*way, name], found)
+        found[name] = text
+    return found
+
+
+_INCLUDE = re.compile(r"^--- @include (\S+)$", re.MULTILINE)
+_COMMENT = re.compile(r"^ *--.*\n|^\n", re.MULTILINE)
 _BY_VERDICT = {"finished", "failed", "canceled"}
 """The registries that scripts look up by a request's verdict: ``KEY[verdict]``."""
-
-
-def _late() -> str:
-    """What RQ's result stream holds of a missed deadline: the scripts end such a request, and cannot compress."""
-    return f"local LATE = '{pack_exception('DEADLINE: the deadline passed before the request ended')}'\n"
+_LATE = "DEADLINE: the deadline passed before the request ended"
+"""What RQ's result stream holds of a missed deadline: the scripts end such a request, and cannot compress."""
 
 
 @cache
 def load(name: str) -> Script:
-    """The script ``lua/<name>.lua`` behind the shared prelude."""
+    """The transition ``lua/<name>.lua``."""
     folder = files(__package__) / "lua"
-    prelude = _late() + (folder / "prelude.lua").read_text(encoding="utf-8")
-    return Script(name, (folder / f"{name}.lua").read_text(encoding="utf-8"), prelude)
+    return Script(name, (folder / f"{name}.lua").read_text(encoding="utf-8"), linked(name, folder))
 
 
 def names() -> list[str]:
@@ -179,5 +199,5 @@ def names() -> list[str]:
     return sorted(
         entry.name.removesuffix(".lua")
         for entry in (files(__package__) / "lua").iterdir()
-        if entry.name.endswith(".lua") and entry.name != "prelude.lua"
+        if entry.name.endswith(".lua")
     )

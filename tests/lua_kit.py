@@ -25,11 +25,12 @@ HASHES = {
 
 @cache
 def sources() -> dict[str, str]:
-    """Script -> its code without comments; ``prelude`` is what they share."""
+    """Name of a transition, or of a file that they share (``lib/lease``) -> its code without comments."""
     folder = files("perdure.protocol") / "lua"
+    shared = [f"lib/{entry.name.removesuffix('.lua')}" for entry in (folder / "lib").iterdir()]
     return {
         name: re.sub(r"(?m)--[^\n]*$", "", (folder / f"{name}.lua").read_text(encoding="utf-8"))
-        for name in ("prelude", *scripts.names())
+        for name in (*sorted(shared), *scripts.names())
     }
 
 

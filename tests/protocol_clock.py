@@ -1,6 +1,6 @@
 """Scripts under a clock that a test moves, and a look at all that stands in Redis at once.
 
-The clock is one line of the prelude. Here, and nowhere else, it is read from a key instead of the server; so a
+The clock is one line of ``lib/time.lua``. Here, and nowhere else, it is read from a key instead of the server; so a
 test lets hours pass in a moment, and the same steps meet the same times whenever they are run again.
 """
 
@@ -64,22 +64,23 @@ Change = tuple[str, str]
 def pretended_clock(changes: Mapping[str, Change] | None = None) -> Iterator[None]:
     """Within, every store runs the real scripts under :data:`CLOCK`; ``changes`` plants a mistake in the named ones.
 
-    The name ``prelude`` changes what all of them share.
+    A name such as ``lib/store`` changes what several of them share.
     """
     planted = dict(changes or {})
-    if "prelude" in planted:
-        assert any(planted["prelude"][0] in scripts.load(name).source for name in scripts.names()), "no script has it"
+    shared = {name for name in planted if name not in scripts.names()}
+    for name in shared:
+        assert any(planted[name][0] in scripts.load(script).source for script in scripts.names()), (
+            f"no script has {name}"
+        )
 
     @cache
     def load(name: str) -> Script:
         real = scripts.load(name)
-        assert real.source.count(_REAL) == 1
-        script = Script(name, real.body, "")
-        script.source = real.source.replace(_REAL, _PRETENDED)
-        for where in {name, "prelude"} & planted.keys():
+        assert real.source.count(_REAL) <= 1
+        script = Script(name, real.body, real.source.replace(_REAL, _PRETENDED))
+        for where in shared | ({name} & planted.keys()):
             before, after = planted[where]
-            # Of the prelude, a script has what it uses.
-            assert script.source.count(before) in ((0, 1) if where == "prelude" else (1,)), (
+            assert script.source.count(before) in ((0, 1) if where in shared else (1,)), (
                 f"{where}: {before!r} stands there {script.source.count(before)} times"
             )
             script.source = script.source.replace(before, after)

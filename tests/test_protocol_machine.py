@@ -505,14 +505,19 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "a lost claim is not given again": {"claim": ("if not known[id] then", "if false then")},
     "a gap is accepted": {
-        "prelude": ("  if offset > have then return nil, have end\n", "  if offset > have then have = offset end\n")
+        "lib/store": ("  if offset > have then return nil, have end\n", "  if offset > have then have = offset end\n")
     },
-    "a repeat is appended": {"prelude": ("  if outputs > 0 and offset + outputs > have then", "  if outputs > 0 then")},
+    "a repeat is appended": {
+        "lib/store": ("  if outputs > 0 and offset + outputs > have then", "  if outputs > 0 then")
+    },
     "a reaped request keeps its lease": {
-        "prelude": ("detach(queue, id, execution, incarnation, worker)\n  if job[3] == '1' or", "if job[3] == '1' or")
+        "lib/decide": (
+            "detach(queue, id, execution, incarnation, worker)\n  if job[3] == '1' or",
+            "if job[3] == '1' or",
+        )
     },
     "nobody is preferred": {"claim": ("if not failed_there(job.failed_on, here) then", "if true then")},
-    "a retry is promoted and still waits": {"prelude": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")},
+    "a retry is promoted and still waits": {"lib/promote": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")},
 }
 
 

@@ -9,8 +9,7 @@ import pytest
 import redis
 
 from perdure.protocol import scripts
-from perdure.protocol.keys import key
-from perdure.protocol.scripts import Header, linked
+from perdure.protocol.scripts import Header
 
 # How the scripts read their arguments, apart from `local a, b = arg(), tonumber(arg())`.
 _LOOP = re.compile(r"for \w+ = 1, tonumber\(arg\(\)\) do")
@@ -109,19 +108,3 @@ def test_a_script_runs_after_the_server_has_forgotten_all_scripts(connection: re
     assert scripts.load("promote")(connection, *call) == [b"0", b"0"]
     connection.script_flush()
     assert scripts.load("promote")(connection, *call) == [b"0", b"0"]
-
-
-def test_a_script_has_of_the_prelude_what_it_uses() -> None:
-    """And what that uses; nothing else, no comment, and no name of a key that does not stand in it."""
-    prelude = (
-        "local LATE = 'x'\n-- The clock.\nlocal clock = redis.call('TIME')\nlocal now = clock[1]\n"
-        "local function one()\n  return now\nend\nlocal function two()\n  return one() .. KEY.held\nend\n"
-        "local function three()\n  return KEY.job\nend\n"
-    )
-    source = linked(prelude, "return two()\n")
-    assert "three" not in source
-    assert "LATE" not in source
-    assert "--" not in source
-    assert source.startswith(f"local KEY = {{ held = '{key('held')}' }}\nlocal clock = redis.call('TIME')\nlocal now")
-    assert source.endswith("local function two()\n  return one() .. KEY.held\nend\nreturn two()\n")
-    assert "finished = " in linked("", "return KEY[verdict]\n")

@@ -87,7 +87,7 @@ bit  over;                      /* nor will it be */
 #else
 #define AGAIN(r)   false
 #endif
-/* runs() in prelude.lua: the one source of whether a request runs. */
+/* lib/runs.lua: the one source of whether a request runs. */
 #define RUNS(r)    (exec[r] != 0 && HELD(holder[r], r) == exec[r])
 /* Enqueued again while it runs: its entry waits for the end of that run. */
 #define LATER(r)   (AGAIN(r) && RUNS(r))
@@ -159,7 +159,7 @@ hidden byte given[REQUESTS], known[REQUESTS], some;
 /* A move of protocol/states.py by the named scripts; tests/test_model.py compares them with that table. */
 #define MOVE(scripts, from, to) assert(status[r] == from); status[r] = to
 
-/* --- prelude.lua -------------------------------------------------------------------------------------- */
+/* --- lib/… ---------------------------------------------------------------------------------------- */
 
 inline detach(r, e, i) {
     assert(HELD(i, r) == e);    /* the script looks before it deletes */
@@ -179,7 +179,7 @@ inline ended(r) {
     overdue[r] = 0
 }
 
-/* end_waiting() in prelude.lua: this coming into the queue is over, as after a claim. */
+/* lib/end_waiting.lua: this coming into the queue is over, as after a claim. */
 inline ended_waiting(r) {
 #ifdef REUSE
     again[r] = 0;

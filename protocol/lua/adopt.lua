@@ -15,6 +15,20 @@
 -- Returns  'ok', or 'lost' (the job was reaped, or this was done before: a reply was lost)
 --
 -- It goes to the front of its queue, as it has waited its turn; whoever claims it next claims a request.
+
+--- @include lib/arguments
+--- @include lib/chunks
+--- @include lib/counters
+--- @include lib/detach
+--- @include lib/history
+--- @include lib/never_refused
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/to_queue
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker, id, execution, task = arg(), arg(), arg(), arg(), arg()
 local data, payload, max_retries, result_ttl, failure_ttl, left_out = arg(), arg(), arg(), arg(), arg(), arg()
 local name = KEY.job .. id

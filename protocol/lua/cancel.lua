@@ -10,6 +10,27 @@
 --          (it had ended otherwise), 'unknown', or for a worker 'lost'
 --
 -- The id stays in its queue's list; the claim that pops it drops it. Removing it here would be O(n).
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/dates
+--- @include lib/detach
+--- @include lib/end_waiting
+--- @include lib/enqueued_again
+--- @include lib/forget
+--- @include lib/hint
+--- @include lib/history
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/registries
+--- @include lib/retention
+--- @include lib/time
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker, reason = arg(), arg(), arg()
 local answers = {}
 for _ = 1, tonumber(arg()) do

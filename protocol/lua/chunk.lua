@@ -12,6 +12,15 @@
 -- The checkpoint notes which chunks are being written, so that whatever drops it drops them too. Sent again, a
 -- chunk is written again as it is; one that comes late, when its checkpoint or a later one is committed or on its
 -- way, is 'ok' and changes nothing. No lease is renewed: that the courier sends says nothing about the engine.
+
+--- @include lib/arguments
+--- @include lib/chunks
+--- @include lib/counters
+--- @include lib/forget
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/time
+
 local answers = {}
 for _ = 1, tonumber(arg()) do
   local id, execution, seq, total, number, data = arg(), arg(), arg(), arg(), arg(), arg()

@@ -2,7 +2,7 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated (see listed in the prelude)
+-- ARGV queues_text  its queues, comma-separated (see listed() in lib/serves)
 -- ARGV timeout_ms   ms until an incarnation of which no heartbeat has come yet counts as dead
 -- ARGV lease_ms     length of a lease, but for requests that have a step timeout of their own
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
@@ -31,11 +31,48 @@
 --
 -- While the pool is degraded, a worker fills half of its slots, and at least one. What it has beyond that runs on.
 --
--- A request that failed on this worker or its device (failed_on, see blame() in prelude.lua) is left to another one that
+-- A request that failed on this worker or its device (failed_on, see lib/blame) is left to another one that
 -- lives and serves its queue (and, for a suspect, holds nothing), for 2 s since it was first passed over (passed_at). It keeps its place meanwhile.
 --
 -- What `held` has and the caller lacks was given in a reply that got lost: it is given again first, with the
 -- execution it has.
+
+--- @include lib/arguments
+--- @include lib/batch
+--- @include lib/begin_anew
+--- @include lib/bounced
+--- @include lib/bury
+--- @include lib/counters
+--- @include lib/dates
+--- @include lib/detach
+--- @include lib/enqueued_again
+--- @include lib/forget
+--- @include lib/history
+--- @include lib/incarnation
+--- @include lib/late
+--- @include lib/lease
+--- @include lib/mode
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/places
+--- @include lib/promote
+--- @include lib/refuse
+--- @include lib/registries
+--- @include lib/restart
+--- @include lib/ring
+--- @include lib/runs
+--- @include lib/serves
+--- @include lib/settle_canceled
+--- @include lib/show_execution
+--- @include lib/stale
+--- @include lib/time
+--- @include lib/to_queue
+--- @include lib/verdicts
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg(), arg(), arg()
 local task, free, ttl_ms, resume, max_bytes, stem = arg(), arg(), arg(), arg(), arg(), arg()
 timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
@@ -293,7 +330,7 @@ local function choose_payload(id, job)
 end
 
 -- 4. Execution, lease, and what RQ's own worker would have written. RQ's record of the execution itself follows with the
--- first checkpoint or renewal (show_execution in prelude.lua): a short request ends before anybody has the time to read it.
+-- first checkpoint or renewal (lib/show_execution): a short request ends before anybody has the time to read it.
 local taken = {}
 
 local function take(id, queue, execution, job, plain_timeout)

@@ -21,6 +21,16 @@
 --
 -- Any number of reapers decide at any time. One of those that went out from the same declaration is heard, so that
 -- two that think differently never undo each other's decision without having seen it.
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/mode
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/time
+
+never_refused()
+
 local version, weighed_ms = tonumber(arg()), tonumber(arg())
 local mode, since, until_ms, live, expected, seen = arg(), arg(), arg(), arg(), arg(), arg()
 local recovering, dwell, lowest, lowest_since = arg(), arg(), arg(), arg()

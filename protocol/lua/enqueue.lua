@@ -29,6 +29,19 @@
 -- What waits is what stands in the queue's list, but for what has ended there, or aside for its time.
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/dates
+--- @include lib/forget
+--- @include lib/history
+--- @include lib/mode
+--- @include lib/numbers
+--- @include lib/ring
+--- @include lib/schema
+--- @include lib/time
+--- @include lib/to_retries
+
 local schema, client, limit = arg(), arg(), tonumber(arg())
 if not speaks(schema) then return { 'newer' } end
 local answers, accepted, short = {}, {}, degraded()

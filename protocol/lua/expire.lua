@@ -7,8 +7,24 @@
 -- Returns  how many checkpoints were deleted, as text
 --
 -- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old, and neither does a gap in the sweeps
--- (stale_before in prelude.lua). The request starts from zero in a new epoch; its history says so. A dead letter loses its
+-- (lib/stale). The request starts from zero in a new epoch; its history says so. A dead letter loses its
 -- checkpoint in the same way.
+
+--- @include lib/arguments
+--- @include lib/forget
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/pages
+--- @include lib/requeued
+--- @include lib/restart
+--- @include lib/runs
+--- @include lib/settle_canceled
+--- @include lib/stale
+--- @include lib/time
+--- @include lib/verdicts
+
+never_refused()
+
 local ttl_ms, limit = tonumber(arg()), math.min(tonumber(arg()), 128)
 local stale = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(stale_before(ttl_ms)), 'LIMIT', 0, limit)) do

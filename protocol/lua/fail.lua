@@ -19,6 +19,16 @@
 --
 -- Returns  per request what became of it: 'failed', 'scheduled', 'queued' or 'canceled'; 'already' (this
 --          execution's end was applied before: a reply was lost); 'lost'
+
+--- @include lib/arguments
+--- @include lib/decide
+--- @include lib/never_refused
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker, base, cap = arg(), arg(), arg(), arg()
 local max_crashes, max_crashes_total, max_executions = arg(), arg(), arg()
 local answers = {}

@@ -18,6 +18,25 @@
 -- What registries and indexes forget of them is one call for each key, not for each request: half of what
 -- a finish costs. If the script stopped before, a request would have ended all the same: its hash says so, and
 -- whoever meets a trace of the execution removes it.
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/dates
+--- @include lib/forget
+--- @include lib/hint
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/results
+--- @include lib/retention
+--- @include lib/stamps
+--- @include lib/store
+--- @include lib/time
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker = arg(), arg()
 local answers, ended, worked = {}, 0, 0
 local queues, ids_of, done, marks = {}, {}, {}, {}

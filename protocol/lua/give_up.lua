@@ -13,6 +13,20 @@
 --
 -- Who lives and what they say is asked here, at this moment: a worker that joined, or has loaded the task, may run them. An
 -- entry stays in the queue's list, a page of which is looked at, another one in each half second.
+
+--- @include lib/arguments
+--- @include lib/bury
+--- @include lib/enqueued_again
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/pages
+--- @include lib/runs
+--- @include lib/serves
+--- @include lib/time
+--- @include lib/verdicts
+
+never_refused()
+
 local queue, task, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
 local limit = math.min(tonumber(arg()), 128)
 local named = {}

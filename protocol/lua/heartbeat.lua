@@ -3,7 +3,7 @@
 -- ARGV schema       protocol version of the caller
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated (see listed in the prelude)
+-- ARGV queues_text  its queues, comma-separated (see listed() in lib/serves)
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on
@@ -31,6 +31,18 @@
 --
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
+
+--- @include lib/arguments
+--- @include lib/dates
+--- @include lib/incarnation
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/schema
+--- @include lib/served
+--- @include lib/time
+
+never_refused()
+
 local schema, incarnation, worker, queues_text, pid = arg(), arg(), arg(), arg(), arg()
 local host, device, ready, timeout_ms, due_ms = arg(), arg(), arg(), arg(), arg()
 local unfit, health, model, stale = arg(), arg(), arg(), arg()

@@ -8,6 +8,15 @@
 -- Returns  'ok', or 'already' (this very call was applied before: a reply was lost)
 --
 -- Once per heartbeat and worker, not per request: what a killed worker had measured since its last call is lost.
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/time
+
+never_refused()
+
 local incarnation, number = arg(), tonumber(arg())
 local record = KEY.incarnation .. incarnation
 if number_of(redis.call('HGET', record, 'measured')) >= number then return 'already' end

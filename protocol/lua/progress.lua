@@ -25,7 +25,44 @@
 --
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
+
+--- @include lib/arguments
+--- @include lib/batch
+--- @include lib/chunks
+--- @include lib/end_running
+--- @include lib/hint
+--- @include lib/history
+--- @include lib/lease
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/ring
+--- @include lib/show_execution
+--- @include lib/store
+--- @include lib/time
+
 local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
+
+-- Whether all chunks of a state are there, with so many bytes in all. Redis may have lost or evicted some.
+local function chunks_there(id, execution, seq, chunks, length)
+  local name, bytes = KEY.checkpoint .. id, 0
+  if redis.call('HGET', name, 'writing') ~= table.concat({ execution, seq, chunks }, ':') then return false end
+  for number = 1, tonumber(chunks) do bytes = bytes + redis.call('STRLEN', chunk_name(id, seq, number)) end
+  return bytes == tonumber(length)
+end
+
+-- A suspect that has stepped for a while is none any more. With the last of them, its worker takes ordinary requests
+-- again.
+local function clear(id, queue, execution, incarnation, worker, offset)
+  redis.call('HDEL', KEY.job .. id, 'company')
+  history(id, 'cleared', worker, execution, offset, '', 'it has moved again')
+  for _, other in ipairs(redis.call('HKEYS', KEY.held .. incarnation)) do
+    if redis.call('HEXISTS', KEY.job .. other, 'company') == 1 then return end
+  end
+  redis.call('ZREM', KEY.isolating, incarnation)
+  ring(queue)
+end
+
 local answers, leases, points = {}, batch('ZADD'), batch('ZADD')
 local kept_of = {}
 for _ = 1, tonumber(arg()) do

@@ -11,8 +11,53 @@
 -- When the server's clock was set back, retries, delays and deadlines lie too far ahead. They are found a page at a time, until
 -- the old clock's time is reached: a retry, or a delay, counts again from now; so does a deadline that was given in seconds.
 -- One that was given as a date stays. So nothing is late by more than it was to wait at first.
+
+--- @include lib/arguments
+--- @include lib/bury
+--- @include lib/enqueued_again
+--- @include lib/forget
+--- @include lib/late
+--- @include lib/lease
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/pages
+--- @include lib/promote
+--- @include lib/requeued
+--- @include lib/time
+--- @include lib/watch_deadline
+
+never_refused()
+
 local limit = math.min(tonumber(arg()), 128)
-local moved, left, back = 0, limit, set_back()
+local moved, left = 0, limit
+
+-- Whether the server's clock was set back lately: see pulse().
+local function set_back()
+  return now_ms < number_of(redis.call('HGET', KEY.pulse, 'back_until'))
+end
+
+-- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it. Returns how many were
+-- looked at, at most `limit`.
+local function end_late(queue, limit)
+  if limit < 1 then return 0 end
+  local due = redis.call('ZRANGEBYSCORE', KEY.deadlines .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  for _, id in ipairs(due) do
+    redis.call('ZREM', KEY.deadlines .. queue, id)
+    local job = redis.call('HMGET', KEY.job .. id, 'status', 'execution')
+    local waits = job[1] ~= 'finished' and job[1] ~= 'failed' and job[1] ~= 'canceled' and job[1] ~= 'stopped'
+    if not job[1] then
+      forget(id)
+    elseif waits and (job[2] or '') == '' and enqueued_again(read_dates(id)) ~= 'new' then
+      local reason = late(id)
+      if reason then
+        bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
+      else
+        watch_deadline(queue, id)
+      end
+    end
+  end
+  return #due
+end
 
 -- Count again from now what a clock that was set back has put too far ahead.
 local function set_back_times(queue)
@@ -40,6 +85,7 @@ local function set_back_times(queue)
   end
 end
 
+local back = set_back()
 for _ = 1, tonumber(arg()) do
   local queue = arg()
   if back then set_back_times(queue) end

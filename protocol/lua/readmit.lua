@@ -12,6 +12,17 @@
 -- second that it takes to hand a request back, it leaves it there. Should that worker live all the same, it pushes the id
 -- once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front already.
 -- The caller takes it out of the intermediate list afterwards: no script removes from a list.
+
+--- @include lib/arguments
+--- @include lib/counters
+--- @include lib/history
+--- @include lib/never_refused
+--- @include lib/registries
+--- @include lib/runs
+--- @include lib/to_queue
+
+never_refused()
+
 local reason = arg()
 local answers = {}
 for _ = 1, tonumber(arg()) do

@@ -29,6 +29,31 @@
 -- saves its worker. After an outage or a stall (the pulse is missing, old or from the future) the clocks say
 -- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
 -- Decides by lease and execution, never by RQ's status.
+
+--- @include lib/arguments
+--- @include lib/bury
+--- @include lib/callbacks
+--- @include lib/counters
+--- @include lib/decide
+--- @include lib/detach
+--- @include lib/forget
+--- @include lib/incarnation
+--- @include lib/lease
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/pulse
+--- @include lib/refuse
+--- @include lib/runs
+--- @include lib/served
+--- @include lib/stamps
+--- @include lib/time
+--- @include lib/to_queue
+--- @include lib/to_retries
+--- @include lib/waiters
+
+never_refused()
+
 local incarnation, kind, reason, exception, evidence = arg(), arg(), arg(), arg(), arg()
 local charge, crash, loss, retry, clean = arg(), arg(), arg(), arg(), arg()
 local hang_exception, timeout_ms, pulse_ms, limit = arg(), arg(), arg(), arg()

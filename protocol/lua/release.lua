@@ -19,8 +19,51 @@
 -- A fingerprint is known by queue: a worker of other queues that has the model can never take the request.
 -- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
 -- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
+
+--- @include lib/arguments
+--- @include lib/backoff
+--- @include lib/bury
+--- @include lib/counters
+--- @include lib/credit_progress
+--- @include lib/dates
+--- @include lib/detach
+--- @include lib/forget
+--- @include lib/hint
+--- @include lib/history
+--- @include lib/interrupt
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/refuse
+--- @include lib/registries
+--- @include lib/restart
+--- @include lib/retention
+--- @include lib/serves
+--- @include lib/stamps
+--- @include lib/time
+--- @include lib/to_queue
+--- @include lib/to_retries
+--- @include lib/worker_state
+
+never_refused()
+
 local incarnation, worker, reason, delay, longest, alive_ms = arg(), arg(), arg(), arg(), arg(), arg()
 local max_executions, unable, exception = arg(), arg(), arg()
+
+-- Whether a living worker that serves a queue, by its name or as a priority of another one, has shown a fingerprint.
+local function shown(queue, fingerprint, alive_ms)
+  for _, name in ipairs({ queue, without_priority(queue) }) do
+    local member = name .. ' ' .. fingerprint
+    local seen = redis.call('ZSCORE', KEY.fingerprints, member)
+    if seen and tonumber(seen) > now_ms then
+      redis.call('ZADD', KEY.fingerprints, now_text, member) -- the server's clock was set back
+      return true
+    end
+    if seen and now_ms - tonumber(seen) <= alive_ms then return true end
+  end
+  return false
+end
+
 local rows, answers = {}, {}
 for i = 1, tonumber(arg()) do
   local id, execution, fingerprint = arg(), arg(), arg()

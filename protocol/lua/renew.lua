@@ -6,6 +6,20 @@
 -- EACH request: execution  the caller's execution
 --
 -- Returns  per request 'ok', 'lost', 'cancel' or 'deadline', as progress does
+
+--- @include lib/arguments
+--- @include lib/end_running
+--- @include lib/lease
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/owns
+--- @include lib/refresh
+--- @include lib/refuse
+--- @include lib/show_execution
+--- @include lib/time
+
+never_refused()
+
 local incarnation, lease_ms = arg(), tonumber(arg())
 local answers = {}
 -- For the sweep: how long the leases of this worker are.

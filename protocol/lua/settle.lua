@@ -8,6 +8,14 @@
 -- Returns  'ok', or 'lost' (the job was reaped and may run elsewhere: that holding is not touched)
 --
 -- With result_ttl 0, RQ has deleted the job's hash just before; writing to it would bring it back for ever.
+
+--- @include lib/arguments
+--- @include lib/detach
+--- @include lib/never_refused
+--- @include lib/runs
+
+never_refused()
+
 local incarnation, queue, id, execution = arg(), arg(), arg(), arg()
 unhold(id, execution, incarnation)
 local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder')

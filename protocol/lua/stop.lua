@@ -8,6 +8,14 @@
 --
 -- In a step of its own before that cancel: should the worker be lost in between, whoever ends the request finds
 -- the wish in its status. A cancel that came first keeps its own word.
+
+--- @include lib/arguments
+--- @include lib/never_refused
+--- @include lib/owns
+--- @include lib/refuse
+
+never_refused()
+
 local incarnation = arg()
 local answers = {}
 for _ = 1, tonumber(arg()) do

@@ -9,6 +9,15 @@
 -- Counted by scores, so that ten thousand workers cost as much as one: those whose heart beats, less those whose beats
 -- say that they are not ready. (In this way round, a worker of a release that knows no such set counts too.)
 -- The last call of a sweep: it is a pulse too, and says that the guardian which was asked to sweep has done so.
+
+--- @include lib/arguments
+--- @include lib/never_refused
+--- @include lib/numbers
+--- @include lib/pulse
+--- @include lib/time
+
+never_refused()
+
 local timeout_ms, pulse_ms = tonumber(arg()), tonumber(arg())
 
 local stale = redis.call('ZRANGEBYSCORE', KEY.unready, '-inf', int(now_ms), 'LIMIT', 0, 128)

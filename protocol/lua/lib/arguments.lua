@@ -1,0 +1,5 @@
+local cursor = 0
+local function arg()
+  cursor = cursor + 1
+  return ARGV[cursor]
+end

@@ -1,0 +1,30 @@
+-- One command for many, sent when all members are known: a call of Redis costs a script as much as the work in it.
+-- add(name, ...) collects members of the key `name`; send() runs the command once for each key (for DEL and the like,
+-- which take only names, once).
+local function batch(command)
+  local names, members = {}, {}
+  local calls = {}
+  function calls.add(name, ...)
+    if select('#', ...) == 0 then
+      names[#names + 1] = name
+      return
+    end
+    local list = members[name]
+    if not list then
+      list = {}
+      members[name] = list
+      names[#names + 1] = name
+    end
+    for _, value in ipairs({ ... }) do list[#list + 1] = value end
+  end
+  function calls.send()
+    if #names == 0 then return end
+    if next(members) == nil then
+      redis.call(command, unpack(names))
+    else
+      for _, name in ipairs(names) do redis.call(command, name, unpack(members[name])) end
+    end
+    names, members = {}, {}
+  end
+  return calls
+end

@@ -1,0 +1,17 @@
+--- @include lib/time
+
+local CALLBACKS = { finished = 'success_callback_name', failed = 'failure_callback_name', retried = 'failure_callback_name',
+  stopped = 'stopped_callback_name' }
+
+-- Webhooks and callbacks of RQ's that an end calls for: noted for a worker, one note for each end. A note is what
+-- `last` holds, and the id. Returns whether it was noted.
+local function note_to_tell(id, last)
+  local field = CALLBACKS[string.match(last, ':(%a+)$')]
+  if not field then return false end
+  -- RQ writes '' for a callback that nobody has asked for.
+  local asked = redis.call('HMGET', KEY.job .. id, field, 'webhooks')
+  if (asked[1] or '') == '' and (asked[2] or '') == '' then return false end
+  redis.call('SADD', KEY.notices, last .. ':' .. id)
+  redis.call('EXPIRE', KEY.notices, 7 * DAY)
+  return true
+end

@@ -1,0 +1,112 @@
+--- @include lib/backoff
+--- @include lib/blame
+--- @include lib/bury
+--- @include lib/counters
+--- @include lib/credit_progress
+--- @include lib/dates
+--- @include lib/detach
+--- @include lib/forget
+--- @include lib/hint
+--- @include lib/history
+--- @include lib/interrupt
+--- @include lib/numbers
+--- @include lib/registries
+--- @include lib/retention
+--- @include lib/stamps
+--- @include lib/suspect
+--- @include lib/time
+--- @include lib/to_queue
+--- @include lib/to_retries
+
+-- The one decision after an execution ended without a result; `fail` and `reap` both come here.
+-- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'; 'alone': it counts as
+-- one only for a request that was alone; 'batch': a step raised with others in it, which makes suspects and counts nothing),
+-- loss ('1'), retry ('1'),
+-- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
+-- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
+local function decide(queue, id, execution, incarnation, policy)
+  local name = KEY.job .. id
+  local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel', 'status')
+  local worker, claimed_ms = job[1] or '', number_of(job[2], now_ms)
+  local started = seconds_of(job[2])
+  detach(queue, id, execution, incarnation, worker)
+  if job[3] == '1' or job[4] == 'canceled' or job[4] == 'stopped' then
+    -- Canceled while it ran, by us or by RQ; its end is the cancel that the worker could not confirm.
+    local state = job[4] == 'stopped' and 'stopped' or 'canceled'
+    redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', execution .. ':' .. state)
+    redis.call('HDEL', name, 'cancel')
+    leave_registries(queue, id)
+    redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
+    drop_checkpoint(id)
+    history(id, 'canceled', worker, execution, '0', '', 'its worker ended before it could confirm')
+    share_ttl(id, number_of(redis.call('HGET', name, 'failure_ttl'), 7 * DAY))
+    count('canceled', queue)
+    hint(redis.call('HGET', name, 'client'), id, 'end')
+    return 'canceled'
+  end
+  local moved = credit_progress(id, claimed_ms)
+  local left = number_of(redis.call('HGET', name, 'retries_left'))
+  local verdict, delay = 'retry', 0
+  local charge, batch = policy.charge, policy.crash == 'batch'
+  if policy.retry ~= '1' then verdict = 'bury' end
+  if batch then
+    -- Not an execution either. But whoever was in so many that raised, and has not moved meanwhile, is no innocent bystander:
+    -- one that raises late is cleared each time before it is alone.
+    redis.call('HSET', name, 'executions', int(math.max(0, number_of(redis.call('HGET', name, 'executions')) - 1)))
+    if add(name, 'raised', 1) > policy.max_crashes_total then charge = '1' end
+  end
+  if charge == '1' then
+    add(name, 'attempt', 1)
+    if left < 1 then
+      verdict = 'bury'
+    else
+      add(name, 'retries_left', -1)
+      local all = number_of(redis.call('HGET', name, 'max_retries'), left)
+      delay = backoff(id, math.max(1, all - left + 1), policy.base, policy.cap)
+    end
+  end
+  -- One loss without evidence accuses nobody; a crash does, and so does a second loss without progress.
+  local accused, alone = policy.crash == '1' or batch, policy.flight <= 1
+  if policy.loss == '1' then
+    local losses = add(name, 'losses', 1)
+    -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
+    if losses > 1 then
+      accused = true
+      if alone then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
+    end
+  end
+  if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
+  local reason = policy.reason
+  -- Without evidence, one that has moved by more than a checkpoint is taken for a victim: kill -9 may come at any time.
+  if alone and (policy.crash == '1' or policy.crash == 'alone' and not moved) then
+    local crashes = add(name, 'crashes', 1)
+    -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
+    if policy.crash == '1' then delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap)) end
+    if crashes >= policy.max_crashes then
+      verdict = 'bury'
+      reason = reason .. '; this request was alone with each of ' .. int(crashes) .. ' workers that ended so, without progress'
+    end
+  end
+  local executions = number_of(redis.call('HGET', name, 'executions'))
+  if executions >= policy.max_executions then verdict = 'bury' end
+  if verdict == 'bury' then
+    bury(queue, id, execution, worker, started, policy.kind, reason, policy.exception, policy.evidence)
+    return 'failed'
+  end
+  local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
+  redis.call('HSET', name, 'execution', '', 'last', execution .. ':retried')
+  interrupt(id, execution, worker, policy.kind, claimed_ms, policy.taken)
+  count('again:' .. queue, policy.kind)
+  if BLAMED[policy.kind] then blame(id, worker, incarnation) end
+  if accused then suspect(id, execution, worker, policy.flight, offset, policy.kind) end
+  if delay == 0 then
+    history(id, 'redelivered', worker, execution, offset, policy.kind, policy.reason, policy.evidence)
+    count('redelivered', queue)
+    to_front(queue, id)
+    return 'queued'
+  end
+  history(id, 'retry', worker, execution, offset, policy.kind, policy.reason, policy.evidence)
+  count('retried', queue)
+  to_retries(queue, id, delay)
+  return 'scheduled'
+end

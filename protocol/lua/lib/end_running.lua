@@ -1,0 +1,19 @@
+--- @include lib/bury
+--- @include lib/detach
+--- @include lib/late
+--- @include lib/numbers
+--- @include lib/stamps
+--- @include lib/time
+--- @include lib/worker_state
+
+-- End a held request whose deadline (as its hash has it) has passed. Returns whether it was so.
+local function end_running(queue, id, execution, incarnation, deadline, counted_from)
+  if counted_from and set_deadlines_back(id, counted_from) then deadline = redis.call('HGET', KEY.job .. id, 'deadline') end
+  if not deadline or number_of(deadline, now_ms + 1) > now_ms then return false end
+  local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
+  local started = seconds_of(redis.call('HGET', KEY.job .. id, 'claimed'))
+  detach(queue, id, execution, incarnation, worker)
+  bury(queue, id, execution, worker, started, 'DEADLINE', 'its deadline passed while it ran', LATE)
+  show_state(worker, incarnation)
+  return true
+end

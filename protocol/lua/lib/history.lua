@@ -1,0 +1,29 @@
+--- @include lib/numbers
+--- @include lib/time
+
+-- What ends an execution is told with what is known of it: `claimed:seq:at`, the ms of its claim, and number and ms of
+-- the checkpoint that it leaves. Nobody else keeps the times of earlier executions.
+local ENDS = { redelivered = true, retry = true, released = true, failed = true, canceled = true, stopped = true, finished = true }
+
+local function course(id)
+  local claimed = redis.call('HGET', KEY.job .. id, 'claimed')
+  local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'at')
+  return table.concat({ int(number_of(claimed)), int(number_of(point[1])), int(number_of(point[2])) }, ':')
+end
+
+-- One line of a request's history: tab-separated, so that redis-cli shows it as it is. Two more columns stand behind the
+-- reason if there is something in them: the course of an execution that ended, and what the dead left behind (stacks).
+-- A reader of an older release takes them for a part of the reason. at: ms, if it was not just now.
+local function history(id, event, worker, execution, offset, kind, reason, evidence, at)
+  local plain = string.gsub(string.sub(reason or '', 1, 500), '[\t\r\n]', ' ')
+  local name = KEY.history .. id
+  local line = { at or now_text, event, worker or '', execution or '', offset or '0', kind or '', plain }
+  if ENDS[event] and line[4] ~= '' then line[8] = course(id) end
+  if (evidence or '') ~= '' then
+    line[8] = line[8] or ''
+    line[9] = evidence
+  end
+  redis.call('RPUSH', name, table.concat(line, '\t'))
+  redis.call('LTRIM', name, -200, -1)
+  redis.call('EXPIRE', name, DAY)
+end

@@ -1,0 +1,24 @@
+--- @include lib/counters
+--- @include lib/numbers
+--- @include lib/time
+
+-- Whether an incarnation was declared dead. It then holds nothing and may claim nothing.
+local function reaped(incarnation)
+  return redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
+end
+
+-- A worker that leaves in order is no loss, from the moment that it is told to. Only one that has been ready for a heartbeat
+-- timeout can have been counted among the peaks (recovery/degradation.py); the next declaration must have seen that there
+-- are fewer.
+local function expect_one_less(incarnation, timeout_ms)
+  local record = KEY.incarnation .. incarnation
+  if redis.call('HSETNX', record, 'leaving_at', int(now_ms)) == 0 then return end
+  local ready_at = number_of(redis.call('HGET', record, 'ready_at'))
+  local peaks = redis.call('HGET', KEY.mode, 'peaks')
+  if ready_at == 0 or now_ms - ready_at < timeout_ms or not peaks then return end
+  local fewer = string.gsub(peaks, '(%d+):(%d+)', function(span, number)
+    return span .. ':' .. int(math.max(0, number_of(number) - 1))
+  end)
+  redis.call('HSET', KEY.mode, 'peaks', fewer)
+  add(KEY.mode, 'version', 1)
+end

@@ -1,0 +1,37 @@
+--- @include lib/forget
+--- @include lib/numbers
+--- @include lib/ring
+--- @include lib/settle_canceled
+--- @include lib/time
+--- @include lib/to_queue
+
+-- Move due retries, and delayed requests whose time has come, to the back of their queue: they neither overtake fresh work nor starve behind it.
+-- Returns how many were looked at, at most `limit`, and how many were moved.
+local function promote(queue, limit)
+  if limit < 1 then return 0, 0 end
+  local due = redis.call('ZRANGEBYSCORE', KEY.retries .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
+  local moved = 0
+  for _, id in ipairs(due) do
+    redis.call('ZREM', KEY.retries .. queue, id)
+    -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves. Any other status
+    -- is for display: a stale writer's must not lose the request, and the claim that pops it knows better.
+    local job = redis.call('HMGET', KEY.job .. id, 'status', 'origin')
+    local status = job[1]
+    if not status then
+      forget(id)
+    elseif job[2] ~= queue then
+      -- It was deleted, and its id used again in another queue, where it has a place of its own.
+    elseif status == 'canceled' or status == 'stopped' then
+      settle_canceled(id)
+    else
+      if status == 'scheduled' then
+        to_back(queue, id)
+      else
+        redis.call('RPUSH', KEY.queue .. queue, id)
+      end
+      moved = moved + 1
+    end
+  end
+  if moved > 0 then ring(queue) end
+  return #due, moved
+end

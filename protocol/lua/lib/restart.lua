@@ -1,0 +1,17 @@
+--- @include lib/counters
+--- @include lib/forget
+--- @include lib/history
+
+-- A request starts from zero: a new epoch, so that a reader knows the old outputs from the new ones.
+local function restart(id, reason, execution)
+  local name = KEY.job .. id
+  local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset')
+  local had = offset or redis.call('EXISTS', KEY.output .. id) == 1
+  redis.call('DEL', KEY.output .. id)
+  drop_checkpoint(id)
+  if not had then return end
+  redis.call('HDEL', name, 'best_offset', 'best_seq')
+  add(name, 'epoch', 1)
+  history(id, 'restart', '', execution or '', offset or '0', '', reason)
+  count('restarts', redis.call('HGET', name, 'origin') or '')
+end

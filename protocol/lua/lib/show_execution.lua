@@ -1,0 +1,18 @@
+--- @include lib/numbers
+--- @include lib/stamps
+--- @include lib/time
+
+-- RQ's record of an execution and what leads to it, for its viewers and its stop commands, once and if it is missing.
+-- since: ms of the claim. It lives for an hour, renewed by heartbeats, so that RQ's own clean-up is a dead man's switch.
+local function show_execution(id, execution, worker, since)
+  local composite = id .. ':' .. execution
+  local name = KEY.execution .. composite
+  if redis.call('EXISTS', name) == 1 then return end
+  redis.call('HSET', name, 'id', execution, 'job_id', id, 'created_at', seconds_of(since) or timestamp(),
+    'last_heartbeat', timestamp(), 'worker_name', worker)
+  redis.call('EXPIRE', name, HOUR + 60)
+  redis.call('ZADD', KEY.executions .. id, int(now_s + HOUR + 60), execution)
+  redis.call('EXPIRE', KEY.executions .. id, HOUR + 60)
+  redis.call('SADD', KEY.worker .. worker .. ':executions', composite)
+  redis.call('EXPIRE', KEY.worker .. worker .. ':executions', HOUR + 60)
+end

@@ -1,0 +1,6 @@
+-- RQ shows a worker as busy while it holds something. HSET must not bring back a deleted worker.
+local function show_state(worker, incarnation)
+  if worker == '' or redis.call('EXISTS', KEY.worker .. worker) == 0 then return end
+  local busy = redis.call('EXISTS', KEY.held .. incarnation) == 1
+  redis.call('HSET', KEY.worker .. worker, 'state', busy and 'busy' or 'idle')
+end
