@@ -151,7 +151,7 @@ def linked(name: str, folder: Traversable) -> str:
     Raises :class:`IncludeError`.
     """
     code = "".join(_COMMENT.sub("", text) for text in _in_order(name, folder, [], {}).values())
-    keys = set(re.findall(r"\bKEY\.(\w+)", code)) | (_BY_VERDICT if "KEY[" in code else set())
+    keys = set(re.findall(r"\bKEY\.(\w+)", code))
     rows = ", ".join(f"{name} = '{value}'" for name, value in NAMES.items() if name in keys)
     late = f"local LATE = '{pack_exception(_LATE)}'\n" if re.search(r"\bLATE\b", code) else ""
     return f"local KEY = {{ {rows} }}\n{late}{code}"
@@ -181,8 +181,6 @@ def _in_order(name: str, folder: Traversable, way: list[str], found: dict[str, s
 
 _INCLUDE = re.compile(r"^--- @include (\S+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^ *--.*\n|^\n", re.MULTILINE)
-_BY_VERDICT = {"finished", "failed", "canceled"}
-"""The registries that scripts look up by a request's verdict: ``KEY[verdict]``."""
 _LATE = "DEADLINE: the deadline passed before the request ended"
 """What RQ's result stream holds of a missed deadline: the scripts end such a request, and cannot compress."""
 

@@ -89,6 +89,11 @@ def written() -> Iterator[tuple[str, str]]:
                     assert field in ("field",), (script, name, field)
                     continue
                 yield found, literal
+        for match in re.finditer(r"(?<!function )mark_ended\(", source):
+            for field in split(source[match.end() :])[3::2]:
+                literal = _literal(field)
+                assert literal, (script, field)
+                yield "job", literal
     enqueue = sources()["enqueue"]
     for table in re.finditer(r"kind\.fields = \{", enqueue):
         for field in split(enqueue[table.end() :])[::2]:

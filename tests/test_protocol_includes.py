@@ -56,12 +56,12 @@ def test_a_file_includes_what_it_uses_and_nothing_else(name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("--- @include lib/registries\n", ""),
-        ("--- @include lib/registries\n", "--- @include lib/registries\n--- @include lib/restart\n"),
-        ("--- @include lib/registries\n", "--- @include lib/registries\n--- @include lib/registries\n"),
+        ("--- @include lib/detach\n", ""),
+        ("--- @include lib/detach\n", "--- @include lib/detach\n--- @include lib/restart\n"),
+        ("--- @include lib/detach\n", "--- @include lib/detach\n--- @include lib/detach\n"),
         ("local answers = {}", "local answers = {}\nlocal function never() restart(answers) end"),
         ("local answers = {}", "local answers = {}\nlocal function never() anwsers = {} end"),
-        ("    local aside = leave_registries(queue, id)", "    local aside = '' -- leave_registries(queue, id)"),
+        ("then detach(queue, id, execution, incarnation, worker) end", "then --[[detach]] (queue or id)() end"),
     ],
 )
 def test_an_include_too_many_or_too_few_is_noticed(old, new):

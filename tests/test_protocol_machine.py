@@ -512,8 +512,8 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "a reaped request keeps its lease": {
         "lib/decide": (
-            "detach(queue, id, execution, incarnation, worker)\n  if job[3] == '1' or",
-            "if job[3] == '1' or",
+            "detach(queue, id, execution, incarnation, worker)\n  if cancel_asked(",
+            "if cancel_asked(",
         )
     },
     "nobody is preferred": {"claim": ("if not failed_there(job.failed_on, here) then", "if true then")},

@@ -723,7 +723,10 @@ def test_a_canceled_request_is_not_tried_again(pool: Pool, hand: Hand, end: str)
         assert hand.release(claim) == ["canceled"]
     else:
         assert [item.outcome for item in pool.reap(hand.incarnation)] == ["canceled", "gone"]
-    assert pool.status("a") is State.CANCELED
+    record = pool.store.fetch("a")
+    assert record
+    assert record.status is State.CANCELED
+    assert not record.canceling
     assert hand.claim().claims == []
 
 

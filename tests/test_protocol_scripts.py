@@ -84,6 +84,7 @@ def test_a_script_uses_only_what_old_servers_and_fakeredis_have(name):
     source = re.sub(r"--[^\n]*", "", scripts.load(name).source)
     for forbidden in ("cmsgpack", "cjson", "os.date", "LMPOP", "'KEYS'", "'SCAN'", "'LREM'", "#!lua"):
         assert forbidden not in source
+    assert "KEY[" not in source, "of KEY a script has the names that are spelled in it: KEY.job"
 
 
 def test_a_missing_and_an_unknown_argument_are_refused():

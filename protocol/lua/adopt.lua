@@ -23,8 +23,8 @@
 --- @include lib/history
 --- @include lib/never_refused
 --- @include lib/owns
---- @include lib/refuse
 --- @include lib/to_queue
+--- @include lib/void
 --- @include lib/worker_state
 
 never_refused()

@@ -41,15 +41,15 @@
 --- @include lib/batch
 --- @include lib/begin_anew
 --- @include lib/bounced
---- @include lib/bury
 --- @include lib/counters
 --- @include lib/dates
 --- @include lib/detach
+--- @include lib/end_if_late
+--- @include lib/ended
 --- @include lib/enqueued_again
 --- @include lib/forget
 --- @include lib/history
---- @include lib/incarnation
---- @include lib/late
+--- @include lib/is_canceled
 --- @include lib/lease
 --- @include lib/mode
 --- @include lib/never_refused
@@ -57,7 +57,7 @@
 --- @include lib/owns
 --- @include lib/places
 --- @include lib/promote
---- @include lib/refuse
+--- @include lib/reaped
 --- @include lib/registries
 --- @include lib/restart
 --- @include lib/ring
@@ -68,7 +68,8 @@
 --- @include lib/stale
 --- @include lib/time
 --- @include lib/to_queue
---- @include lib/verdicts
+--- @include lib/verdict
+--- @include lib/void
 --- @include lib/worker_state
 
 never_refused()
@@ -204,7 +205,7 @@ local function runnable(id, queue)
     return nil
   end
   local runs_now = job.execution and runs(id, job.execution, job.holder)
-  local verdict = string.match(job.last or '', ':(%a+)$')
+  local verdict = verdict_of(job.last)
   local registry = ENDED[verdict]
   -- It ended while it waited here; what became of it stands in its history. (If it was deleted, and its id used again, the
   -- mark is of another one: that a request ended without an execution stands in its last verdict.)
@@ -213,9 +214,8 @@ local function runnable(id, queue)
     count('dropped', queue)
     return nil
   end
-  local stands = registry and redis.call('ZSCORE', KEY[registry] .. queue, id)
   local again = (job.claimed or registry or job.started_at) and enqueued_again(job)
-  if registry and not stands then again = 'same' end -- RQ's requeue took it out
+  if registry and not stands_ended(queue, id, verdict) then again = 'same' end -- RQ's requeue took it out
   if runs_now then
     if not again then
       dropped(id, queue, 'it runs already')
@@ -236,7 +236,7 @@ local function runnable(id, queue)
       redis.call('HDEL', name, 'last')
       leave_registries(queue, id)
     end
-    if job.status == 'canceled' or job.status == 'stopped' then
+    if is_canceled(job.status) then
       count('dropped', queue)
       return nil
     end
@@ -251,15 +251,13 @@ local function runnable(id, queue)
     end
     begin_anew(id, queue, verdict)
     job = read_job(name)
-  elseif job.status == 'canceled' or job.status == 'stopped' then
+  elseif is_canceled(job.status) then
     settle_canceled(id)
     count('dropped', queue)
     return nil
   end
   if job.deadline or job.queue_deadline then
-    local reason = late(id)
-    if reason then
-      bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
+    if end_if_late(queue, id) then
       redis.call('ZREM', KEY.ended .. queue, id) -- its entry is the one that is met here
       return nil
     end
@@ -283,7 +281,7 @@ local function read_living()
   for _, other in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf', 'LIMIT', 0, 128)) do
     local record = other ~= incarnation and redis.call('HMGET', KEY.incarnation .. other, 'ready', 'queues', 'worker')
     if record and record[1] == '1' then
-      found[#found + 1] = { names = ',' .. (record[2] or '') .. ',', place = where(other, record[3] or ''),
+      found[#found + 1] = { queues = record[2] or '', place = where(other, record[3] or ''),
         empty = redis.call('EXISTS', KEY.held .. other) == 0 }
     end
   end
@@ -299,12 +297,8 @@ local function passed_over(id, queue, suspects, job)
   local waited = job.passed_at and now_ms - number_of(job.passed_at) or 0
   if waited < 0 or waited >= 2000 then return false end
   living = living or read_living()
-  -- A heartbeat names queues without their priorities.
-  local plain = without_priority(queue)
   for _, other in ipairs(living) do
-    local serves = string.find(other.names, ',' .. listed(queue) .. ',', 1, true)
-      or string.find(other.names, ',' .. listed(plain) .. ',', 1, true)
-    if serves and (other.empty or not suspects) and not failed_there(job.failed_on, other.place) then
+    if serves(other.queues, queue) and (other.empty or not suspects) and not failed_there(job.failed_on, other.place) then
       -- Once: the other is woken now, and this one is not to be woken by its own bell until then.
       if redis.call('HSETNX', name, 'passed_at', now_text) == 1 then ring(queue) end
       return true

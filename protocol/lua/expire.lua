@@ -11,17 +11,18 @@
 -- checkpoint in the same way.
 
 --- @include lib/arguments
+--- @include lib/ended
 --- @include lib/forget
+--- @include lib/is_canceled
+--- @include lib/keep_requeued
 --- @include lib/never_refused
 --- @include lib/numbers
 --- @include lib/pages
---- @include lib/requeued
 --- @include lib/restart
 --- @include lib/runs
 --- @include lib/settle_canceled
 --- @include lib/stale
 --- @include lib/time
---- @include lib/verdicts
 
 never_refused()
 
@@ -53,7 +54,7 @@ local function tidy(name, queue)
     if not job[1] then
       redis.call('ZREM', name .. queue, id)
       forget(id)
-    elseif name == KEY.canceled and (job[2] == 'canceled' or job[2] == 'stopped') and not runs(id, job[3], job[4]) then
+    elseif name == KEY.canceled and is_canceled(job[2]) and not runs(id, job[3], job[4]) then
       settle_canceled(id) -- RQ's Job.cancel takes it out of its list: no claim would meet it
     end
   end

@@ -24,7 +24,7 @@
 --- @include lib/decide
 --- @include lib/never_refused
 --- @include lib/owns
---- @include lib/refuse
+--- @include lib/refuse_end
 --- @include lib/worker_state
 
 never_refused()
@@ -38,11 +38,7 @@ for _ = 1, tonumber(arg()) do
   local charge, crash, loss, retry = arg(), arg(), arg(), arg()
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin', 'started_at')
   if not owns(id, execution, job[1], job[4]) then
-    if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
-      answers[#answers + 1] = 'already'
-    else
-      answers[#answers + 1] = refuse(id, execution, incarnation, job[3] or nil)
-    end
+    answers[#answers + 1] = refuse_end(id, execution, incarnation, job[3] or nil, job[2])
   else
     answers[#answers + 1] = decide(job[3], id, execution, incarnation, {
       kind = kind, reason = reason, exception = exception, charge = charge, crash = crash, loss = loss, retry = retry,

@@ -21,13 +21,14 @@
 
 --- @include lib/arguments
 --- @include lib/counters
---- @include lib/dates
 --- @include lib/forget
 --- @include lib/hint
+--- @include lib/mark_ended
 --- @include lib/never_refused
 --- @include lib/numbers
 --- @include lib/owns
 --- @include lib/refuse
+--- @include lib/registries
 --- @include lib/results
 --- @include lib/retention
 --- @include lib/stamps
@@ -41,9 +42,6 @@ local incarnation, worker = arg(), arg()
 local answers, ended, worked = {}, 0, 0
 local queues, ids_of, done, marks = {}, {}, {}, {}
 local held, gone, traces = {}, {}, {}
-
--- Registries in which an id may stand when its request ends.
-local REGISTRIES = { KEY.leases, KEY.failed, KEY.canceled, KEY.scheduled, KEY.deferred, KEY.retries, KEY.deadlines, KEY.suspects }
 
 for _ = 1, tonumber(arg()) do
   local id, execution, offset, outputs, blob, result, seconds = arg(), arg(), arg(), arg(), arg(), arg(), arg()
@@ -71,7 +69,7 @@ for _ = 1, tonumber(arg()) do
       answers[#answers + 1] = 'gap ' .. int(have)
     else
       local queue, ttl, composite = job[3], number_of(job[5], DAY), id .. ':' .. execution
-      redis.call('HSET', name, 'status', 'finished', 'ended_at', utc(), 'execution', '', 'last', execution .. ':finished')
+      mark_ended(id, execution, 'finished')
       if job[7] then redis.call('HDEL', name, 'cancel') end
       add_result(id, '1', worker, execution, seconds_of(job[6]), 'return_value', result)
       if not fresh then drop_checkpoint(id) end
@@ -102,7 +100,8 @@ for _ = 1, tonumber(arg()) do
   end
 end
 for _, queue in ipairs(queues) do
-  for _, registry in ipairs(REGISTRIES) do redis.call('ZREM', registry .. queue, unpack(ids_of[queue])) end
+  leave_registries(queue, unpack(ids_of[queue]))
+  redis.call('ZREM', KEY.leases .. queue, unpack(ids_of[queue]))
   redis.call('ZREM', KEY.wip .. queue, unpack(marks[queue]))
   redis.call('ZADD', KEY.finished .. queue, unpack(done[queue]))
   count('finished', queue, #ids_of[queue])

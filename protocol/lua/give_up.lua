@@ -16,6 +16,7 @@
 
 --- @include lib/arguments
 --- @include lib/bury
+--- @include lib/ended
 --- @include lib/enqueued_again
 --- @include lib/never_refused
 --- @include lib/numbers
@@ -23,7 +24,7 @@
 --- @include lib/runs
 --- @include lib/serves
 --- @include lib/time
---- @include lib/verdicts
+--- @include lib/verdict
 
 never_refused()
 
@@ -35,13 +36,9 @@ for _ = 1, tonumber(arg()) do
   named[incarnation] = true
 end
 
-local plain = without_priority(queue)
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, '(' .. now_text, '+inf')) do
   local record = redis.call('HMGET', KEY.incarnation .. incarnation, 'queues', 'ready', 'unable')
-  local names = ',' .. (record[1] or '') .. ','
-  local serves = string.find(names, ',' .. listed(queue) .. ',', 1, true)
-    or string.find(names, ',' .. listed(plain) .. ',', 1, true)
-  if serves and record[2] ~= 'spare' and record[2] ~= 'leaving' then
+  if serves(record[1] or '', queue) and record[2] ~= 'spare' and record[2] ~= 'leaving' then
     local says = string.find('\n' .. (record[3] or ''), '\n' .. task .. '\t', 1, true)
     if not (named[incarnation] and says) then return '-1' end
   end
@@ -51,7 +48,7 @@ local ended = 0
 local function end_those(ids)
   for _, id in ipairs(ids) do
     local job = redis.call('HMGET', KEY.job .. id, 'task', 'execution', 'holder', 'last', 'status')
-    local over = ENDED[string.match(job[4] or '', ':(%a+)$')] or ENDED[job[5] or '']
+    local over = ENDED[verdict_of(job[4])] or ENDED[job[5] or '']
     if job[1] == task and not over and not runs(id, job[2], job[3]) and enqueued_again(read_dates(id)) ~= 'new' then
       bury(queue, id, '', '', nil, kind, reason, exception)
       ended = ended + 1

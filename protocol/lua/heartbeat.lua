@@ -34,9 +34,10 @@
 
 --- @include lib/arguments
 --- @include lib/dates
---- @include lib/incarnation
+--- @include lib/expect_one_less
 --- @include lib/never_refused
 --- @include lib/numbers
+--- @include lib/reaped
 --- @include lib/schema
 --- @include lib/served
 --- @include lib/time

@@ -28,6 +28,7 @@
 
 --- @include lib/arguments
 --- @include lib/batch
+--- @include lib/cancel_asked
 --- @include lib/chunks
 --- @include lib/end_running
 --- @include lib/hint
@@ -79,7 +80,7 @@ for place = 1, tonumber(arg()) do
     'worker_name', 'claimed', 'started_at', 'counted_from')
   if not owns(id, execution, job[1], job[11]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
-  elseif job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped' then
+  elseif cancel_asked(job[3], job[2]) then
     leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
     answers[#answers + 1] = 'cancel'
   else

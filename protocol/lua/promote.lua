@@ -13,16 +13,17 @@
 -- One that was given as a date stays. So nothing is late by more than it was to wait at first.
 
 --- @include lib/arguments
---- @include lib/bury
+--- @include lib/end_if_late
+--- @include lib/ended
 --- @include lib/enqueued_again
 --- @include lib/forget
---- @include lib/late
+--- @include lib/keep_requeued
 --- @include lib/lease
 --- @include lib/never_refused
 --- @include lib/numbers
 --- @include lib/pages
 --- @include lib/promote
---- @include lib/requeued
+--- @include lib/set_deadlines_back
 --- @include lib/time
 --- @include lib/watch_deadline
 
@@ -44,16 +45,10 @@ local function end_late(queue, limit)
   for _, id in ipairs(due) do
     redis.call('ZREM', KEY.deadlines .. queue, id)
     local job = redis.call('HMGET', KEY.job .. id, 'status', 'execution')
-    local waits = job[1] ~= 'finished' and job[1] ~= 'failed' and job[1] ~= 'canceled' and job[1] ~= 'stopped'
     if not job[1] then
       forget(id)
-    elseif waits and (job[2] or '') == '' and enqueued_again(read_dates(id)) ~= 'new' then
-      local reason = late(id)
-      if reason then
-        bury(queue, id, '', '', nil, 'DEADLINE', reason, LATE)
-      else
-        watch_deadline(queue, id)
-      end
+    elseif not ENDED[job[1]] and (job[2] or '') == '' and enqueued_again(read_dates(id)) ~= 'new' then
+      if not end_if_late(queue, id) then watch_deadline(queue, id) end
     end
   end
   return #due

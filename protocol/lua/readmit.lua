@@ -15,11 +15,14 @@
 
 --- @include lib/arguments
 --- @include lib/counters
+--- @include lib/ended
 --- @include lib/history
+--- @include lib/is_canceled
 --- @include lib/never_refused
 --- @include lib/registries
 --- @include lib/runs
 --- @include lib/to_queue
+--- @include lib/verdict
 
 never_refused()
 
@@ -43,10 +46,10 @@ for _ = 1, tonumber(arg()) do
       redis.call('DEL', KEY.execution .. composite)
       redis.call('ZREM', KEY.executions .. id, execution)
     end
-    local verdict = string.match(job[4] or '', ':(%a+)$')
-    if verdict == 'finished' or verdict == 'failed' or verdict == 'canceled' or verdict == 'stopped' then
-      if redis.call('ZSCORE', KEY[verdict == 'stopped' and 'canceled' or verdict] .. queue, id) then answer = 'ended' end
-    elseif job[5] == 'canceled' or job[5] == 'stopped' then
+    local verdict = verdict_of(job[4])
+    if ENDED[verdict] then
+      if stands_ended(queue, id, verdict) then answer = 'ended' end
+    elseif is_canceled(job[5]) then
       answer = 'ended'
     end
     if answer == 'queued' and redis.call('LPOS', KEY.queue .. queue, id, 'MAXLEN', 1000) then answer = 'already' end

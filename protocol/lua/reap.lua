@@ -36,20 +36,20 @@
 --- @include lib/counters
 --- @include lib/decide
 --- @include lib/detach
+--- @include lib/expect_one_less
 --- @include lib/forget
---- @include lib/incarnation
 --- @include lib/lease
 --- @include lib/never_refused
 --- @include lib/numbers
 --- @include lib/owns
 --- @include lib/pulse
---- @include lib/refuse
 --- @include lib/runs
 --- @include lib/served
 --- @include lib/stamps
 --- @include lib/time
 --- @include lib/to_queue
 --- @include lib/to_retries
+--- @include lib/void
 --- @include lib/waiters
 
 never_refused()

@@ -23,21 +23,18 @@
 --- @include lib/arguments
 --- @include lib/backoff
 --- @include lib/bury
+--- @include lib/cancel_asked
 --- @include lib/counters
 --- @include lib/credit_progress
---- @include lib/dates
 --- @include lib/detach
---- @include lib/forget
---- @include lib/hint
+--- @include lib/end_canceled
 --- @include lib/history
 --- @include lib/interrupt
 --- @include lib/never_refused
 --- @include lib/numbers
 --- @include lib/owns
---- @include lib/refuse
---- @include lib/registries
+--- @include lib/refuse_end
 --- @include lib/restart
---- @include lib/retention
 --- @include lib/serves
 --- @include lib/stamps
 --- @include lib/time
@@ -72,25 +69,13 @@ end
 for i = #rows, 1, -1 do
   local id, execution, fingerprint = rows[i][1], rows[i][2], rows[i][3]
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'executions', 'failure_ttl', 'client', 'status', 'started_at')
+  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'status', 'started_at')
   local queue = job[3] or ''
-  if not owns(id, execution, job[1], job[9]) then
-    if job[2] and string.sub(job[2], 1, #execution + 1) == execution .. ':' then
-      answers[i] = 'already'
-    else
-      answers[i] = refuse(id, execution, incarnation, job[3] or nil)
-    end
-  elseif job[4] == '1' or job[8] == 'canceled' or job[8] == 'stopped' then
+  if not owns(id, execution, job[1], job[6]) then
+    answers[i] = refuse_end(id, execution, incarnation, job[3] or nil, job[2])
+  elseif cancel_asked(job[4], job[5]) then
     detach(queue, id, execution, incarnation, worker)
-    local state = job[8] == 'stopped' and 'stopped' or 'canceled'
-    redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', execution .. ':' .. state)
-    leave_registries(queue, id)
-    redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
-    drop_checkpoint(id)
-    history(id, 'canceled', worker, execution, '0', '', reason)
-    share_ttl(id, number_of(job[6], 7 * DAY))
-    count('canceled', queue)
-    hint(job[7], id, 'end')
+    end_canceled(queue, id, execution, worker, job[5], reason, 'canceled')
     answers[i] = 'canceled'
   else
     local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'

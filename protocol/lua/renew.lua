@@ -8,6 +8,7 @@
 -- Returns  per request 'ok', 'lost', 'cancel' or 'deadline', as progress does
 
 --- @include lib/arguments
+--- @include lib/cancel_asked
 --- @include lib/end_running
 --- @include lib/lease
 --- @include lib/never_refused
@@ -41,8 +42,7 @@ for _ = 1, tonumber(arg()) do
       redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
       refresh(id)
     end
-    local stopped = job[3] == '1' or job[2] == 'canceled' or job[2] == 'stopped'
-    if stopped then
+    if cancel_asked(job[3], job[2]) then
       answers[#answers + 1] = 'cancel'
     else
       answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[5], job[10]) and 'deadline' or 'ok'

@@ -1,8 +1,8 @@
 --- @include lib/counters
 --- @include lib/forget
 --- @include lib/history
+--- @include lib/live_again
 --- @include lib/registries
---- @include lib/requeued
 
 -- Somebody has put a request that has ended into its queue again: everything starts anew but the checkpoint.
 local function begin_anew(id, queue, verdict)

@@ -1,8 +1,8 @@
 --- @include lib/counters
---- @include lib/dates
 --- @include lib/end_waiting
 --- @include lib/hint
 --- @include lib/history
+--- @include lib/mark_ended
 --- @include lib/numbers
 --- @include lib/registries
 --- @include lib/results
@@ -11,13 +11,11 @@
 
 -- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
 local function bury(queue, id, execution, worker, started, kind, reason, exception, evidence)
-  local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'failure_ttl', 'client')
+  local job = redis.call('HMGET', KEY.job .. id, 'failure_ttl', 'client')
   local ttl = number_of(job[1], 7 * DAY)
   local aside = leave_registries(queue, id)
   if execution == '' then end_waiting(queue, id, aside) end
-  redis.call('HSET', name, 'status', 'failed', 'ended_at', utc(), 'execution', '', 'last', (execution ~= '' and execution or '-') .. ':failed',
-    'error_kind', kind, 'error_reason', reason)
+  mark_ended(id, execution, 'failed', 'error_kind', kind, 'error_reason', reason)
   redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
   add_result(id, '2', worker, execution, started, 'exc_string', exception)
   history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason, evidence)

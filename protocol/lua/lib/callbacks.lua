@@ -1,12 +1,12 @@
 --- @include lib/time
-
-local CALLBACKS = { finished = 'success_callback_name', failed = 'failure_callback_name', retried = 'failure_callback_name',
-  stopped = 'stopped_callback_name' }
+--- @include lib/verdict
 
 -- Webhooks and callbacks of RQ's that an end calls for: noted for a worker, one note for each end. A note is what
 -- `last` holds, and the id. Returns whether it was noted.
 local function note_to_tell(id, last)
-  local field = CALLBACKS[string.match(last, ':(%a+)$')]
+  local callbacks = { finished = 'success_callback_name', failed = 'failure_callback_name', retried = 'failure_callback_name',
+    stopped = 'stopped_callback_name' }
+  local field = callbacks[verdict_of(last)]
   if not field then return false end
   -- RQ writes '' for a callback that nobody has asked for.
   local asked = redis.call('HMGET', KEY.job .. id, field, 'webhooks')

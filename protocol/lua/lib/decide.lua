@@ -1,17 +1,14 @@
 --- @include lib/backoff
 --- @include lib/blame
 --- @include lib/bury
+--- @include lib/cancel_asked
 --- @include lib/counters
 --- @include lib/credit_progress
---- @include lib/dates
 --- @include lib/detach
---- @include lib/forget
---- @include lib/hint
+--- @include lib/end_canceled
 --- @include lib/history
 --- @include lib/interrupt
 --- @include lib/numbers
---- @include lib/registries
---- @include lib/retention
 --- @include lib/stamps
 --- @include lib/suspect
 --- @include lib/time
@@ -30,18 +27,8 @@ local function decide(queue, id, execution, incarnation, policy)
   local worker, claimed_ms = job[1] or '', number_of(job[2], now_ms)
   local started = seconds_of(job[2])
   detach(queue, id, execution, incarnation, worker)
-  if job[3] == '1' or job[4] == 'canceled' or job[4] == 'stopped' then
-    -- Canceled while it ran, by us or by RQ; its end is the cancel that the worker could not confirm.
-    local state = job[4] == 'stopped' and 'stopped' or 'canceled'
-    redis.call('HSET', name, 'status', state, 'ended_at', utc(), 'execution', '', 'last', execution .. ':' .. state)
-    redis.call('HDEL', name, 'cancel')
-    leave_registries(queue, id)
-    redis.call('ZADD', KEY.canceled .. queue, int(now_s), id)
-    drop_checkpoint(id)
-    history(id, 'canceled', worker, execution, '0', '', 'its worker ended before it could confirm')
-    share_ttl(id, number_of(redis.call('HGET', name, 'failure_ttl'), 7 * DAY))
-    count('canceled', queue)
-    hint(redis.call('HGET', name, 'client'), id, 'end')
+  if cancel_asked(job[3], job[4]) then
+    end_canceled(queue, id, execution, worker, job[4], 'its worker ended before it could confirm', 'canceled')
     return 'canceled'
   end
   local moved = credit_progress(id, claimed_ms)

@@ -1,7 +1,7 @@
 --- @include lib/bury
 --- @include lib/detach
---- @include lib/late
 --- @include lib/numbers
+--- @include lib/set_deadlines_back
 --- @include lib/stamps
 --- @include lib/time
 --- @include lib/worker_state

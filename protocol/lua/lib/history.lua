@@ -1,10 +1,8 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- What ends an execution is told with what is known of it: `claimed:seq:at`, the ms of its claim, and number and ms of
--- the checkpoint that it leaves. Nobody else keeps the times of earlier executions.
-local ENDS = { redelivered = true, retry = true, released = true, failed = true, canceled = true, stopped = true, finished = true }
-
+-- The course of an execution that has ended, `claimed:seq:at`: when it was claimed (ms), and number and ms of the checkpoint
+-- that it leaves. Nothing else keeps the times of earlier executions.
 local function course(id)
   local claimed = redis.call('HGET', KEY.job .. id, 'claimed')
   local point = redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'at')
@@ -18,7 +16,8 @@ local function history(id, event, worker, execution, offset, kind, reason, evide
   local plain = string.gsub(string.sub(reason or '', 1, 500), '[\t\r\n]', ' ')
   local name = KEY.history .. id
   local line = { at or now_text, event, worker or '', execution or '', offset or '0', kind or '', plain }
-  if ENDS[event] and line[4] ~= '' then line[8] = course(id) end
+  local ends = { redelivered = true, retry = true, released = true, failed = true, canceled = true, stopped = true, finished = true }
+  if ends[event] and line[4] ~= '' then line[8] = course(id) end
   if (evidence or '') ~= '' then
     line[8] = line[8] or ''
     line[9] = evidence

@@ -1,4 +1,5 @@
 --- @include lib/forget
+--- @include lib/is_canceled
 --- @include lib/numbers
 --- @include lib/ring
 --- @include lib/settle_canceled
@@ -21,7 +22,7 @@ local function promote(queue, limit)
       forget(id)
     elseif job[2] ~= queue then
       -- It was deleted, and its id used again in another queue, where it has a place of its own.
-    elseif status == 'canceled' or status == 'stopped' then
+    elseif is_canceled(status) then
       settle_canceled(id)
     else
       if status == 'scheduled' then

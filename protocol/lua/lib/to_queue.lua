@@ -12,14 +12,19 @@ local function to_suspects(queue, id)
   ring(queue)
 end
 
--- Back to the queue at once. At the front: it has waited its turn already.
-local function to_front(queue, id)
+-- command: RPUSH or LPUSH, for the end or the front of the queue's list.
+local function push(command, queue, id)
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
   if redis.call('HEXISTS', KEY.job .. id, 'company') == 1 then
     to_suspects(queue, id)
   else
-    redis.call('LPUSH', KEY.queue .. queue, id)
+    redis.call(command, KEY.queue .. queue, id)
   end
+end
+
+-- Back to the queue at once. At the front: it has waited its turn already.
+local function to_front(queue, id)
+  push('LPUSH', queue, id)
   watch_deadline(queue, id)
   ring(queue)
 end
@@ -35,11 +40,6 @@ local function to_back(queue, id)
     redis.call('HSET', KEY.job .. id, 'status', 'rate_limited')
     note_waited_for(id)
   else
-    redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
-    if redis.call('HEXISTS', KEY.job .. id, 'company') == 1 then
-      to_suspects(queue, id)
-    else
-      redis.call('RPUSH', KEY.queue .. queue, id)
-    end
+    push('RPUSH', queue, id)
   end
 end

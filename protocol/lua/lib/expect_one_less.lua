@@ -2,11 +2,6 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- Whether an incarnation was declared dead. It then holds nothing and may claim nothing.
-local function reaped(incarnation)
-  return redis.call('HEXISTS', KEY.incarnation .. incarnation, 'reaped') == 1
-end
-
 -- A worker that leaves in order is no loss, from the moment that it is told to. Only one that has been ready for a heartbeat
 -- timeout can have been counted among the peaks (recovery/degradation.py); the next declaration must have seen that there
 -- are fewer.

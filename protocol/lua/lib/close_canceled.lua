@@ -1,0 +1,17 @@
+--- @include lib/counters
+--- @include lib/forget
+--- @include lib/hint
+--- @include lib/history
+--- @include lib/numbers
+--- @include lib/retention
+--- @include lib/time
+
+-- What follows once the hash and the registry say that a request is canceled.
+local function close_canceled(queue, id, execution, worker, event, reason)
+  local job = redis.call('HMGET', KEY.job .. id, 'failure_ttl', 'client')
+  drop_checkpoint(id)
+  history(id, event, worker, execution, '0', '', reason)
+  share_ttl(id, number_of(job[1], 7 * DAY))
+  count('canceled', queue)
+  hint(job[2], id, 'end')
+end

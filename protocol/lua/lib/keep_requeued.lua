@@ -1,0 +1,18 @@
+--- @include lib/ended
+--- @include lib/enqueued_again
+--- @include lib/live_again
+--- @include lib/verdict
+
+-- Requests among these entries of a queue's list that have ended, and are to run again, lose the TTL of that end.
+local function keep_requeued(queue, ids)
+  for _, id in ipairs(ids) do
+    local name = KEY.job .. id
+    if redis.call('TTL', name) >= 0 then
+      local v = redis.call('HMGET', name, 'task', 'last')
+      local verdict = verdict_of(v[2])
+      if v[1] and ENDED[verdict] and (not stands_ended(queue, id, verdict) or enqueued_again(read_dates(id))) then
+        live_again(id)
+      end
+    end
+  end
+end
