@@ -27,10 +27,9 @@ HASHES = {
 def sources() -> dict[str, str]:
     """Name of a transition, or of a file that they share (``lib/lease``) -> its code without comments."""
     folder = files("perdure.protocol") / "lua"
-    shared = [f"lib/{entry.name.removesuffix('.lua')}" for entry in (folder / "lib").iterdir()]
     return {
         name: re.sub(r"(?m)--[^\n]*$", "", (folder / f"{name}.lua").read_text(encoding="utf-8"))
-        for name in (*sorted(shared), *scripts.names())
+        for name in (*scripts.included(), *scripts.names())
     }
 
 

@@ -16,7 +16,7 @@ from perdure.protocol.scripts import IncludeError, linked
 from . import lua_bytecode
 
 FOLDER = files("perdure.protocol") / "lua"
-SHARED = sorted(f"lib/{entry.name.removesuffix('.lua')}" for entry in (FOLDER / "lib").iterdir())
+SHARED = scripts.included()
 GIVEN = {"redis", "ARGV", "KEYS", "KEY", "LATE", *lua_bytecode.STANDARD}
 """What a file has without including it: from Redis, from Python, from Lua."""
 
@@ -101,21 +101,25 @@ def lay(folder: Path, **sources: str) -> Path:
 
 
 def test_each_file_stands_once_in_front_of_whoever_includes_it(tmp_path):
-    """Without comments and blank lines, and behind the names of those keys that are used."""
+    """Without comments and blank lines, and behind the names of those keys that are used; what all use stands outside."""
     folder = lay(
         tmp_path,
         end="-- End.\n--\n-- Returns  2\n\n--- @include lib/a\n--- @include lib/b\n\nreturn a() + b() -- both\n",
         lib_a="-- One.\n--- @include lib/c\n\nlocal function a()\n  -- Why.\n  return c .. KEY.held\nend\n",
         lib_b="--- @include lib/c\n\nlocal function b()\n  return c\nend\n",
-        lib_c="local c = 1\n",
+        lib_c="--- @include lib/time\n\nlocal c = now_s\n",
         lib_d="local d = KEY.job\n",
+        lib_time="local now_s = 1\n",
     )
     assert linked("end", folder) == (
         f"local KEY = {{ held = '{key('held')}' }}\n"
-        "local c = 1\n"
+        "local now_s = 1\n"
+        "return (function()\n"
+        "local c = now_s\n"
         "local function a()\n  return c .. KEY.held\nend\n"
         "local function b()\n  return c\nend\n"
         "return a() + b() -- both\n"
+        "end)()\n"
     )
 
 

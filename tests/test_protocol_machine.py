@@ -498,12 +498,12 @@ MISTAKES: dict[str, dict[str, Change]] = {
         "finish": ("if not owns(id, execution, job[1], job[11]) then", "if job[1] ~= execution or execution == '' then")
     },
     "a claim asks the lease": {
-        "claim": (
+        "claim/runnable": (
             "local runs_now = job.execution and runs(id, job.execution, job.holder)",
             "local runs_now = redis.call('ZSCORE', KEY.leases .. queue, id)",
         )
     },
-    "a lost claim is not given again": {"claim": ("if not known[id] then", "if false then")},
+    "a lost claim is not given again": {"claim/given_again": ("if not known[id] then", "if false then")},
     "a gap is accepted": {
         "lib/store": ("  if offset > have then return nil, have end\n", "  if offset > have then have = offset end\n")
     },
@@ -516,7 +516,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
             "if cancel_asked(",
         )
     },
-    "nobody is preferred": {"claim": ("if not failed_there(job.failed_on, here) then", "if true then")},
+    "nobody is preferred": {"claim/passed_over": ("if not failed_there(job.failed_on, here) then", "if true then")},
     "a retry is promoted and still waits": {"lib/promote": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")},
 }
 

@@ -23,7 +23,7 @@
 --- @include lib/history
 --- @include lib/never_refused
 --- @include lib/owns
---- @include lib/to_queue
+--- @include lib/to_front
 --- @include lib/void
 --- @include lib/worker_state
 

@@ -21,7 +21,7 @@
 --- @include lib/never_refused
 --- @include lib/registries
 --- @include lib/runs
---- @include lib/to_queue
+--- @include lib/to_front
 --- @include lib/verdict
 
 never_refused()

@@ -47,7 +47,7 @@
 --- @include lib/served
 --- @include lib/stamps
 --- @include lib/time
---- @include lib/to_queue
+--- @include lib/to_front
 --- @include lib/to_retries
 --- @include lib/void
 --- @include lib/waiters

@@ -38,7 +38,7 @@
 --- @include lib/serves
 --- @include lib/stamps
 --- @include lib/time
---- @include lib/to_queue
+--- @include lib/to_front
 --- @include lib/to_retries
 --- @include lib/worker_state
 

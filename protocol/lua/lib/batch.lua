@@ -1,4 +1,4 @@
--- One command for many, sent when all members are known: a call of Redis costs a script as much as the work in it.
+-- One command for many members: a call of Redis costs a script as much as the work in it.
 -- add(name, ...) collects members of the key `name`; send() runs the command once for each key (for DEL and the like,
 -- which take only names, once).
 local function batch(command)

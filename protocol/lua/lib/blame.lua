@@ -2,7 +2,7 @@
 
 local BLAMED = { CRASH = true, HANG = true, GPU_ERROR = true, GPU_OOM = true, HOST_OOM = true, WORKER_LOST = true }
 
--- A request remembers the last four places at which it failed by what may be their fault; claim.lua prefers others.
+-- Remember where a request failed, the last four places, if the place may be at fault: claims prefer others.
 local function blame(id, worker, incarnation)
   local kept = { where(incarnation, worker) }
   for line in string.gmatch(redis.call('HGET', KEY.job .. id, 'failed_on') or '', '[^\n]+') do

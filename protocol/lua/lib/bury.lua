@@ -9,7 +9,8 @@
 --- @include lib/retention
 --- @include lib/time
 
--- RQ's whole shape of a failure, so that `rq requeue` and every viewer work.
+-- Make a request a dead letter, with all that RQ writes for a failed job, so that `rq requeue` and every viewer work.
+-- execution: '' if it waits. started: its begin in seconds, nil if unknown.
 local function bury(queue, id, execution, worker, started, kind, reason, exception, evidence)
   local job = redis.call('HMGET', KEY.job .. id, 'failure_ttl', 'client')
   local ttl = number_of(job[1], 7 * DAY)
@@ -18,7 +19,8 @@ local function bury(queue, id, execution, worker, started, kind, reason, excepti
   mark_ended(id, execution, 'failed', 'error_kind', kind, 'error_reason', reason)
   redis.call('ZADD', KEY.failed .. queue, leaves_at(ttl), id)
   add_result(id, '2', worker, execution, started, 'exc_string', exception)
-  history(id, 'failed', worker, execution, redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', kind, reason, evidence)
+  local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
+  history(id, 'failed', worker, execution, offset, kind, reason, evidence)
   share_ttl(id, ttl)
   count('failed', queue)
   count('dead:' .. queue, kind)

@@ -1,13 +1,13 @@
 --- @include lib/numbers
 
--- A state above 1 MiB stands in chunks of its own. Two marks in the checkpoint, each `<execution>:<seq>:<chunks>`,
--- say which: `chunks` those that are committed, `writing` those that are being written. With their help whatever
--- drops a checkpoint drops all of its keys; what a crash leaves besides has a TTL.
+-- A state above 1 MiB is stored in chunks, a key each. Two fields of the checkpoint name them, as
+-- `<execution>:<seq>:<chunks>`: `chunks` the committed ones, `writing` those that are being written. Whoever deletes a
+-- checkpoint deletes both; all chunks have a TTL, in case a crash leaves some.
 local function chunk_name(id, seq, number)
   return KEY.chunk .. id .. ':' .. seq .. ':' .. int(number)
 end
 
--- Delete the chunks that a mark names, but for one, `but` of the checkpoint `seq`.
+-- Delete the chunks that one of these fields names, except chunk number `but` of the checkpoint `seq`.
 local function drop_chunks(id, mark, seq, but)
   local old, chunks = string.match(mark or '', ':(%d+):(%d+)$')
   for number = 1, math.min(number_of(chunks), 65536) do
@@ -15,7 +15,7 @@ local function drop_chunks(id, mark, seq, but)
   end
 end
 
--- Before the hash goes, which has the marks.
+-- Call it before the checkpoint is deleted, which names the chunks.
 local function drop_all_chunks(id)
   local marks = redis.call('HMGET', KEY.checkpoint .. id, 'chunks', 'writing')
   drop_chunks(id, marks[1])

@@ -6,7 +6,7 @@
 --- @include lib/retention
 --- @include lib/time
 
--- What follows once the hash and the registry say that a request is canceled.
+-- Finish a cancel whose state is written already: checkpoint, history, TTL, counters, and the producer is told.
 local function close_canceled(queue, id, execution, worker, event, reason)
   local job = redis.call('HMGET', KEY.job .. id, 'failure_ttl', 'client')
   drop_checkpoint(id)

@@ -1,4 +1,4 @@
--- HINCRBY; what is no number counts as 0.
+-- HINCRBY for a field that may hold something else: what is no number counts as 0. Returns the sum.
 local function add(name, field, by)
   local sum = redis.pcall('HINCRBY', name, field, by)
   if type(sum) ~= 'table' then return sum end

@@ -1,6 +1,6 @@
 --- @include lib/time
 
--- The date as RQ's utcformat writes it, made once. Days to civil date: Howard Hinnant's algorithm (no os.date here).
+-- The date as RQ's utcformat writes it, made once a call. Redis has no os.date: Howard Hinnant's days to civil date.
 local date
 local function utc()
   if date then return date end

@@ -12,15 +12,16 @@
 --- @include lib/stamps
 --- @include lib/suspect
 --- @include lib/time
---- @include lib/to_queue
+--- @include lib/to_front
 --- @include lib/to_retries
 
--- The one decision after an execution ended without a result; `fail` and `reap` both come here.
--- policy: kind, reason, exception (stored form), evidence (text, or nil), charge ('1' an attempt), crash ('1'; 'alone': it counts as
--- one only for a request that was alone; 'batch': a step raised with others in it, which makes suspects and counts nothing),
--- loss ('1'), retry ('1'),
--- flight (how many the incarnation held), base, cap (s), max_crashes, max_crashes_total, max_executions.
--- Returns 'failed', 'queued' or 'scheduled'. Detaches the holding in any case.
+-- Decide what follows when an execution ended without a result, for `fail` and `reap` alike: another execution now or
+-- later, or a dead letter. policy: kind; reason; exception, as stored; evidence, a text or nil; charge: '1' charges an
+-- attempt; crash: '1' counts a crash, 'alone' counts one only if the request was alone, 'batch' (a step raised with
+-- others in it) makes a suspect and counts nothing; loss: '1' counts a lost worker; retry: '1' allows another
+-- execution; flight: how many the incarnation held; base, cap (s), max_crashes, max_crashes_total, max_executions;
+-- taken: '1' if its worker has not ended it itself. Detaches the execution. Returns 'failed', 'queued', 'scheduled' or
+-- 'canceled'.
 local function decide(queue, id, execution, incarnation, policy)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'worker_name', 'claimed', 'cancel', 'status')
@@ -37,8 +38,8 @@ local function decide(queue, id, execution, incarnation, policy)
   local charge, batch = policy.charge, policy.crash == 'batch'
   if policy.retry ~= '1' then verdict = 'bury' end
   if batch then
-    -- Not an execution either. But whoever was in so many that raised, and has not moved meanwhile, is no innocent bystander:
-    -- one that raises late is cleared each time before it is alone.
+    -- A step of the batch that raised is not counted as an execution. But a request that was in many of them without
+    -- progress is charged: one that raises late is cleared each time before it is alone.
     redis.call('HSET', name, 'executions', int(math.max(0, number_of(redis.call('HGET', name, 'executions')) - 1)))
     if add(name, 'raised', 1) > policy.max_crashes_total then charge = '1' end
   end
@@ -52,11 +53,11 @@ local function decide(queue, id, execution, incarnation, policy)
       delay = backoff(id, math.max(1, all - left + 1), policy.base, policy.cap)
     end
   end
-  -- One loss without evidence accuses nobody; a crash does, and so does a second loss without progress.
+  -- A crash makes a suspect. A lost worker without evidence does so only at the second time without progress.
   local accused, alone = policy.crash == '1' or batch, policy.flight <= 1
   if policy.loss == '1' then
     local losses = add(name, 'losses', 1)
-    -- To have been on a worker that was lost is no fault: the first time, it goes on at once.
+    -- A request is not to blame for the first worker that it loses: it goes on at once.
     if losses > 1 then
       accused = true
       if alone then delay = math.max(delay, backoff(id, losses - 1, policy.base, policy.cap)) end
@@ -64,14 +65,15 @@ local function decide(queue, id, execution, incarnation, policy)
   end
   if accused and not batch and add(name, 'crashes_total', 1) >= policy.max_crashes_total then verdict = 'bury' end
   local reason = policy.reason
-  -- Without evidence, one that has moved by more than a checkpoint is taken for a victim: kill -9 may come at any time.
+  -- kill -9 leaves no evidence and may come at any time: a request that was moving is not blamed for it.
   if alone and (policy.crash == '1' or policy.crash == 'alone' and not moved) then
     local crashes = add(name, 'crashes', 1)
-    -- Among others, the smaller company of its next run is its delay; the innocent should not wait for the guilty.
+    -- Only one that was alone waits. The others run on in smaller company at once: healthy ones must not wait.
     if policy.crash == '1' then delay = math.max(delay, backoff(id, crashes, policy.base, policy.cap)) end
     if crashes >= policy.max_crashes then
       verdict = 'bury'
-      reason = reason .. '; this request was alone with each of ' .. int(crashes) .. ' workers that ended so, without progress'
+      reason = reason .. '; this request was alone with each of ' .. int(crashes)
+        .. ' workers that ended so, without progress'
     end
   end
   local executions = number_of(redis.call('HGET', name, 'executions'))

@@ -1,9 +1,10 @@
--- The holder's index forgets this execution; a newer one of the same request stays.
+-- Take an execution out of its holder's index; a newer one of the same request stays there.
 local function unhold(id, execution, incarnation)
-  if redis.call('HGET', KEY.held .. incarnation, id) == execution then redis.call('HDEL', KEY.held .. incarnation, id) end
+  local name = KEY.held .. incarnation
+  if redis.call('HGET', name, id) == execution then redis.call('HDEL', name, id) end
 end
 
--- End a holding: lease, holder's index, and all of RQ's traces of the execution.
+-- Nobody holds this execution any more: delete its lease, its entry in the holder's index, and RQ's records of it.
 local function detach(queue, id, execution, incarnation, worker)
   local composite = id .. ':' .. execution
   redis.call('ZREM', KEY.leases .. queue, id)

@@ -6,9 +6,11 @@
 --- @include lib/time
 --- @include lib/worker_state
 
--- End a held request whose deadline (as its hash has it) has passed. Returns whether it was so.
+-- End a running request if its deadline has passed. deadline, counted_from: of its hash. Returns whether it was ended.
 local function end_running(queue, id, execution, incarnation, deadline, counted_from)
-  if counted_from and set_deadlines_back(id, counted_from) then deadline = redis.call('HGET', KEY.job .. id, 'deadline') end
+  if counted_from and set_deadlines_back(id, counted_from) then
+    deadline = redis.call('HGET', KEY.job .. id, 'deadline')
+  end
   if not deadline or number_of(deadline, now_ms + 1) > now_ms then return false end
   local worker = redis.call('HGET', KEY.job .. id, 'worker_name') or ''
   local started = seconds_of(redis.call('HGET', KEY.job .. id, 'claimed'))

@@ -2,9 +2,9 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- A worker that leaves in order is no loss, from the moment that it is told to. Only one that has been ready for a heartbeat
--- timeout can have been counted among the peaks (recovery/degradation.py); the next declaration must have seen that there
--- are fewer.
+-- The pool expects one worker less, once for each worker that leaves in order, from when it is told to: it is no loss.
+-- Only one that was ready for a heartbeat timeout can be counted in the peaks (recovery/degradation.py). The new
+-- version makes any decision stale that was made from the old peaks.
 local function expect_one_less(incarnation, timeout_ms)
   local record = KEY.incarnation .. incarnation
   if redis.call('HSETNX', record, 'leaving_at', int(now_ms)) == 0 then return end

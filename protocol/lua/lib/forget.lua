@@ -1,7 +1,7 @@
 --- @include lib/chunks
 
--- Forget what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry). Does nothing while there is one:
--- the id may have been used again.
+-- Delete what belongs to a request whose job hash is gone (Job.delete, Queue.empty, expiry). Does nothing if there is a
+-- hash: the id may have been used again.
 local function forget(id)
   if redis.call('HEXISTS', KEY.job .. id, 'created_at') == 1 then return end
   drop_all_chunks(id)

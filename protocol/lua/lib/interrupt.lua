@@ -1,8 +1,8 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- What became of an execution that ended without an end of its request, for whoever goes on: see records.Interruption.
--- It was last seen to move at its last checkpoint, or at its claim. taken: '1' if its worker has not ended it itself.
+-- Write down why an execution was interrupted, for the worker that goes on (records.Interruption). Its last sign of
+-- progress is its last checkpoint, or its claim. taken: '1' if its worker has not ended it itself.
 local function interrupt(id, execution, worker, kind, claimed_ms, taken)
   local moved = math.max(claimed_ms, number_of(redis.call('HGET', KEY.checkpoint .. id, 'at')))
   redis.call('HSET', KEY.job .. id, 'interrupted',

@@ -3,7 +3,8 @@
 --- @include lib/live_again
 --- @include lib/verdict
 
--- Requests among these entries of a queue's list that have ended, and are to run again, lose the TTL of that end.
+-- Entries of a queue's list whose request has ended and was requeued lose the TTL of that end, or they would expire
+-- waiting.
 local function keep_requeued(queue, ids)
   for _, id in ipairs(ids) do
     local name = KEY.job .. id

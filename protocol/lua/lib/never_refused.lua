@@ -1,5 +1,6 @@
--- At maxmemory Redis refuses what needs memory only until a script has written: this write needs none. What ends,
--- renews or hands on a request begins with it (see scripts.py), while new requests and checkpoints give way.
+-- At maxmemory Redis refuses a write that needs memory, unless the script has written before. This write needs none.
+-- Scripts that end, renew or hand on requests begin with it; those that store something new do not (GIVE_WAY in
+-- scripts.py).
 local function never_refused()
   redis.call('DEL', KEY.schema .. ':none')
 end

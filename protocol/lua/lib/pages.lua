@@ -1,7 +1,7 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- A page of a sorted set or list, another one in each period of so many ms: all members come once in size / n of them.
+-- A page of `size` members of a sorted set or list, the next one in each period of so many ms: in time, all of them.
 local function some_of(name, size, period_ms, command, count)
   local number = redis.call(count or 'ZCARD', name)
   if number == 0 then return {} end

@@ -1,5 +1,5 @@
--- Where a request runs: the worker's name, and its device where the host may have several. Somebody may have given
--- the name, then it survives a restart; the device does in any case. Tab-separated.
+-- Where a request runs: the worker's name, a tab, and its device if it has a number. A name that a person gave survives
+-- a restart of the worker; the device always does.
 local function where(incarnation, worker)
   local record = redis.call('HMGET', KEY.incarnation .. incarnation, 'host', 'device')
   local device = record[2] or ''

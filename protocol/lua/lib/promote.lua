@@ -4,18 +4,18 @@
 --- @include lib/ring
 --- @include lib/settle_canceled
 --- @include lib/time
---- @include lib/to_queue
+--- @include lib/to_back
 
--- Move due retries, and delayed requests whose time has come, to the back of their queue: they neither overtake fresh work nor starve behind it.
--- Returns how many were looked at, at most `limit`, and how many were moved.
+-- Move retries and delayed requests that are due to the back of their queue, so that they do not overtake what waits
+-- there. Returns how many were looked at, at most `limit`, and how many were moved.
 local function promote(queue, limit)
   if limit < 1 then return 0, 0 end
   local due = redis.call('ZRANGEBYSCORE', KEY.retries .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)
   local moved = 0
   for _, id in ipairs(due) do
     redis.call('ZREM', KEY.retries .. queue, id)
-    -- A canceled one (RQ's Job.cancel knows nothing of this set) or a deleted one only leaves. Any other status
-    -- is for display: a stale writer's must not lose the request, and the claim that pops it knows better.
+    -- One that was deleted, or canceled (RQ's Job.cancel does not know this set), only leaves it. Any other status is
+    -- for display, and may be an old copy: the request moves, and the claim that finds it decides.
     local job = redis.call('HMGET', KEY.job .. id, 'status', 'origin')
     local status = job[1]
     if not status then

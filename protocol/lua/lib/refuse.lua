@@ -1,7 +1,7 @@
 --- @include lib/counters
 --- @include lib/void
 
--- A write by an execution that is not the current one is refused. queue: as the hash has it, nil without a hash.
+-- Refuse a write by an execution that is not the current one. queue: of the hash, nil without a hash. Returns 'lost'.
 local function refuse(id, execution, incarnation, queue)
   void(id, execution, incarnation, queue)
   count('fenced', queue or '')

@@ -2,7 +2,7 @@
 --- @include lib/forget
 --- @include lib/history
 
--- A request starts from zero: a new epoch, so that a reader knows the old outputs from the new ones.
+-- A request begins again from zero, in a new epoch: by that, readers tell the new outputs from the old ones.
 local function restart(id, reason, execution)
   local name = KEY.job .. id
   local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset')

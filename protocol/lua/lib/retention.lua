@@ -12,10 +12,11 @@ local function expire(name, ttl)
   end
 end
 
--- For so long (s) a producer may send a submit again whose answer was lost.
+-- A producer that got no answer sends its submit again for so long (s).
 local RESENT = 600
 
--- A request that is kept for less than that after its end: its submit is remembered, so that it is not accepted twice.
+-- If a request is kept for less than that after its end, remember its submit: sent again, it must not be accepted
+-- twice.
 local function remember(id, ttl)
   if ttl < 0 or ttl >= RESENT then return end
   local nonce = redis.call('HGET', KEY.job .. id, 'nonce') or ''
@@ -27,7 +28,7 @@ local function share_ttl(id, ttl)
   remember(id, ttl)
   local waited_for = note_waited_for(id)
   local told = note_to_tell(id, redis.call('HGET', KEY.job .. id, 'last') or '')
-  -- Whoever acts upon a note still finds the job.
+  -- The worker that acts upon the note must still find the job.
   if (waited_for or told) and ttl >= 0 then
     ttl = math.max(ttl, 60)
     redis.call('EXPIRE', KEY.job .. id .. ':dependents', ttl)

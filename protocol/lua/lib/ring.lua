@@ -1,5 +1,5 @@
--- Wake one idle worker. Harmless to lose: an idle worker claims every second in any case. A bell that has rung eight times
--- unheard need not ring again: nobody is idle.
+-- Wake one idle worker. It may get lost: an idle worker claims every second in any case. If eight rings wait, nobody is
+-- idle.
 local function ring(queue)
   local name = KEY.bell .. queue
   local rung = redis.call('LLEN', name)

@@ -1,7 +1,7 @@
 --- @include lib/numbers
 
--- Whether the caller's protocol is the newest that has written here; from now on it is, if it is newer. So the
--- first worker or producer of a newer protocol stops all that speak an older one.
+-- Whether no newer protocol than the caller's has written here. If the caller's is newer than all, Redis notes it: so
+-- the first worker or producer of a newer protocol stops all older ones.
 local function speaks(schema)
   local newest = number_of(redis.call('GET', KEY.schema), -1)
   if newest > tonumber(schema) then return false end

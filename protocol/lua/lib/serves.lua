@@ -1,8 +1,9 @@
--- A worker's queues stand in one text with commas between: a comma of a name is %2C there, and a percent sign %25.
+-- A worker's queues are stored as one text, with commas between them: in a name, a comma is %2C and a percent sign %25.
 local function listed(queue)
   return (string.gsub(queue, '[%%,]', { ['%'] = '%25', [','] = '%2C' }))
 end
 
+-- gpu-high and gpu-low are served by workers for gpu.
 local function without_priority(queue)
   return string.match(queue, '^(.*)%-high$') or string.match(queue, '^(.*)%-low$') or queue
 end

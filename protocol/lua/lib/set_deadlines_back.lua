@@ -1,8 +1,8 @@
 --- @include lib/numbers
 --- @include lib/time
 
--- A deadline that was given in seconds counts from `counted_from`. If that lies ahead, the server's clock was set back
--- since, and the deadline goes back by as much. One that was given as a date stays what it is.
+-- If the server's clock was set back, move deadlines back by as much: those that were given in seconds, which count
+-- from `counted_from`. One that was given as a date stays. Returns whether the clock was set back.
 local function set_deadlines_back(id, counted_from)
   local ahead = number_of(counted_from) - now_ms
   if ahead <= 0 then return false end

@@ -4,7 +4,7 @@
 --- @include lib/is_canceled
 --- @include lib/verdict
 
--- Canceled by RQ's Job.cancel while it waited: RQ has written status and registry, the rest is ours.
+-- End a waiting request that RQ's Job.cancel has canceled: RQ has written status and registry, the rest follows here.
 local function settle_canceled(id)
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'task', 'last', 'origin')

@@ -2,8 +2,9 @@
 --- @include lib/stamps
 --- @include lib/time
 
--- RQ's record of an execution and what leads to it, for its viewers and its stop commands, once and if it is missing.
--- since: ms of the claim. It lives for an hour, renewed by heartbeats, so that RQ's own clean-up is a dead man's switch.
+-- Write RQ's record of an execution, unless it is there: RQ's viewers and stop commands read it. since: ms of the
+-- claim. It lives for an hour, and heartbeats renew it: RQ's own clean-up judges the job only if those have stopped for
+-- so long.
 local function show_execution(id, execution, worker, since)
   local composite = id .. ':' .. execution
   local name = KEY.execution .. composite

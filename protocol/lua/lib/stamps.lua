@@ -6,7 +6,7 @@ local function timestamp()
   return stamp
 end
 
--- The same for a moment that stands somewhere as ms; nil for what is none.
+-- The same of a moment in ms; nil if it is no number.
 local function seconds_of(ms)
   local number = tonumber(ms or '')
   return number and string.format('%.6f', number / 1000) or nil

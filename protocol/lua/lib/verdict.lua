@@ -1,4 +1,4 @@
--- How a request ended: what stands behind the colon in `last`. nil if it has not, or nobody has said so.
+-- How an execution ended last: what follows the colon in `last`. nil if none has.
 local function verdict_of(last)
   return string.match(last or '', ':(%a+)$')
 end

@@ -1,6 +1,6 @@
 --- @include lib/numbers
 
--- While a request waits, a sweep must find it when its deadline passes. Running, its own writes meet it.
+-- Let a sweep find this waiting request when its deadline has passed. While it runs, its own writes end it.
 local function watch_deadline(queue, id)
   local due = redis.call('HMGET', KEY.job .. id, 'deadline', 'queue_deadline')
   local deadline, first = number_of(due[1]), number_of(due[2])
