@@ -3,7 +3,7 @@
 Each file is one transition. Its header is the contract: the arguments are named there, in order,
 and :meth:`Script.__call__` takes them by those names, so header, Lua and Python cannot drift apart
 without an error (tests compare the header with the code as well). What transitions share stands in
-``lua/lib/``, one idea a file; each file names those that it uses, in lines ``--- @include lib/lease``.
+``lua/lib/``, one idea a file; each file names those that it uses, in lines ``--- @include lib/lease/runs``.
 """
 
 from __future__ import annotations
@@ -175,18 +175,18 @@ def _in_order(name: str, folder: Traversable, way: list[str], found: dict[str, s
         file = folder / f"{name}.lua"
         if not file.is_file():
             why = f", which {way[-1]}.lua includes" if way else ""
-            raise IncludeError(f"there is no Lua file {file}{why}. After adding one, run scripts/setup")
+            raise IncludeError(f"there is no Lua file {file}{why}")
         text = file.read_text(encoding="utf-8")
         for line in re.findall(r".*@include.*", text):
             if not _INCLUDE.fullmatch(line):
-                raise IncludeError(f"{file} has a line that is no include, such as '--- @include lib/lease': {line}")
+                raise IncludeError(f"{file} has a line that is not an include ('--- @include lib/lease/runs'): {line}")
         for other in _INCLUDE.findall(text):
             _in_order(other, folder, [*way, name], found)
         found[name] = text
     return found
 
 
-_OUTER = ("lib/arguments", "lib/counters", "lib/numbers", "lib/time")
+_OUTER = ("lib/basics/arguments", "lib/basics/counters", "lib/basics/numbers", "lib/basics/time")
 """Few names that nearly every file uses. They include nothing but each other."""
 _INCLUDE = re.compile(r"^--- @include (\S+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^ *--.*\n|^\n", re.MULTILINE)
@@ -203,14 +203,17 @@ def load(name: str) -> Script:
 
 def names() -> list[str]:
     """All transitions, sorted."""
-    return _in_folder(files(__package__) / "lua")
+    return sorted(name for name in _below(files(__package__) / "lua") if "/" not in name)
 
 
 def included() -> list[str]:
-    """The files that transitions include, sorted: ``lib/lease``, and ``claim/runnable`` of those that are steps of one."""
-    folders = [entry for entry in (files(__package__) / "lua").iterdir() if entry.is_dir()]
-    return sorted(f"{folder.name}/{name}" for folder in folders for name in _in_folder(folder))
+    """The files that transitions include, sorted: ``lib/lease/runs``, and ``claim/runnable`` of the steps of one."""
+    return sorted(name for name in _below(files(__package__) / "lua") if "/" in name)
 
 
-def _in_folder(folder: Traversable) -> list[str]:
-    return sorted(entry.name.removesuffix(".lua") for entry in folder.iterdir() if entry.name.endswith(".lua"))
+def _below(folder: Traversable, way: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _below(entry, f"{way}{entry.name}/")
+        elif entry.name.endswith(".lua"):
+            yield f"{way}{entry.name.removesuffix('.lua')}"

@@ -27,7 +27,7 @@ SECRETS = frozenset({"PERDURE_WEB_TOKEN"})
 """Variables with the prefix that are no settings: settings are printed, and handed on to every process of a pool."""
 
 LEASE = 1.5
-"""A lease lasts so many step timeouts (``lua/lib/lease.lua`` says the same)."""
+"""A lease lasts so many step timeouts (``lua/lib/lease/lease.lua`` says the same)."""
 
 # Kubernetes sets these for every service of the namespace, also for one that is called "perdure".
 _KUBERNETES = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?")

@@ -25,7 +25,7 @@ HASHES = {
 
 @cache
 def sources() -> dict[str, str]:
-    """Name of a transition, or of a file that they share (``lib/lease``) -> its code without comments."""
+    """Name of a transition, or of a file that they share (``lib/lease/runs``) -> its code without comments."""
     folder = files("perdure.protocol") / "lua"
     return {
         name: re.sub(r"(?m)--[^\n]*$", "", (folder / f"{name}.lua").read_text(encoding="utf-8"))

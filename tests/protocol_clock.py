@@ -1,6 +1,6 @@
 """Scripts under a clock that a test moves, and a look at all that stands in Redis at once.
 
-The clock is one line of ``lib/time.lua``. Here, and nowhere else, it is read from a key instead of the server; so a
+The clock is one line of ``lib/basics/time.lua``. Here, and nowhere else, it is read from a key instead of the server; so a
 test lets hours pass in a moment, and the same steps meet the same times whenever they are run again.
 """
 
@@ -64,7 +64,7 @@ Change = tuple[str, str]
 def pretended_clock(changes: Mapping[str, Change] | None = None) -> Iterator[None]:
     """Within, every store runs the real scripts under :data:`CLOCK`; ``changes`` plants a mistake in the named ones.
 
-    A name such as ``lib/store`` changes what several of them share.
+    A name such as ``lib/checkpoint/store`` changes what several of them share.
     """
     planted = dict(changes or {})
     shared = {name for name in planted if name not in scripts.names()}

@@ -87,6 +87,7 @@ TRANSITION: Change = {
     "poke.lua": {
         "": (
             "-- Count a poke.\n--\n-- ARGV queue  queue name\n--\n-- Returns  'ok'\n"
+            "--- @include lib/basics/arguments\n--- @include lib/basics/counters\n\n"
             "local queue = arg()\ncount('poked', queue)\nreturn 'ok'\n"
         )
     },

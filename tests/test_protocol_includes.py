@@ -56,9 +56,9 @@ def test_a_file_includes_what_it_uses_and_nothing_else(name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("--- @include lib/detach\n", ""),
-        ("--- @include lib/detach\n", "--- @include lib/detach\n--- @include lib/restart\n"),
-        ("--- @include lib/detach\n", "--- @include lib/detach\n--- @include lib/detach\n"),
+        ("--- @include lib/lease/detach\n", ""),
+        ("--- @include lib/lease/detach\n", "--- @include lib/lease/detach\n--- @include lib/checkpoint/restart\n"),
+        ("--- @include lib/lease/detach\n", "--- @include lib/lease/detach\n--- @include lib/lease/detach\n"),
         ("local answers = {}", "local answers = {}\nlocal function never() restart(answers) end"),
         ("local answers = {}", "local answers = {}\nlocal function never() anwsers = {} end"),
         ("then detach(queue, id, execution, incarnation, worker) end", "then --[[detach]] (queue or id)() end"),
@@ -94,7 +94,7 @@ def test_whatever_ends_or_renews_passes_at_maxmemory(name):
 
 def lay(folder: Path, **sources: str) -> Path:
     """Write Lua files into a folder; ``lib_a`` stands for ``lib/a.lua``."""
-    (folder / "lib").mkdir()
+    (folder / "lib" / "basics").mkdir(parents=True)
     for name, source in sources.items():
         (folder / f"{name.replace('_', '/')}.lua").write_text(source)
     return folder
@@ -107,9 +107,9 @@ def test_each_file_stands_once_in_front_of_whoever_includes_it(tmp_path):
         end="-- End.\n--\n-- Returns  2\n\n--- @include lib/a\n--- @include lib/b\n\nreturn a() + b() -- both\n",
         lib_a="-- One.\n--- @include lib/c\n\nlocal function a()\n  -- Why.\n  return c .. KEY.held\nend\n",
         lib_b="--- @include lib/c\n\nlocal function b()\n  return c\nend\n",
-        lib_c="--- @include lib/time\n\nlocal c = now_s\n",
+        lib_c="--- @include lib/basics/time\n\nlocal c = now_s\n",
         lib_d="local d = KEY.job\n",
-        lib_time="local now_s = 1\n",
+        lib_basics_time="local now_s = 1\n",
     )
     assert linked("end", folder) == (
         f"local KEY = {{ held = '{key('held')}' }}\n"
@@ -128,7 +128,7 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     folder = lay(tmp_path, end="--- @include lib/a\n", lib_a="--- @include lib/leese\n")
     with pytest.raises(IncludeError, match=r"there is no Lua file .*/lib/leese\.lua, which lib/a\.lua includes"):
         linked("end", folder)
-    with pytest.raises(IncludeError, match=r"there is no Lua file .*/begin\.lua\."):
+    with pytest.raises(IncludeError, match=r"there is no Lua file .*/begin\.lua$"):
         linked("begin", folder)
 
 
@@ -145,5 +145,5 @@ def test_files_that_include_each_other_are_named(tmp_path):
 def test_an_include_is_a_line_of_its_own(tmp_path):
     """One that is spelled in another way would be a comment, and its functions missing when they are called."""
     folder = lay(tmp_path, end="  --- @include lib/a\nreturn 1\n", lib_a="")
-    with pytest.raises(IncludeError, match=r"end\.lua has a line that is no include"):
+    with pytest.raises(IncludeError, match=r"end\.lua has a line that is not an include"):
         linked("end", folder)

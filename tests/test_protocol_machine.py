@@ -505,19 +505,24 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "a lost claim is not given again": {"claim/given_again": ("if not known[id] then", "if false then")},
     "a gap is accepted": {
-        "lib/store": ("  if offset > have then return nil, have end\n", "  if offset > have then have = offset end\n")
+        "lib/checkpoint/store": (
+            "  if offset > have then return nil, have end\n",
+            "  if offset > have then have = offset end\n",
+        )
     },
     "a repeat is appended": {
-        "lib/store": ("  if outputs > 0 and offset + outputs > have then", "  if outputs > 0 then")
+        "lib/checkpoint/store": ("  if outputs > 0 and offset + outputs > have then", "  if outputs > 0 then")
     },
     "a reaped request keeps its lease": {
-        "lib/decide": (
+        "lib/failure/decide": (
             "detach(queue, id, execution, incarnation, worker)\n  if cancel_asked(",
             "if cancel_asked(",
         )
     },
     "nobody is preferred": {"claim/passed_over": ("if not failed_there(job.failed_on, here) then", "if true then")},
-    "a retry is promoted and still waits": {"lib/promote": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")},
+    "a retry is promoted and still waits": {
+        "lib/queue/promote": ("    redis.call('ZREM', KEY.retries .. queue, id)\n", "")
+    },
 }
 
 

@@ -87,7 +87,7 @@ bit  over;                      /* nor will it be */
 #else
 #define AGAIN(r)   false
 #endif
-/* lib/runs.lua: the one source of whether a request runs. */
+/* lib/lease/runs.lua: the one source of whether a request runs. */
 #define RUNS(r)    (exec[r] != 0 && HELD(holder[r], r) == exec[r])
 /* Enqueued again while it runs: its entry waits for the end of that run. */
 #define LATER(r)   (AGAIN(r) && RUNS(r))
@@ -179,7 +179,7 @@ inline ended(r) {
     overdue[r] = 0
 }
 
-/* lib/end_waiting.lua: this coming into the queue is over, as after a claim. */
+/* lib/ending/end_waiting.lua: this coming into the queue is over, as after a claim. */
 inline ended_waiting(r) {
 #ifdef REUSE
     again[r] = 0;

@@ -16,16 +16,16 @@
 --
 -- It goes to the front of its queue, as it has waited its turn; whoever claims it next claims a request.
 
---- @include lib/arguments
---- @include lib/chunks
---- @include lib/counters
---- @include lib/detach
---- @include lib/history
---- @include lib/never_refused
---- @include lib/owns
---- @include lib/to_front
---- @include lib/void
---- @include lib/worker_state
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/checkpoint/chunks
+--- @include lib/checkpoint/history
+--- @include lib/lease/detach
+--- @include lib/lease/owns
+--- @include lib/lease/void
+--- @include lib/queue/to_front
+--- @include lib/rq/worker_state
 
 never_refused()
 

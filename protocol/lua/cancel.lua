@@ -11,20 +11,20 @@
 --
 -- The id stays in its queue's list; the claim that pops it drops it. Removing it here would be O(n).
 
---- @include lib/arguments
---- @include lib/detach
---- @include lib/end_canceled
---- @include lib/end_waiting
---- @include lib/ended
---- @include lib/enqueued_again
---- @include lib/forget
---- @include lib/history
---- @include lib/is_canceled
---- @include lib/never_refused
---- @include lib/owns
---- @include lib/verdict
---- @include lib/void
---- @include lib/worker_state
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/checkpoint/history
+--- @include lib/ending/end_canceled
+--- @include lib/ending/end_waiting
+--- @include lib/ending/is_canceled
+--- @include lib/failure/verdict
+--- @include lib/lease/detach
+--- @include lib/lease/owns
+--- @include lib/lease/void
+--- @include lib/queue/enqueued_again
+--- @include lib/queue/forget
+--- @include lib/rq/ended
+--- @include lib/rq/worker_state
 
 never_refused()
 

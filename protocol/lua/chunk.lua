@@ -13,13 +13,13 @@
 -- chunk is written again as it is; one that comes late, when its checkpoint or a later one is committed or on its
 -- way, is 'ok' and changes nothing. No lease is renewed: that the courier sends says nothing about the engine.
 
---- @include lib/arguments
---- @include lib/chunks
---- @include lib/counters
---- @include lib/forget
---- @include lib/numbers
---- @include lib/owns
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/checkpoint/chunks
+--- @include lib/lease/owns
+--- @include lib/queue/forget
 
 local answers = {}
 for _ = 1, tonumber(arg()) do

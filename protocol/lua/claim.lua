@@ -2,7 +2,7 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated (see listed() in lib/serves)
+-- ARGV queues_text  its queues, comma-separated (see listed() in lib/pool/serves)
 -- ARGV timeout_ms   ms until an incarnation of which no heartbeat has come yet counts as dead
 -- ARGV lease_ms     length of a lease, but for requests that have a step timeout of their own
 -- ARGV task         dotted path of what the worker runs now; '' when it holds nothing
@@ -31,7 +31,7 @@
 --
 -- While the pool is degraded, a worker fills half of its slots, and at least one. What it has beyond that runs on.
 --
--- A request that failed on this worker or its device (failed_on, see lib/blame) is left for 2 s, from when it was first
+-- A request that failed on this worker or its device (failed_on, see lib/failure/blame) is left for 2 s, from when it was first
 -- passed over (passed_at), if another living worker serves its queue (and, for a suspect, holds nothing). Meanwhile it
 -- keeps its place in the queue.
 --
@@ -48,20 +48,20 @@
 --- @include claim/start_job
 --- @include claim/start_point
 --- @include claim/told
---- @include lib/arguments
---- @include lib/batch
---- @include lib/bounced
---- @include lib/counters
---- @include lib/lease
---- @include lib/mode
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/promote
---- @include lib/push
---- @include lib/reaped
---- @include lib/ring
---- @include lib/show_execution
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/batch
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/failure/push
+--- @include lib/lease/lease
+--- @include lib/lease/reaped
+--- @include lib/pool/mode
+--- @include lib/queue/bounced
+--- @include lib/queue/promote
+--- @include lib/queue/ring
+--- @include lib/rq/show_execution
 
 never_refused()
 
@@ -135,7 +135,7 @@ local function settle_on(path)
 end
 
 -- Execution, lease, and what RQ's own worker writes. RQ's record of the execution follows with the first checkpoint or
--- renewal (lib/show_execution): most requests have ended by then.
+-- renewal (lib/rq/show_execution): most requests have ended by then.
 local function take(id, queue, execution, job, lease)
   took[id] = true
   leases.add(KEY.leases .. queue, int(now_ms + lease), id)

@@ -22,12 +22,12 @@
 -- Any number of reapers decide at any time. One of those that went out from the same declaration is heard, so that
 -- two that think differently never undo each other's decision without having seen it.
 
---- @include lib/arguments
---- @include lib/counters
---- @include lib/mode
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/pool/mode
 
 never_refused()
 

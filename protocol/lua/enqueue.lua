@@ -30,17 +30,17 @@
 -- Identity comes before anything that could refuse: a producer whose reply was lost sends the call again
 -- and must hear that its request is in.
 
---- @include lib/arguments
---- @include lib/counters
---- @include lib/dates
---- @include lib/forget
---- @include lib/history
---- @include lib/mode
---- @include lib/numbers
---- @include lib/ring
---- @include lib/schema
---- @include lib/time
---- @include lib/to_retries
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/dates
+--- @include lib/basics/numbers
+--- @include lib/basics/schema
+--- @include lib/basics/time
+--- @include lib/checkpoint/history
+--- @include lib/failure/to_retries
+--- @include lib/pool/mode
+--- @include lib/queue/forget
+--- @include lib/queue/ring
 
 local schema, client, limit = arg(), arg(), tonumber(arg())
 if not speaks(schema) then return { 'newer' } end

@@ -7,22 +7,22 @@
 -- Returns  how many checkpoints were deleted, as text
 --
 -- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old, and neither does a gap in the sweeps
--- (lib/stale). The request starts from zero in a new epoch; its history says so. A dead letter loses its
+-- (lib/checkpoint/stale). The request starts from zero in a new epoch; its history says so. A dead letter loses its
 -- checkpoint in the same way.
 
---- @include lib/arguments
---- @include lib/ended
---- @include lib/forget
---- @include lib/is_canceled
---- @include lib/keep_requeued
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/pages
---- @include lib/restart
---- @include lib/runs
---- @include lib/settle_canceled
---- @include lib/stale
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/pages
+--- @include lib/basics/time
+--- @include lib/checkpoint/restart
+--- @include lib/checkpoint/stale
+--- @include lib/ending/is_canceled
+--- @include lib/ending/settle_canceled
+--- @include lib/lease/runs
+--- @include lib/queue/forget
+--- @include lib/queue/keep_requeued
+--- @include lib/rq/ended
 
 never_refused()
 

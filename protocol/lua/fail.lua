@@ -20,12 +20,12 @@
 -- Returns  per request what became of it: 'failed', 'scheduled', 'queued' or 'canceled'; 'already' (this
 --          execution's end was applied before: a reply was lost); 'lost'
 
---- @include lib/arguments
---- @include lib/decide
---- @include lib/never_refused
---- @include lib/owns
---- @include lib/refuse_end
---- @include lib/worker_state
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/failure/decide
+--- @include lib/lease/owns
+--- @include lib/lease/refuse_end
+--- @include lib/rq/worker_state
 
 never_refused()
 

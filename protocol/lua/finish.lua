@@ -19,22 +19,22 @@
 -- a finish costs. If the script stopped before, a request would have ended all the same: its hash says so, and
 -- whoever meets a trace of the execution removes it.
 
---- @include lib/arguments
---- @include lib/counters
---- @include lib/forget
---- @include lib/hint
---- @include lib/mark_ended
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/owns
---- @include lib/refuse
---- @include lib/registries
---- @include lib/results
---- @include lib/retention
---- @include lib/stamps
---- @include lib/store
---- @include lib/time
---- @include lib/worker_state
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/stamps
+--- @include lib/basics/time
+--- @include lib/checkpoint/hint
+--- @include lib/checkpoint/store
+--- @include lib/ending/mark_ended
+--- @include lib/lease/owns
+--- @include lib/lease/refuse
+--- @include lib/queue/forget
+--- @include lib/rq/registries
+--- @include lib/rq/results
+--- @include lib/rq/retention
+--- @include lib/rq/worker_state
 
 never_refused()
 

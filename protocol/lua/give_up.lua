@@ -14,17 +14,17 @@
 -- Who lives and what they say is asked here, at this moment: a worker that joined, or has loaded the task, may run them. An
 -- entry stays in the queue's list, a page of which is looked at, another one in each half second.
 
---- @include lib/arguments
---- @include lib/bury
---- @include lib/ended
---- @include lib/enqueued_again
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/pages
---- @include lib/runs
---- @include lib/serves
---- @include lib/time
---- @include lib/verdict
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/pages
+--- @include lib/basics/time
+--- @include lib/failure/bury
+--- @include lib/failure/verdict
+--- @include lib/lease/runs
+--- @include lib/pool/serves
+--- @include lib/queue/enqueued_again
+--- @include lib/rq/ended
 
 never_refused()
 

@@ -3,7 +3,7 @@
 -- ARGV schema       protocol version of the caller
 -- ARGV incarnation  of the worker process
 -- ARGV worker       RQ worker name
--- ARGV queues_text  its queues, comma-separated (see listed() in lib/serves)
+-- ARGV queues_text  its queues, comma-separated (see listed() in lib/pool/serves)
 -- ARGV pid          of the worker process
 -- ARGV host         its host name
 -- ARGV device       what it computes on
@@ -32,15 +32,15 @@
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
 
---- @include lib/arguments
---- @include lib/dates
---- @include lib/expect_one_less
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/reaped
---- @include lib/schema
---- @include lib/served
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/dates
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/schema
+--- @include lib/basics/time
+--- @include lib/lease/reaped
+--- @include lib/pool/expect_one_less
+--- @include lib/pool/served
 
 never_refused()
 

@@ -9,11 +9,11 @@
 --
 -- Once per heartbeat and worker, not per request: what a killed worker had measured since its last call is lost.
 
---- @include lib/arguments
---- @include lib/counters
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/time
 
 never_refused()
 

@@ -26,21 +26,21 @@
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
 
---- @include lib/arguments
---- @include lib/batch
---- @include lib/cancel_asked
---- @include lib/chunks
---- @include lib/end_running
---- @include lib/hint
---- @include lib/history
---- @include lib/lease
---- @include lib/numbers
---- @include lib/owns
---- @include lib/refuse
---- @include lib/ring
---- @include lib/show_execution
---- @include lib/store
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/batch
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/checkpoint/chunks
+--- @include lib/checkpoint/hint
+--- @include lib/checkpoint/history
+--- @include lib/checkpoint/store
+--- @include lib/ending/cancel_asked
+--- @include lib/ending/end_running
+--- @include lib/lease/lease
+--- @include lib/lease/owns
+--- @include lib/lease/refuse
+--- @include lib/queue/ring
+--- @include lib/rq/show_execution
 
 local incarnation, lease_ms, clear_ms = arg(), tonumber(arg()), tonumber(arg())
 

@@ -12,20 +12,20 @@
 -- the old clock's time is reached: a retry, or a delay, counts again from now; so does a deadline that was given in seconds.
 -- One that was given as a date stays. So nothing is late by more than it was to wait at first.
 
---- @include lib/arguments
---- @include lib/end_if_late
---- @include lib/ended
---- @include lib/enqueued_again
---- @include lib/forget
---- @include lib/keep_requeued
---- @include lib/lease
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/pages
---- @include lib/promote
---- @include lib/set_deadlines_back
---- @include lib/time
---- @include lib/watch_deadline
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/pages
+--- @include lib/basics/time
+--- @include lib/ending/end_if_late
+--- @include lib/ending/set_deadlines_back
+--- @include lib/ending/watch_deadline
+--- @include lib/lease/lease
+--- @include lib/queue/enqueued_again
+--- @include lib/queue/forget
+--- @include lib/queue/keep_requeued
+--- @include lib/queue/promote
+--- @include lib/rq/ended
 
 never_refused()
 

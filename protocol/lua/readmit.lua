@@ -13,16 +13,16 @@
 -- once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front already.
 -- The caller takes it out of the intermediate list afterwards: no script removes from a list.
 
---- @include lib/arguments
---- @include lib/counters
---- @include lib/ended
---- @include lib/history
---- @include lib/is_canceled
---- @include lib/never_refused
---- @include lib/registries
---- @include lib/runs
---- @include lib/to_front
---- @include lib/verdict
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/checkpoint/history
+--- @include lib/ending/is_canceled
+--- @include lib/failure/verdict
+--- @include lib/lease/runs
+--- @include lib/queue/to_front
+--- @include lib/rq/ended
+--- @include lib/rq/registries
 
 never_refused()
 

@@ -30,27 +30,27 @@
 -- nothing, and nobody is judged by them for one heartbeat timeout. Evidence from a guardian is always good.
 -- Decides by lease and execution, never by RQ's status.
 
---- @include lib/arguments
---- @include lib/bury
---- @include lib/callbacks
---- @include lib/counters
---- @include lib/decide
---- @include lib/detach
---- @include lib/expect_one_less
---- @include lib/forget
---- @include lib/lease
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/owns
---- @include lib/pulse
---- @include lib/runs
---- @include lib/served
---- @include lib/stamps
---- @include lib/time
---- @include lib/to_front
---- @include lib/to_retries
---- @include lib/void
---- @include lib/waiters
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/stamps
+--- @include lib/basics/time
+--- @include lib/failure/bury
+--- @include lib/failure/decide
+--- @include lib/failure/to_retries
+--- @include lib/lease/detach
+--- @include lib/lease/lease
+--- @include lib/lease/owns
+--- @include lib/lease/runs
+--- @include lib/lease/void
+--- @include lib/pool/expect_one_less
+--- @include lib/pool/pulse
+--- @include lib/pool/served
+--- @include lib/queue/forget
+--- @include lib/queue/to_front
+--- @include lib/rq/callbacks
+--- @include lib/rq/waiters
 
 never_refused()
 

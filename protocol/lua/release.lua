@@ -20,27 +20,27 @@
 -- Pushed to the front from last to first, so that they stand there in the old order. If the fingerprint of a
 -- request's checkpoint is shown by no living worker, waiting would be for ever: it restarts from zero.
 
---- @include lib/arguments
---- @include lib/backoff
---- @include lib/bury
---- @include lib/cancel_asked
---- @include lib/counters
---- @include lib/credit_progress
---- @include lib/detach
---- @include lib/end_canceled
---- @include lib/history
---- @include lib/interrupt
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/owns
---- @include lib/refuse_end
---- @include lib/restart
---- @include lib/serves
---- @include lib/stamps
---- @include lib/time
---- @include lib/to_front
---- @include lib/to_retries
---- @include lib/worker_state
+--- @include lib/basics/arguments
+--- @include lib/basics/counters
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/stamps
+--- @include lib/basics/time
+--- @include lib/checkpoint/credit_progress
+--- @include lib/checkpoint/history
+--- @include lib/checkpoint/interrupt
+--- @include lib/checkpoint/restart
+--- @include lib/ending/cancel_asked
+--- @include lib/ending/end_canceled
+--- @include lib/failure/backoff
+--- @include lib/failure/bury
+--- @include lib/failure/to_retries
+--- @include lib/lease/detach
+--- @include lib/lease/owns
+--- @include lib/lease/refuse_end
+--- @include lib/pool/serves
+--- @include lib/queue/to_front
+--- @include lib/rq/worker_state
 
 never_refused()
 

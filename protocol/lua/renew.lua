@@ -7,17 +7,17 @@
 --
 -- Returns  per request 'ok', 'lost', 'cancel' or 'deadline', as progress does
 
---- @include lib/arguments
---- @include lib/cancel_asked
---- @include lib/end_running
---- @include lib/lease
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/owns
---- @include lib/refresh
---- @include lib/refuse
---- @include lib/show_execution
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/checkpoint/refresh
+--- @include lib/ending/cancel_asked
+--- @include lib/ending/end_running
+--- @include lib/lease/lease
+--- @include lib/lease/owns
+--- @include lib/lease/refuse
+--- @include lib/rq/show_execution
 
 never_refused()
 

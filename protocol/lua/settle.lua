@@ -9,10 +9,10 @@
 --
 -- With result_ttl 0, RQ has deleted the job's hash just before; writing to it would bring it back for ever.
 
---- @include lib/arguments
---- @include lib/detach
---- @include lib/never_refused
---- @include lib/runs
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/lease/detach
+--- @include lib/lease/runs
 
 never_refused()
 

@@ -9,10 +9,10 @@
 -- In a step of its own before that cancel: should the worker be lost in between, whoever ends the request finds
 -- the wish in its status. A cancel that came first keeps its own word.
 
---- @include lib/arguments
---- @include lib/never_refused
---- @include lib/owns
---- @include lib/refuse
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/lease/owns
+--- @include lib/lease/refuse
 
 never_refused()
 

@@ -10,11 +10,11 @@
 -- say that they are not ready. (In this way round, a worker of a release that knows no such set counts too.)
 -- The last call of a sweep: it is a pulse too, and says that the guardian which was asked to sweep has done so.
 
---- @include lib/arguments
---- @include lib/never_refused
---- @include lib/numbers
---- @include lib/pulse
---- @include lib/time
+--- @include lib/basics/arguments
+--- @include lib/basics/never_refused
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/pool/pulse
 
 never_refused()
 

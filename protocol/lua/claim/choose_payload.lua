@@ -1,4 +1,4 @@
---- @include lib/history
+--- @include lib/checkpoint/history
 
 -- What begins from zero while the pool is degraded takes the payload that its producer gave for that, and afterwards
 -- the whole one again. The one that runs stands in `payload`, the other one aside: so whoever resumes it, a worker of

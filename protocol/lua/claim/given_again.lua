@@ -1,8 +1,8 @@
---- @include lib/lease
---- @include lib/numbers
---- @include lib/owns
---- @include lib/time
---- @include lib/void
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/lease/lease
+--- @include lib/lease/owns
+--- @include lib/lease/void
 
 -- What this incarnation holds and the caller does not know was given in a reply that got lost. Each keeps its
 -- execution, and its lease counts from now. held: id and execution in turn. Returns rows of id, execution, queue and

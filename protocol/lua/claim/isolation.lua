@@ -1,4 +1,4 @@
---- @include lib/time
+--- @include lib/basics/time
 
 -- A worker isolates while it holds suspects, or drains for them: it takes nothing else. Whether this one may: it does
 -- already, or fewer than half of the living do.

@@ -1,8 +1,8 @@
---- @include lib/numbers
---- @include lib/places
---- @include lib/ring
---- @include lib/serves
---- @include lib/time
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/pool/places
+--- @include lib/pool/serves
+--- @include lib/queue/ring
 
 -- Of each living worker, at most 128: its queues, its place, and whether it holds nothing.
 local function read_living(incarnation)

@@ -1,17 +1,17 @@
 --- @include claim/read_job
---- @include lib/begin_anew
---- @include lib/counters
---- @include lib/detach
---- @include lib/end_if_late
---- @include lib/ended
---- @include lib/enqueued_again
---- @include lib/forget
---- @include lib/history
---- @include lib/is_canceled
---- @include lib/registries
---- @include lib/runs
---- @include lib/settle_canceled
---- @include lib/verdict
+--- @include lib/basics/counters
+--- @include lib/checkpoint/history
+--- @include lib/ending/end_if_late
+--- @include lib/ending/is_canceled
+--- @include lib/ending/settle_canceled
+--- @include lib/failure/verdict
+--- @include lib/lease/detach
+--- @include lib/lease/runs
+--- @include lib/queue/begin_anew
+--- @include lib/queue/enqueued_again
+--- @include lib/queue/forget
+--- @include lib/rq/ended
+--- @include lib/rq/registries
 
 -- An id that is not run leaves its queue. Its history says why, and lives no longer for that.
 local function drop(id, queue, worker, reason)

@@ -1,6 +1,6 @@
---- @include lib/numbers
---- @include lib/time
---- @include lib/worker_state
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/rq/worker_state
 
 -- For people, and for whoever finds the worker dead before its first heartbeat: what it runs now, and how much of it at
 -- once. path: '' for a plain job, which is alone.

@@ -1,6 +1,6 @@
---- @include lib/dates
---- @include lib/numbers
---- @include lib/time
+--- @include lib/basics/dates
+--- @include lib/basics/numbers
+--- @include lib/basics/time
 
 -- Write into the hash that a job runs now: what RQ's own worker writes, and the execution.
 local function start_job(id, queue, execution, job, incarnation, worker)

@@ -1,8 +1,8 @@
 --- @include claim/read_job
---- @include lib/numbers
---- @include lib/restart
---- @include lib/stale
---- @include lib/time
+--- @include lib/basics/numbers
+--- @include lib/basics/time
+--- @include lib/checkpoint/restart
+--- @include lib/checkpoint/stale
 
 -- Where a request that was claimed before goes on: its checkpoint, {} if it begins from zero. One that is stale, or
 -- that this claim is not to use, is deleted, and the request begins again.

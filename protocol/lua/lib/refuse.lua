@@ -1,9 +1,0 @@
---- @include lib/counters
---- @include lib/void
-
--- Refuse a write by an execution that is not the current one. queue: of the hash, nil without a hash. Returns 'lost'.
-local function refuse(id, execution, incarnation, queue)
-  void(id, execution, incarnation, queue)
-  count('fenced', queue or '')
-  return 'lost'
-end
