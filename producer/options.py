@@ -59,11 +59,11 @@ class Common:
     priority: Priority = field(
         default="normal",
         metadata=_option(
-            "high, normal or low. ``high`` and ``low`` wait in queues of their own, ``<queue>-high`` and "
-            "``<queue>-low``. A worker for ``<queue>`` takes from the three strictly in that order: while there is "
-            "always something of a higher priority, nothing of a lower one runs. So that this does not starve, keep "
-            "``high`` rare, or run some workers with the order turned round (``rq worker … gpu-low gpu``). A "
-            "degraded pool refuses ``low``."
+            "its place among others: high, normal or low. ``high`` and ``low`` wait in queues of their own, "
+            "``<queue>-high`` and ``<queue>-low``. A worker for ``<queue>`` takes from the three strictly in that "
+            "order: while there is always something of a higher priority, nothing of a lower one runs. So that this "
+            "does not starve, keep ``high`` rare, or run some workers with the order turned round "
+            "(``rq worker … gpu-low gpu``). A degraded pool refuses ``low``."
         ),
     )
     delay: Seconds = field(
