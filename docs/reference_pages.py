@@ -33,10 +33,10 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "perdure.producer": (
                 "Client", "Handle", "as_completed", "AsyncClient", "AsyncHandle", "as_completed_async",
             ),
-            "perdure.producer.listing": ("Listing",),
+            "perdure.producer.reading.listing": ("Listing",),
             "perdure.protocol.records": ("RequestRecord", "Event", "Checkpoint", "FailureKind"),
             "perdure.protocol.states": ("State",),
-            "perdure.protocol.mode": ("Mode",),
+            "perdure.protocol.reading.mode": ("Mode",),
         },
     ),
     "workers": (
@@ -44,8 +44,8 @@ PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {
             "perdure.workers": ("task", "Step", "Request", "BatchTask", "Worker"),
             "perdure.workers.testing": ("resume_at_every_step", "Report"),
-            "perdure.workers.collectives": ("Collectives", "CollectiveFailed"),
-            "perdure.workers.unfit": ("Unfit",),
+            "perdure.workers.tasks.collectives": ("Collectives", "CollectiveFailed"),
+            "perdure.workers.tasks.unfit": ("Unfit",),
         },
     ),
     "errors": (

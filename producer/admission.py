@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from ..protocol.errors import Degraded, DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.records import NewRequest
-from ..protocol.refusals import conflict, key_conflict, queue_full, refusal
 from ..protocol.store import Store
+from ..protocol.transport.refusals import conflict, key_conflict, queue_full, refusal
 from .session import Session, Waiting
 from .submission import chunks
 

@@ -16,18 +16,18 @@ from ..protocol.errors import PerdureError
 from ..protocol.keys import check_id
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from ..protocol.settings import Settings
-from . import questions
 from .admission import Submission, advance
 from .arguments import DEFAULT, Default, waited, whole
 from .async_session import AsyncSession, LoopWatch
 from .client import Client
 from .handle import Reference
 from .options import Submit, SubmitMany, taking
-from .outputs import OutputReader
-from .questions import Limit
+from .reading import questions
+from .reading.outputs import OutputReader
+from .reading.questions import Limit
+from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
+from .reading.timeline import attempts_of
 from .session import PATIENCE
-from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
-from .timeline import attempts_of
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")

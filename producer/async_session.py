@@ -19,11 +19,11 @@ from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from ..protocol.errors import UsageError
-from ..protocol.patience import pause
 from ..protocol.records import RequestRecord
 from ..protocol.store import Store
+from ..protocol.transport.patience import pause
 from .lanes import LANES
-from .replies import DEAF_POLL, Replies, Watch
+from .reading.replies import DEAF_POLL, Replies, Watch
 from .session import CLOSED, Session, Waiting
 
 Answer = TypeVar("Answer")

@@ -8,16 +8,16 @@ from typing import Self
 
 import redis
 
-from ..protocol import tracing
 from ..protocol.keys import check_id
-from ..protocol.mode import Mode
+from ..protocol.reading.mode import Mode
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..protocol.telemetry import tracing
 from .admission import Submission, submit_all, submit_one, through
 from .arguments import flag, waited
 from .handle import Handle
-from .listing import Listing, read_listing
 from .options import Options, Submit, SubmitMany, taking
+from .reading.listing import Listing, read_listing
 from .session import PATIENCE, Session
 from .submission import build, build_many
 

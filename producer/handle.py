@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ..protocol.errors import PerdureError, UnknownRequest, UsageError
 from ..protocol.records import Checkpoint, Details, Event, RequestRecord
-from . import questions
 from .arguments import DEFAULT, Default, waited, whole
-from .gathering import Gathering
-from .outputs import OutputReader
-from .questions import Limit
+from .reading import questions
+from .reading.gathering import Gathering
+from .reading.outputs import OutputReader
+from .reading.questions import Limit
+from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
+from .reading.timeline import attempts_of
 from .session import Session
-from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
-from .timeline import attempts_of
 
 Answer = TypeVar("Answer")
 SessionT = TypeVar("SessionT")

@@ -17,14 +17,14 @@ import redis
 
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import PerdureError, RedisUnavailable, TryAgainLater, UsageError
-from ..protocol.explaining import explain, url_of
-from ..protocol.patience import PAUSE_CAP, pause
-from ..protocol.refusals import memory_full, waited_for
 from ..protocol.settings import Settings
 from ..protocol.store import Store
-from .gathering import Callbacks
+from ..protocol.transport.explaining import explain, url_of
+from ..protocol.transport.patience import PAUSE_CAP, pause
+from ..protocol.transport.refusals import memory_full, waited_for
 from .lanes import Lanes, Owner, separate
-from .replies import Replies
+from .reading.gathering import Callbacks
+from .reading.replies import Replies
 
 Answer = TypeVar("Answer")
 

@@ -22,9 +22,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .errors import RedisUnavailable, SettingsError
-from .explaining import explain, scrub
-from .patience import when_it_may
 from .settings import Settings, redact
+from .transport.explaining import explain, scrub
+from .transport.patience import when_it_may
 
 TIMEOUT = 5.0  # seconds; longer than any command here blocks (1 s), shorter than a person waits
 

@@ -80,7 +80,7 @@ class NewRequest:
     ``delay`` keeps the request out of its queue for so long; ``durable`` waits until it is on disk; ``meta`` is RQ's field
     of that name, pickled. ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
     ``step_timeout`` is the longest step of this request, 0 leaves it to task and worker. ``degraded_payload``, packed, is
-    what a degraded pool runs instead. ``trace``: see :mod:`~perdure.protocol.tracing`.
+    what a degraded pool runs instead. ``trace``: see :mod:`~perdure.protocol.telemetry.tracing`.
 
     :data:`STORED` says where it is stored. A field that ``enqueue.lua`` does not name is stored as it is, unless it has
     its default.
@@ -145,7 +145,7 @@ class Claim:
 
     What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the claim: ``age`` since its submit, ``waited`` since it last came
     into its queue. ``interruption``: what became of the execution before; ``paused``: since something of that was last
-    stored. ``trace``: the producer's, see :mod:`~perdure.protocol.tracing`.
+    stored. ``trace``: the producer's, see :mod:`~perdure.protocol.telemetry.tracing`.
     """
 
     id: str

@@ -20,13 +20,13 @@ from .errors import DurabilityUnavailable
 from .identities import new_stem
 from .keys import SCHEMA, key, listed
 from .limits import LONGEST_DELAY, MAX_REQUESTS
-from .mode import Count, Tally
-from .reads import Reads, queue_names
+from .reading.mode import Count, Tally
+from .reading.reads import Reads, queue_names
 from .records import Chunk, Claims, Failure, Finish, NewRequest, Progress, Pulse, Reaped, RequestRecord, Sweep, whole
-from .refusals import newer_protocol
 from .rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms, progressed
 from .scripts import Row, load
 from .settings import Settings
+from .transport.refusals import newer_protocol
 
 TIDIED = 16
 """Queues whose sets one call of ``expire`` looks through."""

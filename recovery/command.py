@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Final
 
-from ..protocol import logs
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import ProtocolMismatch, RedisUnavailable, UsageError
 from ..protocol.settings import Settings, redact
 from ..protocol.store import Store
+from ..protocol.telemetry import logs
 from .reaper import Reaper
 
 OK, USAGE, UNREACHABLE, UNHEALTHY = 0, 2, 3, 4

@@ -22,7 +22,7 @@ from .failures import MAX_TRACEBACK
 _EXITS: Final[Mapping[int, FailureKind]] = MappingProxyType(
     {70: FailureKind.GPU_ERROR, 71: FailureKind.GPU_OOM, 73: FailureKind.HANG}
 )
-"""Exit statuses by which a worker says why it leaves (named in ``workers/statuses.py``)."""
+"""Exit statuses by which a worker says why it leaves (named in ``workers/pool/statuses.py``)."""
 
 _FATAL_SIGNALS = frozenset(
     {

@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..protocol.mode import Count, Mode, Tally
+from ..protocol.reading.mode import Count, Mode, Tally
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 

@@ -18,10 +18,10 @@ from typing import Final
 
 import redis
 
-from ..protocol.logs import about
 from ..protocol.records import FailureKind, Reaped
 from ..protocol.settings import Settings
 from ..protocol.store import Store
+from ..protocol.telemetry.logs import about
 from .degradation import Degradation
 from .failures import POLICIES, describe
 from .strays import find, take_back

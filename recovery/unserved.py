@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.keys import all_served
+from ..protocol.reading.words import WorkerWord, sentence, serving
 from ..protocol.records import FailureKind
-from ..protocol.words import WorkerWord, sentence, serving
 
 MISSING = "missing"
 

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import click
 
-from perdure.protocol.inspection import checkpoints as read_checkpoints
-from perdure.scripts.console import json_option, print_json, print_table, url_option
+from perdure.protocol.queries.inspection import checkpoints as read_checkpoints
 from perdure.scripts.main import run_file
-from perdure.scripts.reading import duration, open_store, size
+from perdure.scripts.present.console import json_option, print_json, print_table, url_option
+from perdure.scripts.present.reading import duration, open_store, size
 
 
 @click.command(

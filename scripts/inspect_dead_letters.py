@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from perdure.protocol.inspection import DeadLetter, DeadLetters, grouped
-from perdure.protocol.inspection import dead_letters as read_dead_letters
-from perdure.scripts.console import json_option, one_line, print_json, print_table, url_option
+from perdure.protocol.queries.inspection import DeadLetter, DeadLetters, grouped
+from perdure.protocol.queries.inspection import dead_letters as read_dead_letters
+from perdure.scripts.cli.moves import requeue_one
 from perdure.scripts.main import USAGE, run_file
-from perdure.scripts.moves import requeue_one
-from perdure.scripts.reading import chosen_queues, open_store
+from perdure.scripts.present.console import json_option, one_line, print_json, print_table, url_option
+from perdure.scripts.present.reading import chosen_queues, open_store
 
 
 @click.command(

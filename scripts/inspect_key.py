@@ -10,10 +10,10 @@ import click
 from perdure.protocol.errors import UsageError
 from perdure.protocol.keys import NAMES, key
 from perdure.protocol.store import Store
-from perdure.scripts.console import json_option, one_line, plain, print_json, url_option
-from perdure.scripts.decoding import read_key
+from perdure.scripts.cli.decoding import read_key
 from perdure.scripts.main import run_file
-from perdure.scripts.reading import duration, open_store, size
+from perdure.scripts.present.console import json_option, one_line, plain, print_json, url_option
+from perdure.scripts.present.reading import duration, open_store, size
 
 _WIDTH = 14
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from perdure.protocol.inspection import Lease
-from perdure.protocol.inspection import leases as read_leases
-from perdure.scripts.console import json_option, print_json, print_table, url_option
+from perdure.protocol.queries.inspection import Lease
+from perdure.protocol.queries.inspection import leases as read_leases
 from perdure.scripts.main import run_file
-from perdure.scripts.reading import chosen_queues, duration, open_store
+from perdure.scripts.present.console import json_option, print_json, print_table, url_option
+from perdure.scripts.present.reading import chosen_queues, duration, open_store
 
 
 @click.command(

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from perdure.protocol.inspection import queue_facts
+from perdure.protocol.queries.inspection import queue_facts
 from perdure.protocol.store import Store
-from perdure.scripts.console import json_option, print_json, print_table, url_option
 from perdure.scripts.main import run_file
-from perdure.scripts.reading import Rates, chosen_queues, duration, open_store
+from perdure.scripts.present.console import json_option, print_json, print_table, url_option
+from perdure.scripts.present.reading import Rates, chosen_queues, duration, open_store
 
 EVENTS = ("submitted", "finished", "failed")
 

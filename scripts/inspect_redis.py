@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from perdure.protocol.inspection import pressure
-from perdure.scripts.console import json_option, print_json, url_option
+from perdure.protocol.queries.inspection import pressure
 from perdure.scripts.main import run_file
-from perdure.scripts.reading import clock, duration, open_store, size
+from perdure.scripts.present.console import json_option, print_json, url_option
+from perdure.scripts.present.reading import clock, duration, open_store, size
 
 _WIDTH = 14
 

@@ -25,31 +25,31 @@ OK, FAILED, USAGE, UNREACHABLE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 # name -> (module of this package, attribute, one line for the list of commands)
 COMMANDS = {
-    "demo": ("demo", "demo", "Watch real generations survive kill -9."),
+    "demo": ("demonstration.command", "demo", "Watch real generations survive kill -9."),
     "chaos": ("chaos.command", "chaos", "Inject faults into a pool and check every request."),
-    "up": ("up", "up", "Run a reaper and workers in the foreground."),
-    "worker": ("processes", "worker", "Run one worker."),
-    "reaper": ("processes", "reaper", "Requeue the requests of dead workers."),
-    "submit": ("submitting", "submit", "Put a request on a queue."),
+    "up": ("pool.up", "up", "Run a reaper and workers in the foreground."),
+    "worker": ("cli.processes", "worker", "Run one worker."),
+    "reaper": ("cli.processes", "reaper", "Requeue the requests of dead workers."),
+    "submit": ("cli.submitting", "submit", "Put a request on a queue."),
     "batch": ("batch.command", "batch", "Run the lines of a batch file."),
-    "show": ("views", "show", "Show one request, or draw it."),
-    "list": ("views", "list_", "List requests."),
+    "show": ("cli.views", "show", "Show one request, or draw it."),
+    "list": ("cli.views", "list_", "List requests."),
     "queues": ("inspect_queues", "queues", "List queues: depth, age and throughput."),
-    "workers": ("workers", "workers", "List workers and devices."),
-    "metrics": ("metrics", "metrics", "Serve metrics for Prometheus."),
+    "workers": ("cli.workers", "workers", "List workers and devices."),
+    "metrics": ("cli.metrics", "metrics", "Serve metrics for Prometheus."),
     "leases": ("inspect_leases", "leases", "List leases, the next to expire first."),
     "checkpoints": ("inspect_checkpoints", "checkpoints", "List checkpoints, the oldest first."),
     "dead-letters": ("inspect_dead_letters", "dead_letters", "Group failures by error and requeue them."),
     "redis": ("inspect_redis", "redis_", "Show Redis load."),
     "inspect-key": ("inspect_key", "inspect_key", "Decode one key."),
-    "top": ("top", "top", "Watch a pool."),
+    "top": ("cli.top", "top", "Watch a pool."),
     "web": ("web.command", "web", "Serve a page that shows a pool."),
-    "doctor": ("doctor", "doctor", "Check a deployment and suggest changes."),
-    "config": ("config", "config", "Show the settings and where they come from."),
-    "completion": ("completion", "completion", "Print a shell completion script."),
-    "result": ("views", "result", "Wait for a request and print its result."),
-    "cancel": ("moves", "cancel", "Cancel requests."),
-    "requeue": ("moves", "requeue", "Send failed requests back to their queues."),
+    "doctor": ("cli.doctor", "doctor", "Check a deployment and suggest changes."),
+    "config": ("cli.config", "config", "Show the settings and where they come from."),
+    "completion": ("cli.completion", "completion", "Print a shell completion script."),
+    "result": ("cli.views", "result", "Wait for a request and print its result."),
+    "cancel": ("cli.moves", "cancel", "Cancel requests."),
+    "requeue": ("cli.moves", "requeue", "Send failed requests back to their queues."),
 }
 
 # package -> the extra that brings it; "demo" brings all others
@@ -190,7 +190,9 @@ def _explain(error: Exception) -> int:
         case PerdureError() | TimeoutError():
             code = UNHEALTHY
         case redis.RedisError():
-            from ..protocol.explaining import explain  # not above: it fails where RQ_KEY_PREFIX is the mistake
+            from ..protocol.transport.explaining import (
+                explain,  # not above: it fails where RQ_KEY_PREFIX is the mistake
+            )
 
             error, code = explain(error, ""), UNREACHABLE  # what was raised where nobody knows the address
         case _:

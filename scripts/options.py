@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from ..producer.options import Options, sentence
-from .console import Function, visible
+from .present.console import Function, visible
 
 _KINDS: dict[str, dict[str, Any]] = {
     "str": {"metavar": "TEXT"},

@@ -30,8 +30,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
-from perdure.scripts.top import Looks, drawn
+from perdure.scripts.cli.top import Looks, drawn
+from perdure.scripts.pool.server import Server
 
 from .browser_kit import Browser, browsing
 from .tutorial_kit import newcomer

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from perdure.protocol.connection import connect
-from perdure.scripts.server import Server, find_binary
+from perdure.scripts.pool.server import Server, find_binary
 
 from .worker_kit import Lab, laboratory
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.protocol.keys import key
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, eventually, gone, laboratory, send
 

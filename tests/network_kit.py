@@ -22,7 +22,7 @@ from typing import Any
 import redis
 
 from perdure.protocol.connection import connect
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, Process, eventually
 

@@ -573,7 +573,7 @@ class World:
 
     def requeue(self, identifier: str) -> bool:
         """As ``perdure requeue`` does: RQ's own code."""
-        from perdure.scripts.moves import requeue_one
+        from perdure.scripts.cli.moves import requeue_one
 
         item = self.requests[identifier]
         if identifier in self.plain:

@@ -17,7 +17,7 @@ from perdure.protocol.errors import InvalidRequest
 from perdure.protocol.settings import Settings
 from perdure.scripts.batch import bodies
 from perdure.scripts.batch.lines import made, parse
-from perdure.workers.tasks import Request
+from perdure.workers.tasks.base import Request
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import run_alone
 from perdure.workers.text.parameters import complete

@@ -26,7 +26,7 @@ from perdure.scripts.batch.progress import Screen
 from perdure.scripts.batch.run import Run
 from perdure.scripts.batch.tally import Tally
 from perdure.scripts.main import main
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .batch_kit import Job
 from .worker_kit import LONG, Lab, eventually, laboratory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.workers.batch_size import ENOUGH, QUIET, WINDOW, BatchSize
-from perdure.workers.room import Room, Verdict
+from perdure.workers.engine.batch_size import ENOUGH, QUIET, WINDOW, BatchSize
+from perdure.workers.engine.room import Room, Verdict
 
 EVENTS = st.lists(
     st.tuples(

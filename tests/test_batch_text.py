@@ -14,7 +14,7 @@ import pytest
 from perdure.producer import Client
 from perdure.protocol.settings import Settings
 from perdure.scripts.batch import bodies as batch_bodies
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .batch_kit import PERDURE, Job
 from .page_kit import blocks

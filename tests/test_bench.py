@@ -17,15 +17,15 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from perdure.scripts.benchmarks.drains import judge
 from perdure.scripts.benchmarks.drawing import Line, bars, curves
 from perdure.scripts.benchmarks.figures import Series, median, percentile
-from perdure.scripts.benchmarks.goodput import from_zero, resumed
-from perdure.scripts.benchmarks.latency import SlowRoad
+from perdure.scripts.benchmarks.measures.drains import judge
+from perdure.scripts.benchmarks.measures.goodput import from_zero, resumed
+from perdure.scripts.benchmarks.measures.latency import SlowRoad
+from perdure.scripts.benchmarks.measures.queueing import ratios
+from perdure.scripts.benchmarks.measures.switching import Pass, compare
 from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
-from perdure.scripts.benchmarks.queueing import ratios
 from perdure.scripts.benchmarks.stage import Sample
-from perdure.scripts.benchmarks.switching import Pass, compare
 from perdure.scripts.benchmarks.tables import Table
 
 ROOT = Path(__file__).parent.parent

@@ -18,10 +18,10 @@ import pytest
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.protocol.tasks import resolve
-from perdure.workers.engines import as_batch
-from perdure.workers.group import Group
-from perdure.workers.membership import RanksDisagree
-from perdure.workers.tasks import NOTHING, BatchTask, Request
+from perdure.workers.engine.engines import as_batch
+from perdure.workers.ranks.group import Group
+from perdure.workers.ranks.membership import RanksDisagree
+from perdure.workers.tasks.base import NOTHING, BatchTask, Request
 from perdure.workers.text import Generate
 
 from .worker_kit import TASKS, eventually, gone
@@ -173,8 +173,8 @@ def test_a_lost_rank_costs_no_request(start: Started):
 
 def test_ranks_that_do_not_divide_the_model_are_refused():
     """Saying which numbers would."""
-    from perdure.workers.text.parallel import check_ranks
-    from perdure.workers.text.tiny import SHAPE
+    from perdure.workers.text.model.parallel import check_ranks
+    from perdure.workers.text.weights.tiny import SHAPE
 
     check_ranks(SHAPE, 2)
     with pytest.raises(SettingsError, match=r"PERDURE_RANKS=3 does not divide .* 4 heads, 2 key heads .* are 1, 2$"):
@@ -193,8 +193,8 @@ def test_a_group_that_cannot_load_leaves_no_process_behind():
 
 def test_the_parts_of_a_model_add_up_to_it():
     """Every row and column is on one rank, in the place that the smaller shape gives it."""
-    from perdure.workers.text.parallel import shard
-    from perdure.workers.text.tiny import tiny
+    from perdure.workers.text.model.parallel import shard
+    from perdure.workers.text.weights.tiny import tiny
 
     bundle = tiny(torch.float32)
     parts = [shard(bundle, rank, 2) for rank in range(2)]
@@ -280,4 +280,4 @@ def test_only_the_collectives_themselves_use_the_library():
             r"import distributed|ProcessGroup\w+|\.(all_?reduce|all_?gather|broadcast|barrier)\(", path.read_text()
         )
     }
-    assert users == {"workers/collectives.py", "workers/text/parallel.py"}
+    assert users == {"workers/tasks/collectives.py", "workers/text/model/parallel.py"}

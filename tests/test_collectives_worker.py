@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perdure.workers.statuses import UNFIT
+from perdure.workers.pool.statuses import UNFIT
 from perdure.workers.text.parameters import complete
 
 from .worker_kit import LONG, Lab, Process, command_of, eventually, gone, send
@@ -28,7 +28,7 @@ SLOW_START = 4 * LONG
 
 def ranks(worker: Process) -> list[int]:
     """Process ids of a worker's followers."""
-    return [pid for pid in worker.children() if "perdure.workers.rank" in command_of(pid)]
+    return [pid for pid in worker.children() if "perdure.workers.ranks.rank" in command_of(pid)]
 
 
 def grouped(lab: Lab, task: str, **settings: Any) -> Process:

@@ -13,7 +13,7 @@ import redis
 
 from perdure.protocol.connection import connect, state_folders
 from perdure.protocol.errors import RedisUnavailable, SettingsError
-from perdure.protocol.explaining import explain
+from perdure.protocol.transport.explaining import explain
 
 
 @pytest.fixture

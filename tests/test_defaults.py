@@ -12,8 +12,8 @@ import redis
 
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
-from perdure.scripts.pool import Child, Pool
-from perdure.scripts.server import Server
+from perdure.scripts.pool.pool import Child, Pool
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import TASKS, Lab, eventually, gone, later
 

@@ -15,8 +15,8 @@ import pytest
 
 from perdure.protocol.records import Event
 from perdure.protocol.settings import Settings
-from perdure.scripts.demonstration import Answer, Kill, Record, most_within
-from perdure.scripts.verdict import judge
+from perdure.scripts.demonstration.run import Answer, Kill, Record, most_within
+from perdure.scripts.demonstration.verdict import judge
 
 pytest.importorskip("torch")
 

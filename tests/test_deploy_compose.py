@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from perdure.protocol.connection import connect
-from perdure.protocol.deployment import look_at
+from perdure.protocol.queries.deployment import look_at
 from perdure.protocol.settings import Settings
-from perdure.workers.draining import LEAVE
+from perdure.workers.pool.draining import LEAVE
 
 from .deploy_kit import ROOT, SCHEMAS, compose, free_port, host, namespace, passes, seconds, understood
 from .worker_kit import eventually, send

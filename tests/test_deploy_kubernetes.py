@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from perdure.protocol.connection import connect
-from perdure.protocol.deployment import look_at
+from perdure.protocol.queries.deployment import look_at
 from perdure.protocol.settings import Settings
-from perdure.workers.draining import LEAVE
+from perdure.workers.pool.draining import LEAVE
 
 from .deploy_kit import ROOT, SCHEMAS, SCRIPTS, compose, free_port, host, namespace, understood
 from .worker_kit import eventually

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from perdure.scripts.exposition import METRICS
-from perdure.scripts.metrics import PORT
+from perdure.scripts.cli.metrics import PORT
+from perdure.scripts.present.exposition import METRICS
 
 from .deploy_kit import ROOT, compose
 from .test_deploy_kubernetes import container, find

@@ -14,7 +14,7 @@ import pytest
 
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
-from perdure.workers.draining import LEAVE
+from perdure.workers.pool.draining import LEAVE
 
 from .deploy_kit import ROOT, host, seconds, understood
 from .worker_kit import Lab, eventually, gone, send

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import redis
 
-from perdure.protocol.deployment import judge, look_at
-from perdure.scripts.server import Server
+from perdure.protocol.queries.deployment import judge, look_at
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, eventually, laboratory
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from perdure.workers import device_watch
-from perdure.workers.device_watch import DeviceWatch, Judge, Look, wanted
-from perdure.workers.health import State
-from perdure.workers.nvml import Counts, RecoveryAction
-from perdure.workers.statuses import UNFIT_DEVICE
+from perdure.workers.health import device_watch
+from perdure.workers.health.device_watch import DeviceWatch, Judge, Look, wanted
+from perdure.workers.health.nvml import Counts, RecoveryAction
+from perdure.workers.health.state import State
+from perdure.workers.pool.statuses import UNFIT_DEVICE
 
 from .nvml_kit import FAKE, FakeDriver, driver
 from .test_health_server import ask, free_port, status
@@ -143,7 +143,7 @@ def test_a_driver_that_hangs_is_told_and_mends_nothing(
 def run(*arguments: str, **environment: str) -> dict[str, Any]:
     """The first line of a watch that has nothing to watch, and ends with 0."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FAKE_NVML")}
-    command = [sys.executable, "-P", "-m", "perdure.workers.device_watch", *arguments]
+    command = [sys.executable, "-P", "-m", "perdure.workers.health.device_watch", *arguments]
     said = subprocess.check_output(command, env=clean | environment, stdin=subprocess.DEVNULL, timeout=60)
     answer: dict[str, Any] = json.loads(said)
     return answer

@@ -22,8 +22,8 @@ from perdure.protocol.codec import pack, unpack
 from perdure.protocol.tasks import is_task, resolve
 from perdure.recovery import Snapshots
 from perdure.workers import BatchTask, Request, Step, task
-from perdure.workers.engines import as_batch
-from perdure.workers.tasks import NOTHING, AnyTask
+from perdure.workers.engine.engines import as_batch
+from perdure.workers.tasks.base import NOTHING, AnyTask
 from perdure.workers.testing import resume_at_every_step
 
 from .page_kit import ROOT, Block, blocks

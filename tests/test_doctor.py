@@ -13,13 +13,13 @@ import psutil
 import pytest
 import redis
 
-from perdure.protocol.inspection import QueueFacts, pressure
 from perdure.protocol.keys import key
+from perdure.protocol.queries.inspection import QueueFacts, pressure
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.strays import Stray, find, find_everywhere, take_back
-from perdure.scripts.findings import Level, judge_host, judge_pool, judge_server
-from perdure.scripts.top import Looks, headline
+from perdure.scripts.cli.findings import Level, judge_host, judge_pool, judge_server
+from perdure.scripts.cli.top import Looks, headline
 
 from .test_commands import Run, call, quick
 from .test_protocol_kit import Hand, Pool

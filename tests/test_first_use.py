@@ -18,7 +18,7 @@ from perdure.producer import AsyncClient, Client
 from perdure.protocol.codec import article, pack
 from perdure.protocol.errors import InvalidRequest, RedisUnavailable
 from perdure.protocol.settings import Settings
-from perdure.scripts.console import fitted
+from perdure.scripts.present.console import fitted
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually

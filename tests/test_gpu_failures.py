@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from perdure.protocol.settings import Settings
-from perdure.workers import statuses
-from perdure.workers.tasks import BatchTask, Request, Step
+from perdure.workers.pool import statuses
+from perdure.workers.tasks.base import BatchTask, Request, Step
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import answers
 

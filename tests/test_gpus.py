@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from perdure.protocol.errors import SettingsError
-from perdure.workers.gpus import Gpu, choose
+from perdure.workers.pool.gpus import Gpu, choose
 
 
 class Host:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.workers.health import Check, Health, Reading, Shown, Standing, State
+from perdure.workers.health.state import Check, Health, Reading, Shown, Standing, State
 
 from .worker_kit import eventually
 

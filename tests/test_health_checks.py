@@ -15,11 +15,11 @@ import redis
 
 from perdure.protocol.connection import connect
 from perdure.scripts.chaos.proxy import Proxy
-from perdure.scripts.server import Server as RedisServer
-from perdure.workers import checks
-from perdure.workers.checks import Memory, Server, disk
-from perdure.workers.companion import private_connection
-from perdure.workers.health import State
+from perdure.scripts.pool.server import Server as RedisServer
+from perdure.workers.guardian.companion import private_connection
+from perdure.workers.health import checks
+from perdure.workers.health.checks import Memory, Server, disk
+from perdure.workers.health.state import State
 
 GIB = 2**30
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
 MOUNTED = """
 import os, subprocess, sys
 from pathlib import Path
-from perdure.workers.checks import disk
+from perdure.workers.health.checks import disk
 folder, options, fill = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
 if fill == "space":
@@ -275,7 +275,7 @@ def test_a_process_with_another_clock_tells_it(redis_url: str) -> None:
     if shutil.which("faketime") is None:
         pytest.skip("needs the command faketime (Debian: apt install faketime)")
     code = (
-        "import sys; from perdure.protocol.connection import connect; from perdure.workers.checks import Server\n"
+        "import sys; from perdure.protocol.connection import connect; from perdure.workers.health.checks import Server\n"
         "print(Server(connect(sys.argv[1]), slow=30.0).look().reason)"
     )
     said = subprocess.check_output(["faketime", "-f", "+1h", sys.executable, "-c", code, redis_url], text=True)

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from perdure.protocol.settings import Settings, variable
-from perdure.scripts.server import Server
-from perdure.workers import health_server
-from perdure.workers.health import Health
-from perdure.workers.health_server import serve
+from perdure.scripts.pool.server import Server
+from perdure.workers.health import server as health_server
+from perdure.workers.health.server import serve
+from perdure.workers.health.state import Health
 
 from .worker_kit import Lab, eventually, gone, laboratory
 

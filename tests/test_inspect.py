@@ -15,13 +15,13 @@ import redis
 
 from perdure.producer import Client
 from perdure.protocol.codec import pack
-from perdure.protocol.inspection import fingerprint_of, kind_of_key, queue_facts
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import pack_state
+from perdure.protocol.queries.inspection import fingerprint_of, kind_of_key, queue_facts
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.scripts.decoding import constants, decode
-from perdure.scripts.reading import Rates, duration, size
+from perdure.scripts.cli.decoding import constants, decode
+from perdure.scripts.present.reading import Rates, duration, size
 
 from .test_commands import PATH, Hands, Run, call, client, hands, perdure, quick
 from .test_protocol_kit import Hand, Pool

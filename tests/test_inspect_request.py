@@ -13,8 +13,8 @@ import pytest
 
 from perdure.protocol.records import Event, RequestRecord
 from perdure.protocol.states import State
-from perdure.scripts.drawing import TICKS_MOST, Bar, Chart, Cross, Link, draw, step_of
-from perdure.scripts.timeline import chart_of, executions_of
+from perdure.scripts.present.drawing import TICKS_MOST, Bar, Chart, Cross, Link, draw, step_of
+from perdure.scripts.present.timeline import chart_of, executions_of
 
 from .test_commands import call
 from .worker_kit import Lab

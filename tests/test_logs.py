@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from perdure.protocol import logs
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
+from perdure.protocol.telemetry import logs
 
 from .worker_kit import Lab, eventually
 
@@ -88,7 +88,7 @@ def test_a_word_that_is_no_format_is_refused():
 def test_a_process_writes_what_was_chosen(chosen: str, json_expected: bool):
     """Auto, where nobody reads on a terminal, is JSON."""
     code = (
-        "import logging; from perdure.protocol import logs; "
+        "import logging; from perdure.protocol.telemetry import logs; "
         f"logs.configure({chosen!r}, worker='w1'); logging.getLogger('perdure.x').info('hello'); "
         "logging.getLogger('perdure.x').debug('unheard')"
     )

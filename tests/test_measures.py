@@ -8,8 +8,8 @@ import pytest
 import redis
 
 from perdure.protocol.keys import key
-from perdure.protocol.measures import MEASURES, Meter
 from perdure.protocol.records import FailureKind, Interruption
+from perdure.protocol.telemetry.measures import MEASURES, Meter
 
 from .test_protocol_kit import Hand, Pool, plain
 from .worker_kit import Lab, eventually

@@ -13,13 +13,13 @@ import pytest
 
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.group import collective_timeout
-from perdure.workers.membership import Membership, RanksDisagree, Report, Verdict, ending, judge
-from perdure.workers.rank import digest
-from perdure.workers.statuses import UNFIT
-from perdure.workers.tasks import Step
-from perdure.workers.unfit import Unfit
-from perdure.workers.wire import Wire
+from perdure.workers.pool.statuses import UNFIT
+from perdure.workers.ranks.group import collective_timeout
+from perdure.workers.ranks.membership import Membership, RanksDisagree, Report, Verdict, ending, judge
+from perdure.workers.ranks.rank import digest
+from perdure.workers.ranks.wire import Wire
+from perdure.workers.tasks.base import Step
+from perdure.workers.tasks.unfit import Unfit
 
 OK = Report(digest=7)
 MINE, THEIRS = ZeroDivisionError("mine"), MemoryError("theirs")
@@ -144,7 +144,7 @@ def test_a_follower_ends_with_its_leader_before_it_was_told_anything():
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "perdure.workers.rank", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            [sys.executable, "-P", "-m", "perdure.workers.ranks.rank", str(theirs.fileno())], pass_fds=[theirs.fileno()],
             env=dict(os.environ),
         )  # fmt: skip
     ours.close()

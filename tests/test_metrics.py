@@ -19,12 +19,12 @@ import redis
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from perdure.protocol.census import HEAD, Surveyor
 from perdure.protocol.keys import key
+from perdure.protocol.queries.census import HEAD, Surveyor
 from perdure.protocol.records import FailureKind
-from perdure.scripts.exposition import METRICS, PoolCollector
 from perdure.scripts.main import main
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
+from perdure.scripts.present.exposition import METRICS, PoolCollector
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, Process, eventually

@@ -18,10 +18,10 @@ import yaml
 from click.testing import CliRunner
 
 from perdure.protocol.keys import key
-from perdure.protocol.measures import MEASURES
 from perdure.protocol.records import FailureKind
-from perdure.scripts.exposition import METRICS
-from perdure.scripts.metrics import PORT, metrics
+from perdure.protocol.telemetry.measures import MEASURES
+from perdure.scripts.cli.metrics import PORT, metrics
+from perdure.scripts.present.exposition import METRICS
 
 from .test_metrics import exporter, get
 from .test_protocol_kit import Hand, Pool

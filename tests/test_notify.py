@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from perdure.protocol.settings import Settings
-from perdure.workers.notify import Notifier
+from perdure.workers.pool.notify import Notifier
 
 UNIT = Path(__file__).parents[1] / "deploy" / "systemd" / "perdure.service"
 

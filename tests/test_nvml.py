@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from perdure.workers import nvml
-from perdure.workers.nvml import Counts, Devices, RecoveryAction, located
+from perdure.workers.health import nvml
+from perdure.workers.health.nvml import Counts, Devices, RecoveryAction, located
 
 from .nvml_kit import FAKE, FakeDriver, driver
 
@@ -83,7 +83,7 @@ def test_without_a_driver_there_are_no_devices(driver: FakeDriver) -> None:
 
 def test_without_the_package_there_are_no_devices() -> None:
     """And importing ours needs nothing."""
-    code = "import sys; sys.modules['pynvml'] = None\nfrom perdure.workers.nvml import Devices; print(Devices.open())"
+    code = "import sys; sys.modules['pynvml'] = None\nfrom perdure.workers.health.nvml import Devices; print(Devices.open())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "None"
 
 

@@ -20,7 +20,7 @@ from perdure.protocol.connection import connect
 from perdure.protocol.errors import RedisUnavailable
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import eventually, laboratory
 

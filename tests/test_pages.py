@@ -27,9 +27,12 @@ from perdure.protocol import errors
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import SECRETS, Settings, variable
 from perdure.recovery import degradation
-from perdure.scripts import metrics, pool
+from perdure.scripts.cli import metrics
 from perdure.scripts.main import COMMANDS, perdure
-from perdure.workers import draining, group, membership, restarts, statuses, watchdog
+from perdure.scripts.pool import pool
+from perdure.workers.guardian import watchdog
+from perdure.workers.pool import draining, restarts, statuses
+from perdure.workers.ranks import group, membership
 
 from .page_kit import ROOT, Block, blocks, commands, matches, names, rows, run, section
 from .worker_kit import Lab, eventually

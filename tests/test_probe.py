@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from perdure.workers import probe as module
-from perdure.workers.health import State
-from perdure.workers.nvml import Devices
+from perdure.workers.health.nvml import Devices
+from perdure.workers.health.state import State
 from perdure.workers.probe import ROUNDS, SIZE, Verdict, answer, compute, left, probe, right
 
 from .worker_kit import eventually, gone

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import redis
 
-from perdure.producer import AsyncClient, AsyncHandle, Client, Handle, as_completed_async, questions
+from perdure.producer import AsyncClient, AsyncHandle, Client, Handle, as_completed_async
 from perdure.producer.lanes import LANES
+from perdure.producer.reading import questions
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
     IdempotencyConflict,
@@ -38,7 +39,7 @@ from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .test_producer_streams import LONG, PATH, Hands, subscribed_anew, subscribers, until
 

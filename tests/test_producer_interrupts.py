@@ -25,7 +25,7 @@ from perdure.producer import AsyncClient, Client, Handle, as_completed
 from perdure.producer.lanes import LANES
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .test_producer_streams import Hands
 from .worker_kit import eventually, later

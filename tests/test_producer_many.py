@@ -15,14 +15,14 @@ import pytest
 import redis
 
 from perdure.producer import Client, Handle, as_completed
-from perdure.producer import gathering as gathering_module
-from perdure.producer.replies import SLICE
+from perdure.producer.reading import gathering as gathering_module
+from perdure.producer.reading.replies import SLICE
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import InvalidRequest, RedisUnavailable, UnknownRequest, UsageError
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .test_producer_streams import LONG, PATH, Hands, subscribers, until
 

@@ -15,7 +15,7 @@ from perdure.producer.options import OF_ONE, Common, Options, sentence
 from perdure.protocol.errors import InvalidRequest
 from perdure.protocol.settings import Settings
 from perdure.scripts.batch.command import run
-from perdure.scripts.submitting import submit
+from perdure.scripts.cli.submitting import submit
 
 PATH = "app.tasks.count"
 NAMES = {item.name for item in fields(Options)}

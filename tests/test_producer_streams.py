@@ -28,7 +28,7 @@ import redis
 
 from perdure.producer import AsyncClient, Client, Handle
 from perdure.producer.lanes import LANES
-from perdure.producer.outputs import OutputReader
+from perdure.producer.reading.outputs import OutputReader
 from perdure.protocol.codec import pack, pack_entry, pack_result, unpack_entry
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
@@ -42,11 +42,11 @@ from perdure.protocol.errors import (
     UnknownRequest,
 )
 from perdure.protocol.keys import key
-from perdure.protocol.output_log import FIRST, LOST, MOST, Outputs, Place
+from perdure.protocol.reading.output_log import FIRST, LOST, MOST, Outputs, Place
 from perdure.protocol.records import Claim, Failure, FailureKind, Finish, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 PATH = "app.tasks.count"
 LONG = 60.0

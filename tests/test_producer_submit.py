@@ -46,8 +46,8 @@ from perdure.protocol.records import NewRequest
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
-from perdure.scripts.server import Server
-from perdure.workers.tasks import BatchTask, Request, Step, task
+from perdure.scripts.pool.server import Server
+from perdure.workers.tasks.base import BatchTask, Request, Step, task
 
 PATH = "app.tasks.count"
 

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from perdure.protocol.keys import key
-from perdure.protocol.reads import HISTORY_PAGE
+from perdure.protocol.reading.reads import HISTORY_PAGE
 
 from .test_protocol_kit import Hand, Pool
 

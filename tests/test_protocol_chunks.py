@@ -13,7 +13,7 @@ import redis
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK, PackedState, pack_state
 from perdure.protocol.records import Claim, FailureKind
-from perdure.protocol.refusals import memory_full
+from perdure.protocol.transport.refusals import memory_full
 
 from .test_protocol_kit import Hand, Pool, dump
 from .test_protocol_replays import CLOCKS

@@ -14,9 +14,9 @@ from rq.job import Job
 
 from perdure.protocol import limits, scripts
 from perdure.protocol.keys import NAMES, key
-from perdure.protocol.measures import COUNTS
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import TRANSITIONS
+from perdure.protocol.telemetry.measures import COUNTS
 
 from . import lua_kit
 from .page_kit import ROOT, blocks, commands, matches, names, rows, run, section
@@ -105,10 +105,10 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
     shown = {names(row[0])[0]: row for row in rows(section(PAGE, "Scripts"))}
     assert sorted(shown) == scripts.names()
     folders: dict[str, list[Path]] = {
-        "producer": [*(ROOT / "producer").glob("*.py")],
-        "worker": [path for path in (ROOT / "workers").glob("*.py") if path.name not in ("guardian.py", "testing.py")],
+        "producer": [*(ROOT / "producer").rglob("*.py")],
+        "worker": [path for path in (ROOT / "workers").rglob("*.py") if path.name not in ("process.py", "testing.py")],
         "guardian": [
-            ROOT / "workers" / "guardian.py",
+            ROOT / "workers" / "guardian" / "process.py",
             ROOT / "recovery" / "reaper.py",
             ROOT / "recovery" / "degradation.py",
             ROOT / "recovery" / "strays.py",

@@ -12,8 +12,8 @@ from rq import Queue
 from rq.job import Job
 from rq.registry import CanceledJobRegistry
 
-from perdure.protocol.inspection import queue_facts
 from perdure.protocol.keys import key
+from perdure.protocol.queries.inspection import queue_facts
 from perdure.protocol.records import FailureKind
 from perdure.protocol.states import State
 

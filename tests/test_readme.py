@@ -20,8 +20,8 @@ import pytest
 
 from perdure.producer import AsyncClient
 from perdure.protocol.tasks import is_task
-from perdure.scripts.screen import Screen
-from perdure.scripts.verdict import Row, Verdict
+from perdure.scripts.demonstration.screen import Screen
+from perdure.scripts.demonstration.verdict import Row, Verdict
 
 from .page_kit import ROOT, blocks, commands
 from .worker_kit import Lab, eventually

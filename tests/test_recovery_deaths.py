@@ -191,6 +191,6 @@ def test_signals_that_end_a_process_are_known() -> None:
 def test_exit_statuses_are_those_that_workers_leave_with():
     """They stand twice, since recovery imports nothing of the workers."""
     from perdure.recovery import deaths
-    from perdure.workers import statuses
+    from perdure.workers.pool import statuses
 
     assert set(deaths._EXITS) == {statuses.UNFIT_DEVICE, statuses.OUT_OF_MEMORY, statuses.HUNG}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perdure.protocol.keys import key
-from perdure.protocol.mode import Count, Mode, Tally
+from perdure.protocol.reading.mode import Count, Mode, Tally
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.degradation import ENTER, HOLD, LEAVE, SPAN, SPANS, Degradation, judge

@@ -24,7 +24,7 @@ from perdure.protocol.states import State
 from perdure.protocol.store import Store
 from perdure.recovery import reaper as module
 from perdure.recovery.reaper import MAX_ROUNDS, Reaper
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .test_protocol_kit import Hand, Pool
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from perdure.protocol.reading.words import Inability, WorkerWord, trouble
 from perdure.protocol.records import FailureKind
-from perdure.protocol.words import Inability, WorkerWord, trouble
 from perdure.recovery.unserved import unserved
 
 MISSING = Inability("app.t", "missing", 100.0, "No module named 'app'")

@@ -20,12 +20,12 @@ import redis
 from perdure.producer import AsyncClient, Client
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import RedisUnavailable
-from perdure.protocol.explaining import explain
 from perdure.protocol.keys import key
-from perdure.protocol.patience import be_patient
-from perdure.protocol.refusals import PASSING, code_of, memory_full, passing, waited_for
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
+from perdure.protocol.transport.explaining import explain
+from perdure.protocol.transport.patience import be_patient
+from perdure.protocol.transport.refusals import PASSING, code_of, memory_full, passing, waited_for
+from perdure.scripts.pool.server import Server
 
 from .test_producer_streams import Hands
 from .worker_kit import eventually, laboratory

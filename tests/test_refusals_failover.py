@@ -17,7 +17,7 @@ from perdure.producer import AsyncClient, Client
 from perdure.protocol.connection import connect
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, eventually, laboratory
 

@@ -13,7 +13,7 @@ from rq.registry import DeferredJobRegistry, ReadyJobRegistry
 
 from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
-from perdure.workers.dependents import Dependents
+from perdure.workers.rq.dependents import Dependents
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually

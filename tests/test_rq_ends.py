@@ -16,8 +16,8 @@ from rq.job import Dependency, Job
 from rq.rate_limit import RateLimit, RateLimitRegistry
 
 from perdure.protocol.keys import key
-from perdure.workers.dependents import Dependents
-from perdure.workers.notices import Notices
+from perdure.workers.rq.dependents import Dependents
+from perdure.workers.rq.notices import Notices
 
 from .receiver_kit import receiving
 from .test_protocol_kit import Hand, Pool

@@ -14,7 +14,7 @@ from rq.group import Group
 from rq.job import Job
 
 from perdure.protocol.keys import key
-from perdure.workers.dependents import Dependents
+from perdure.workers.rq.dependents import Dependents
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import LONG, Lab, eventually

@@ -23,7 +23,7 @@ def scheduler_of(worker: Process) -> int:
 
     def found() -> list[int]:
         names = {pid: command_of(pid) for pid in worker.children()}
-        return [pid for pid, line in names.items() if "perdure.workers.scheduler" in line]
+        return [pid for pid, line in names.items() if "perdure.workers.rq.scheduler" in line]
 
     (pid,) = eventually(found)
     return pid
@@ -48,7 +48,7 @@ def test_jobs_are_run_when_they_are_due(lab: Lab) -> None:
     finished(job)
     lab.check(request, 50)
     # Spawned: nothing of the worker's is in it.
-    assert "perdure.workers.worker" not in " ".join(command_of(process))
+    assert "perdure.workers.rq.worker" not in " ".join(command_of(process))
     worker.send(signal.SIGTERM)
     assert worker.end() == 0
     eventually(lambda: gone(process))

@@ -22,8 +22,8 @@ from perdure.protocol.errors import PerdureError
 from perdure.protocol.keys import key
 from perdure.protocol.records import Progress
 from perdure.scripts.main import main
-from perdure.workers.dependents import Dependents
-from perdure.workers.notices import Notices
+from perdure.workers.rq.dependents import Dependents
+from perdure.workers.rq.notices import Notices
 
 from .worker_kit import Lab, eventually
 

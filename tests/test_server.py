@@ -18,8 +18,8 @@ import pytest
 from perdure.protocol.connection import RECORD, connect, resolve_url, running_server
 from perdure.protocol.errors import RedisUnavailable, SettingsError
 from perdure.protocol.settings import Settings
-from perdure.scripts import server as module
-from perdure.scripts.server import Server, announce, find_binary, withdraw
+from perdure.scripts.pool import server as module
+from perdure.scripts.pool.server import Server, announce, find_binary, withdraw
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_binary_that_is_no_server_shows_what_it_said(tmp_path: Path) -> None:
 def test_it_dies_with_its_parent(server_binary: Path, tmp_path: Path) -> None:
     """The kernel ends it when its owner is killed and can no longer do so."""
     code = (
-        "import sys; from perdure.scripts.server import Server\n"
+        "import sys; from perdure.scripts.pool.server import Server\n"
         "server = Server(sys.argv[1], binary=sys.argv[2], die_with_parent=True)\n"
         "print(server.pid, flush=True)\n"
         "sys.stdin.read()"

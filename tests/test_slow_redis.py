@@ -19,9 +19,9 @@ from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.reaper import Reaper
-from perdure.scripts.server import Server
-from perdure.workers.companion import Guarded, portable, rebuild
-from perdure.workers.guardian import Guardian
+from perdure.scripts.pool.server import Server
+from perdure.workers.guardian.companion import Guarded, portable, rebuild
+from perdure.workers.guardian.process import Guardian
 
 SETTINGS = Settings(heartbeat=0.4, heartbeat_timeout=2.0, reap_interval=0.2)
 """The defaults, 2.5 times as fast."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from perdure.workers.soundness import BROKEN, REMEMBERED, Blame, Soundness
+from perdure.workers.engine.soundness import BROKEN, REMEMBERED, Blame, Soundness
 
 
 def test_several_are_suspects_and_one_alone_needs_a_proof() -> None:

@@ -18,13 +18,13 @@ import psutil
 import pytest
 
 from perdure.protocol.settings import Settings
-from perdure.scripts import examiner
-from perdure.scripts.pool import Pool
-from perdure.workers import undertaker
-from perdure.workers.gpus import Gpu
-from perdure.workers.places import Phase, Place
-from perdure.workers.restarts import BUDGET
-from perdure.workers.statuses import UNFIT_DEVICE
+from perdure.scripts.pool import examiner
+from perdure.scripts.pool.pool import Pool
+from perdure.workers.pool import undertaker
+from perdure.workers.pool.gpus import Gpu
+from perdure.workers.pool.places import Phase, Place
+from perdure.workers.pool.restarts import BUDGET
+from perdure.workers.pool.statuses import UNFIT_DEVICE
 
 from .test_notify import heard
 from .worker_kit import QUICK, TASKS, Lab, Process, eventually, gone, send
@@ -330,8 +330,8 @@ def test_mistakes_are_told_before_anything_starts(
     arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Bad values, a GPU that is not there, a Redis that does not answer."""
-    from perdure.scripts import up as command
     from perdure.scripts.main import main
+    from perdure.scripts.pool import up as command
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # or torch would have to be asked
     monkeypatch.setattr(command, "_signals", lambda: None)  # they are the test run's

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perdure.workers.draining import LEAVE
-from perdure.workers.places import Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell, describe
-from perdure.workers.restarts import LONGEST_FOR_REQUESTS, LONGEST_PAUSE, RETRY, WINDOW, Budget
-from perdure.workers.statuses import OUT_OF_MEMORY, UNFIT_DEVICE
-from perdure.workers.supervisor import REPAIR_LOOK, SILENT, VACATE, Supervisor
+from perdure.workers.pool.draining import LEAVE
+from perdure.workers.pool.places import Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell, describe
+from perdure.workers.pool.restarts import LONGEST_FOR_REQUESTS, LONGEST_PAUSE, RETRY, WINDOW, Budget
+from perdure.workers.pool.statuses import OUT_OF_MEMORY, UNFIT_DEVICE
+from perdure.workers.pool.supervisor import REPAIR_LOOK, SILENT, VACATE, Supervisor
 
 KILLED = -signal.SIGKILL
 LOAD, DRAIN = 100.0, 10.0

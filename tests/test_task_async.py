@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from perdure.workers import Request, Step, task
-from perdure.workers.async_generators import AsyncBatch
-from perdure.workers.engines import as_batch
-from perdure.workers.members import Members
-from perdure.workers.tasks import Task
+from perdure.workers.engine.engines import as_batch
+from perdure.workers.tasks.async_generators import AsyncBatch
+from perdure.workers.tasks.base import Task
+from perdure.workers.tasks.members import Members
 from perdure.workers.testing import resume_at_every_step
 
 from .worker_kit import Lab, eventually

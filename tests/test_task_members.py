@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from perdure.workers import Request, Step
-from perdure.workers.tasks import Task
-from perdure.workers.threads import ThreadBatch
+from perdure.workers.tasks.base import Task
+from perdure.workers.tasks.threads import ThreadBatch
 
 LONG = 30.0
 

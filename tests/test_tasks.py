@@ -14,9 +14,9 @@ import pytest
 from perdure.protocol.errors import UnknownTask
 from perdure.protocol.tasks import is_task, path_of, resolve
 from perdure.workers import BatchTask, InvalidRequest, Request, Step, task
-from perdure.workers.engines import as_batch
-from perdure.workers.generators import GeneratorBatch
-from perdure.workers.tasks import NOTHING, Task
+from perdure.workers.engine.engines import as_batch
+from perdure.workers.tasks.base import NOTHING, Task
+from perdure.workers.tasks.generators import GeneratorBatch
 
 closed: list[str] = []
 

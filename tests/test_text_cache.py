@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perdure.workers.text.bundle import Bundle
-from perdure.workers.text.cache import cached
-from perdure.workers.text.tiny import tiny
+from perdure.workers.text.weights.cache import cached
+from perdure.workers.text.weights.tiny import tiny
 
 
 class Reader:

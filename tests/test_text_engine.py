@@ -10,10 +10,10 @@ import pytest
 
 from perdure.protocol.errors import InvalidRequest, SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request, Step
+from perdure.workers.tasks.base import NOTHING, Request, Step
 from perdure.workers.text import Generate
-from perdure.workers.text.device import prepare_device
 from perdure.workers.text.golden import answer, answers, run_alone
+from perdure.workers.text.model.device import prepare_device
 from perdure.workers.text.sampler import choose
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1)

@@ -14,14 +14,14 @@ import torch
 from perdure.protocol.codec import pack, unpack
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request
+from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text import Generate
-from perdure.workers.text.exactness import check_operators, self_check
 from perdure.workers.text.golden import run_alone
-from perdure.workers.text.llama import Llama
-from perdure.workers.text.models import read
-from perdure.workers.text.operators import Operators
+from perdure.workers.text.model.exactness import check_operators, self_check
+from perdure.workers.text.model.llama import Llama
+from perdure.workers.text.model.operators import Operators
 from perdure.workers.text.sampler import choose
+from perdure.workers.text.weights.models import read
 
 # Four chunks of prefill, and past the end of an attention bucket while decoding.
 PROMPT = "What outlives the process that began it? " * 3

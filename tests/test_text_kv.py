@@ -12,7 +12,7 @@ import torch
 
 from perdure.protocol.packed_state import pack_state, unpack_state
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request
+from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text import Generate
 from perdure.workers.text.parameters import complete
 

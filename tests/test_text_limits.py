@@ -16,13 +16,13 @@ import tokenizers
 from perdure.protocol.codec import pack
 from perdure.protocol.errors import InvalidRequest, SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.statuses import UNFIT
-from perdure.workers.tasks import BatchTask, Request, Step
+from perdure.workers.pool.statuses import UNFIT
+from perdure.workers.tasks.base import BatchTask, Request, Step
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import answer, run_alone
-from perdure.workers.text.models import read
 from perdure.workers.text.tokenizer import Tokenizer, Vocabulary
 from perdure.workers.text.transformers import CausalLM
+from perdure.workers.text.weights.models import read
 
 from .test_text_models import TOKENS, weights, write_folder
 from .test_worker_memory import Turns
@@ -35,7 +35,7 @@ MEASURED = """
 import resource, sys, time
 from perdure.protocol.errors import InvalidRequest
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import Request
+from perdure.workers.tasks.base import Request
 from perdure.workers.text import Generate
 kind, unit, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind == "adapter":

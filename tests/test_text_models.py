@@ -16,13 +16,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from perdure.protocol.errors import InvalidRequest, SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import Request
+from perdure.workers.tasks.base import Request
 from perdure.workers.text import Generate
 from perdure.workers.text.bundle import Bundle
 from perdure.workers.text.golden import run_alone
-from perdure.workers.text.llama import Llama, Run
-from perdure.workers.text.models import read
+from perdure.workers.text.model.llama import Llama, Run
 from perdure.workers.text.tokenizer import Tokenizer, byte_alphabet
+from perdure.workers.text.weights.models import read
 
 WIDTH, HIDDEN, LAYERS, HEADS, GROUPS, D, BASE, EPSILON = 64, 96, 2, 4, 2, 16, 500.0, 1e-5
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

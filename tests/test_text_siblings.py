@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request, Step
+from perdure.workers.tasks.base import NOTHING, Request, Step
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import run_alone
 from perdure.workers.text.parameters import Parameters, complete

@@ -10,10 +10,10 @@ import pytest
 
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request
+from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import run_alone
-from perdure.workers.text.models import read
+from perdure.workers.text.weights.models import read
 
 CHAT = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

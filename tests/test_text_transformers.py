@@ -11,7 +11,7 @@ import pytest
 
 from perdure.protocol.errors import InvalidRequest, SettingsError
 from perdure.protocol.settings import Settings
-from perdure.workers.tasks import NOTHING, Request
+from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text.transformers import CausalLM
 
 from .worker_kit import TASKS, Lab, eventually

@@ -19,10 +19,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from perdure.producer import AsyncClient, Client
-from perdure.protocol import tracing
 from perdure.protocol.errors import IdempotencyConflict
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
+from perdure.protocol.telemetry import tracing
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually

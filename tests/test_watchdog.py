@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from perdure.workers.watchdog import GAP, LOOK, Counter, Page, Reading, Watch
+from perdure.workers.guardian.watchdog import GAP, LOOK, Counter, Page, Reading, Watch
 
 STEP, COURIER = 2.0, 5.0
 

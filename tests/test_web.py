@@ -19,8 +19,8 @@ from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.scripts.main import main
-from perdure.scripts.reading import Rates
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
+from perdure.scripts.present.reading import Rates
 from perdure.scripts.web.access import HEADERS, Access, name_of
 from perdure.scripts.web.looks import Looks
 

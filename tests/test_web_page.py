@@ -12,7 +12,7 @@ import redis
 from perdure.protocol.connection import connect
 from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .browser_kit import BINARY, Browser, Page, browsing, find_browser
 from .test_protocol_kit import Hand, Pool

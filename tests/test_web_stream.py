@@ -15,7 +15,7 @@ import redis
 
 from perdure.protocol.errors import RedisUnavailable
 from perdure.scripts.main import main
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 from perdure.scripts.web.stream import MOST, Watch
 
 from .test_protocol_kit import Pool

@@ -12,7 +12,7 @@ from rq.registry import FailedJobRegistry
 from rq.results import Result
 
 from perdure.protocol.keys import key
-from perdure.workers.statuses import UNFIT
+from perdure.workers.pool.statuses import UNFIT
 
 from .test_protocol_kit import Hand, Pool
 from .worker_kit import Lab, eventually

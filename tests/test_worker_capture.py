@@ -15,11 +15,11 @@ from perdure.protocol.packed_state import CHUNK, unpack_state
 from perdure.protocol.records import Claim, Failure, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
-from perdure.workers import holding as module
-from perdure.workers import uploads
-from perdure.workers.holding import Holding
-from perdure.workers.loop import EngineLoop
-from perdure.workers.tasks import Step
+from perdure.workers.engine.loop import EngineLoop
+from perdure.workers.leases import holding as module
+from perdure.workers.leases.holding import Holding
+from perdure.workers.redis_io import uploads
+from perdure.workers.tasks.base import Step
 
 from .test_protocol_kit import TASK
 from .test_worker_rounds import Bench

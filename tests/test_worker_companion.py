@@ -11,7 +11,7 @@ import redis
 
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
-from perdure.workers.companion import Companion
+from perdure.workers.guardian.companion import Companion
 
 from .deploy_kit import free_port
 from .worker_kit import TASKS, Lab, eventually, gone
@@ -21,7 +21,7 @@ NOTES = """
 import atexit, pathlib, sys
 
 before = set(sys.modules)
-if "perdure.workers.guardian" in sys.orig_argv:
+if "perdure.workers.guardian.process" in sys.orig_argv:
     atexit.register(lambda: pathlib.Path("loaded").write_text("\\n".join(set(sys.modules) - before)))
 """
 

@@ -12,7 +12,7 @@ from rq import Queue
 from rq import Worker as StockWorker
 
 from perdure.protocol.keys import key
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, eventually, gone, laboratory
 

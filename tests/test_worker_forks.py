@@ -44,8 +44,8 @@ def test_a_plain_job_s_child_ends_too(lab: Lab, how: str) -> None:
 
 COUNTERS = """
 import os
-from perdure.workers.companion import Companion
-from perdure.workers.watchdog import Page
+from perdure.workers.guardian.companion import Companion
+from perdure.workers.guardian.watchdog import Page
 
 page = Page.create()
 page.loop.tick(1.0)

@@ -19,11 +19,12 @@ from perdure.protocol.codec import pack
 from perdure.protocol.errors import InvalidRequest
 from perdure.protocol.records import NewRequest, RequestRecord
 from perdure.protocol.settings import Settings
-from perdure.workers import engines, statuses
-from perdure.workers.loop import EngineLoop
-from perdure.workers.mailbox import News
-from perdure.workers.members import Members
-from perdure.workers.tasks import BatchTask, Request, Step, Task
+from perdure.workers.engine import engines
+from perdure.workers.engine.loop import EngineLoop
+from perdure.workers.leases.mailbox import News
+from perdure.workers.pool import statuses
+from perdure.workers.tasks.base import BatchTask, Request, Step, Task
+from perdure.workers.tasks.members import Members
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import answers
 

@@ -18,7 +18,7 @@ from perdure.producer import Client
 from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.scripts import load
 from perdure.protocol.settings import Settings
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import LONG, Lab, eventually, gone, laboratory, later, send
 

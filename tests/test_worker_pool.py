@@ -13,8 +13,8 @@ import pytest
 
 from perdure.protocol.connection import connect
 from perdure.protocol.settings import Settings
-from perdure.scripts.pool import Pool
-from perdure.workers.places import describe
+from perdure.scripts.pool.pool import Pool
+from perdure.workers.pool.places import describe
 
 from .worker_kit import QUICK, TASKS, Lab, eventually, gone, laboratory
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perdure.workers import Unfit
-from perdure.workers.statuses import UNFIT
+from perdure.workers.pool.statuses import UNFIT
 
 from .worker_kit import Lab, Process, eventually
 

@@ -13,22 +13,22 @@ import pytest
 import redis
 
 from perdure.protocol.keys import SCHEMA, key
-from perdure.protocol.output_log import Page, Place
+from perdure.protocol.reading.output_log import Page, Place
 from perdure.protocol.records import Progress
 from perdure.protocol.settings import LEASE, Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
-from perdure.workers import courier as courier_module
-from perdure.workers import line as line_module
-from perdure.workers.claimer import Claimer, Limits
-from perdure.workers.companion import Guarded
-from perdure.workers.courier import Courier
-from perdure.workers.guardian import Guardian
-from perdure.workers.holdings import MAX_BUFFER, Holdings
-from perdure.workers.line import Line
-from perdure.workers.mailbox import Drop, Mailbox
-from perdure.workers.pace import CALLS
-from perdure.workers.tasks import Step
+from perdure.workers.guardian.companion import Guarded
+from perdure.workers.guardian.process import Guardian
+from perdure.workers.leases.holdings import MAX_BUFFER, Holdings
+from perdure.workers.leases.mailbox import Drop, Mailbox
+from perdure.workers.redis_io import courier as courier_module
+from perdure.workers.redis_io import line as line_module
+from perdure.workers.redis_io.claimer import Claimer, Limits
+from perdure.workers.redis_io.courier import Courier
+from perdure.workers.redis_io.line import Line
+from perdure.workers.redis_io.pace import CALLS
+from perdure.workers.tasks.base import Step
 
 from .test_protocol_kit import TASK, Hand, Pool
 
@@ -481,7 +481,7 @@ def test_a_call_that_is_nobodys_and_never_taken_ends_the_worker(bench: Bench, mo
     monkeypatch.setattr(bench.pool.store, "claim", raising(redis.ResponseError("WRONGTYPE Operation against a key")))
     for _ in range(3):
         bench.round()
-    with pytest.raises(RuntimeError, match="4 calls in succession"):
+    with pytest.raises(RuntimeError, match="4 calls in a row"):
         bench.round()
 
 

@@ -12,7 +12,7 @@ from .worker_kit import Lab
 
 PROGRAM = """
 import multiprocessing, os, signal, threading
-from perdure.workers.signals import SignalWatcher
+from perdure.workers.rq.signals import SignalWatcher
 
 seen, heard = [], threading.Event()
 
@@ -44,7 +44,7 @@ watcher.remove()
 
 HANDLERS = """
 import asyncio, os, signal, threading, time
-from perdure.workers.signals import SignalWatcher
+from perdure.workers.rq.signals import SignalWatcher
 
 seen, heard = [], threading.Semaphore(0)
 

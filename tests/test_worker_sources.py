@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perdure.scripts.main import main
-from perdure.workers.sources import Loaded, Sources, digests
+from perdure.workers.tasks.sources import Loaded, Sources, digests
 
 from .worker_kit import Lab, eventually
 

@@ -11,9 +11,9 @@ import redis
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK
 from perdure.protocol.states import State
-from perdure.scripts.server import Server
-from perdure.workers import uploads
-from perdure.workers.tasks import Request, Step
+from perdure.scripts.pool.server import Server
+from perdure.workers.redis_io import uploads
+from perdure.workers.tasks.base import Request, Step
 
 from .test_worker_outage import Proxy
 from .test_worker_rounds import Bench

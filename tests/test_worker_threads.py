@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 
 from .worker_kit import Lab, eventually, laboratory
 

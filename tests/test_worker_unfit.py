@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perdure.workers import statuses
+from perdure.workers.pool import statuses
 
 from .worker_kit import Lab, Process
 

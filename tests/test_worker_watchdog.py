@@ -17,10 +17,10 @@ from rq import Queue
 from rq.suspension import resume, suspend
 
 from perdure.protocol.keys import key
-from perdure.scripts.server import Server
+from perdure.scripts.pool.server import Server
 from perdure.workers import Request, Step, task
-from perdure.workers.engines import as_batch
-from perdure.workers.members import Members
+from perdure.workers.engine.engines import as_batch
+from perdure.workers.tasks.members import Members
 
 from .worker_kit import Lab, Process, eventually, laboratory, later, send
 
@@ -195,7 +195,7 @@ def test_the_backstop_ends_a_process_whose_guardian_is_gone(tmp_path: Path) -> N
     """Without anybody beside it: it writes the stacks and exits, although no thread of it gets the interpreter's lock."""
     code = """
 import os, sys
-from perdure.workers import watchdog
+from perdure.workers.guardian import watchdog
 sys.path.append(sys.argv[1])
 from hang_tasks import hold_the_interpreter
 watchdog.SPARE = 0.3

@@ -272,7 +272,7 @@ class Lab:
                 self.seen.update(process.children())
         for pid in self.seen:
             # A number may belong to somebody else by now.
-            if "perdure.workers.guardian" in command_of(pid):
+            if "perdure.workers.guardian.process" in command_of(pid):
                 send(pid, signal.SIGCONT)
                 send(pid, signal.SIGKILL)
         for process in self.processes:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..protocol.errors import InvalidRequest
-    from .tasks import BatchTask, Request, Step, Unfit, task
-    from .worker import Worker
+    from .rq.worker import Worker
+    from .tasks.base import BatchTask, Request, Step, Unfit, task
 
 __all__ = ["BatchTask", "InvalidRequest", "Request", "Step", "Unfit", "Worker", "task"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Worker":
-        from .worker import Worker
+        from .rq.worker import Worker
 
         return Worker
     if name in __all__:
-        from . import tasks
+        from .tasks import base as tasks
 
         return getattr(tasks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

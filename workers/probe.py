@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .health import State
+from .health.state import State
 
 SIZE: Final = 1024
 """Rows and columns of the matrices."""

@@ -20,15 +20,15 @@ from ..protocol.records import Claim, FailureKind, NewRequest
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..protocol.tasks import is_task, path_of, prepared
-from .claimer import Claimer, Limits
-from .companion import Guarded
-from .courier import Courier
-from .holdings import Holdings
-from .line import Line
-from .loop import EngineLoop
-from .mailbox import Mailbox
-from .members import Members
-from .tasks import AnyTask, Step
+from .engine.loop import EngineLoop
+from .guardian.companion import Guarded
+from .leases.holdings import Holdings
+from .leases.mailbox import Mailbox
+from .redis_io.claimer import Claimer, Limits
+from .redis_io.courier import Courier
+from .redis_io.line import Line
+from .tasks.base import AnyTask, Step
+from .tasks.members import Members
 
 __all__ = ["Report", "resume_at_every_step"]
 

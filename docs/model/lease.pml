@@ -607,7 +607,7 @@ inline promote(r) {
     WHOLE(r)
 }
 
-/* --- a worker: workers/line.py, endings.py, claimer.py, holding.py ------------------------------------------ */
+/* --- a worker: workers/redis_io/line.py, endings.py, claimer.py, holding.py ------------------------------------------ */
 
 inline let_go(w, r) {
     MINE(w, r) = 0;

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ...protocol.errors import InvalidRequest
 from ...protocol.keys import check_task
 from ...workers.text.checks import FIELDS, SOURCES
-from ..console import plain
+from ..present.console import plain
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"

@@ -14,10 +14,10 @@ from ...producer.session import PATIENCE, Session
 from ...protocol.errors import UsageError
 from ...protocol.keys import check_queue, with_priority
 from ...protocol.limits import MAX_REQUESTS
-from ...protocol.mode import Mode
+from ...protocol.reading.mode import Mode
 from ...protocol.store import Store
-from ..console import json_option, print_json, read_settings, url_option
 from ..options import option_flags
+from ..present.console import json_option, print_json, read_settings, url_option
 from .ledger import Ledger
 from .lines import Source, check, pages, refuse_bad
 from .models import served_models

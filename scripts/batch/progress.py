@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import click
 
-from ..console import one_line
+from ..present.console import one_line
 from .tally import Tally
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import redis
 
-from ...producer.gathering import Gathering
+from ...producer.reading.gathering import Gathering
 from ...producer.session import Session
 from ...producer.submission import chunks
 from ...protocol.codec import unpack_exception, unpack_result

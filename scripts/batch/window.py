@@ -11,7 +11,7 @@ from typing import Final
 
 from ...protocol.limits import MAX_REQUESTS
 from ...protocol.records import NewRequest
-from ...protocol.refusals import RETRY_AFTER
+from ...protocol.transport.refusals import RETRY_AFTER
 
 MOST_LOSSES: Final = 3
 """Times that a line's request may vanish from Redis before the line is given up."""

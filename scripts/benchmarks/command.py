@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...protocol.errors import PerdureError
-from ..server import Server
+from ..pool.server import Server
 from .environments import NODE
 from .machine import describe, describe_server, one_line
 from .pages import keep, refill_pages

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .drawing import Line, bars, curves
-from .goodput import from_zero, resumed
+from .measures.goodput import from_zero, resumed
 from .reports import Pictures, ratio_table
 from .tables import Table
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from ..server import Server
+from ..pool.server import Server
 
 _SETTINGS = (
     "appendonly", "appendfsync", "save", "maxmemory-policy", "stream-node-max-bytes", "hash-max-ziplist-value",

@@ -60,7 +60,7 @@ def say(text: str) -> None:
 
 def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """No-op requests, ours beside those of others."""
-    from .queueing import QUICK, SMOKE, QueueBenchmark, Sizes, ratios
+    from .measures.queueing import QUICK, SMOKE, QueueBenchmark, Sizes, ratios
     from .systems import OWN, PEERS_OF_THE_QUEUE
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
@@ -80,7 +80,7 @@ def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
 
 def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """Kills, ours beside those of others."""
-    from .recovery import QUICK, SMOKE, RecoveryBenchmark, Sizes
+    from .measures.recovery import QUICK, SMOKE, RecoveryBenchmark, Sizes
     from .scenarios import OWN, PEERS_OF_RECOVERY
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
@@ -101,7 +101,7 @@ def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
 
 def checkpoints(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """What storing while generating costs."""
-    from .checkpointing import QUICK, SMOKE, CheckpointBenchmark, Sizes, ratios
+    from .measures.checkpointing import QUICK, SMOKE, CheckpointBenchmark, Sizes, ratios
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     benchmark = CheckpointBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say)
@@ -112,7 +112,7 @@ def checkpoints(options: Options, stage: Stage, crew: Crew, note: str) -> Findin
 
 def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """What operations cost beside many requests."""
-    from .scale import QUICK, SMOKE, ScaleBenchmark, Sizes
+    from .measures.scale import QUICK, SMOKE, ScaleBenchmark, Sizes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     if options.requests:
@@ -131,7 +131,7 @@ def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
 
 def saturation(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """More requests than Redis can checkpoint at the usual interval."""
-    from .saturation import QUICK, SMOKE, SaturationBenchmark, Sizes
+    from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, Sizes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     found = SaturationBenchmark(stage, crew, sizes, say).run()
@@ -140,7 +140,7 @@ def saturation(options: Options, stage: Stage, crew: Crew, note: str) -> Finding
 
 def engine(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """The engine against transformers, which is taken from here if nothing may be installed."""
-    from .engine import QUICK, SMOKE, EngineBenchmark, Sizes, own_interpreter, ratios
+    from .measures.engine import QUICK, SMOKE, EngineBenchmark, Sizes, own_interpreter, ratios
 
     few = options.quick or options.smoke
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
@@ -158,7 +158,7 @@ def engine(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
 
 def goodput(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     """What is left of the workers' time when they die."""
-    from .goodput import QUICK, SMOKE, GoodputBenchmark, Sizes
+    from .measures.goodput import QUICK, SMOKE, GoodputBenchmark, Sizes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
     found = GoodputBenchmark(stage, crew, sizes, say).run()

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ...protocol.errors import PerdureError
 from ...protocol.settings import PREFIX
-from ..children import STARTER
+from ..pool.children import STARTER
 from .systems import PEERS
 
 STOP_TIMEOUT = 5.0

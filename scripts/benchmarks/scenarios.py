@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .recovery import Scenario
+from .measures.recovery import Scenario
 from .systems import PEERS, QUEUE
 
 _OWN_PRODUCER = (str(PEERS / "bench_perdure.py"), "walk")

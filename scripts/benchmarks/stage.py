@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from ...protocol.connection import connect
-from ..server import Server
+from ..pool.server import Server
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from ...protocol.connection import connect
 from ...protocol.keys import key
 from ...protocol.settings import Settings
 from ...protocol.store import Store
-from ..children import environment_for
-from ..server import Server
+from ..pool.children import environment_for
+from ..pool.server import Server
 from .crew import Crew
 from .evidence import QUEUES, Evidence, delete_all, read_journals, read_requests, read_samples, strangers_and_leaks
 from .faults import CLASSES
@@ -267,7 +267,7 @@ class Conductor:
             return None
         with (self.options.folder / "golden.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "perdure.scripts.golden"],
+                [sys.executable, "-P", "-m", "perdure.scripts.demonstration.golden"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 env=environment_for("", self.options.settings),
             )  # fmt: skip

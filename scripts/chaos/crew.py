@@ -20,9 +20,9 @@ from typing import Final
 
 import psutil
 
-from ...protocol.reads import Reads
+from ...protocol.reading.reads import Reads
 from ...protocol.settings import Settings
-from ..children import environment_for, launch
+from ..pool.children import environment_for, launch
 from .load import BROKEN, STEPS, TEXTS, WORDS
 
 _SET_CHILD_SUBREAPER: Final = 36  # of prctl(2)
@@ -134,7 +134,7 @@ class Crew:
             if process is None or not item["ready"] or item["dead_in"] <= 0 or not _is(process, "rq.cli", "worker"):
                 continue
             with contextlib.suppress(psutil.Error):
-                guardians = [child for child in process.children() if _is(child, "perdure.workers.guardian")]
+                guardians = [child for child in process.children() if _is(child, "perdure.workers.guardian.process")]
                 loaded = TEXTS in item["queues"]
                 found.append(Target(item["worker"], item["incarnation"], process, guardians, item["held"], loaded))
         return sorted(found, key=lambda target: -len(target.held))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...protocol.connection import connect
-from ..server import Server, find_binary
+from ..pool.server import Server, find_binary
 from .stage import Fault, Stage
 
 

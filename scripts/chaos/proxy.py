@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from ...protocol.scripts import digest, load
-from ..relay import Relay
+from ..pool.relay import Relay
 
 SLOW_PIECE: Final = 512
 """Bytes of a slow connection that come at once."""

@@ -15,7 +15,7 @@ from ...producer import Client
 from ...protocol.keys import key
 from ...protocol.settings import Settings
 from ...protocol.store import Store
-from ..server import Server
+from ..pool.server import Server
 from .crew import Crew, Target
 from .journal import Journal
 from .proxy import Proxy

@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from ... import __version__
 from ...protocol.errors import InvalidRequest, PerdureError, UnknownRequest, UsageError
-from ..reading import Rates
+from ..present.reading import Rates
 from .access import Access, App, guarded
 from .files import Files
 from .looks import PAGE, Looks, NotAllowed

@@ -15,12 +15,12 @@ from typing import Any, Final
 import click
 import uvicorn
 
-from ...protocol import logs
 from ...protocol.connection import resolve_url
 from ...protocol.errors import UsageError
 from ...protocol.settings import redact
-from ..console import read_settings, url_option
-from ..reading import Rates
+from ...protocol.telemetry import logs
+from ..present.console import read_settings, url_option
+from ..present.reading import Rates
 from .access import Access, read_token
 from .api import application
 from .looks import Looks

@@ -11,25 +11,25 @@ from typing import Any, Final, Self, TypeVar
 import redis
 
 from ...producer import Client
-from ...producer.listing import read_listing
+from ...producer.reading.listing import read_listing
 from ...protocol.connection import connect
 from ...protocol.errors import InvalidRequest, PerdureError
-from ...protocol.explaining import explain
-from ...protocol.inspection import dead_letters, grouped, leases, pressure
 from ...protocol.keys import check_id, check_queue
+from ...protocol.queries.inspection import dead_letters, grouped, leases, pressure
 from ...protocol.settings import Settings, redact
 from ...protocol.store import Store
-from ..console import plain
-from ..drawing import Chart, draw
+from ...protocol.transport.explaining import explain
+from ..cli.moves import requeue_one
+from ..cli.views import as_item as request_item
+from ..cli.views import describe, executions
+from ..cli.workers import as_item as worker_item
 from ..inspect_dead_letters import as_group, as_letter
 from ..inspect_leases import as_item as lease_item
 from ..inspect_queues import read_these
-from ..moves import requeue_one
-from ..reading import Rates
-from ..timeline import chart_of
-from ..views import as_item as request_item
-from ..views import describe, executions
-from ..workers import as_item as worker_item
+from ..present.console import plain
+from ..present.drawing import Chart, draw
+from ..present.reading import Rates
+from ..present.timeline import chart_of
 
 Answer = TypeVar("Answer")
 

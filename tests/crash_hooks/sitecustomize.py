@@ -13,16 +13,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-ROLES = {"guardian": "perdure.workers.guardian", "reaper": "perdure.recovery", "worker": "worker", "producer": "-c"}
+ROLES = {
+    "guardian": "perdure.workers.guardian.process",
+    "reaper": "perdure.recovery",
+    "worker": "worker",
+    "producer": "-c",
+}
 
 PLACES = {
     "bell": ("redis.client", "Redis", "blpop"),
     "birth": ("rq.worker", "SimpleWorker", "register_birth"),
     "commands": ("rq.worker", "SimpleWorker", "subscribe"),
     "death": ("rq.worker", "SimpleWorker", "register_death"),
-    "guardian": ("perdure.workers.companion", "Companion", "_launch"),
-    "ready": ("perdure.workers.companion", "Companion", "tell"),
-    "goodbye": ("perdure.workers.companion", "Companion", "dismiss"),
+    "guardian": ("perdure.workers.guardian.companion", "Companion", "_launch"),
+    "ready": ("perdure.workers.guardian.companion", "Companion", "tell"),
+    "goodbye": ("perdure.workers.guardian.companion", "Companion", "dismiss"),
     "outputs": ("perdure.protocol.store", "Store", "all_outputs"),
     "state": ("perdure.protocol.store", "Store", "packed_state"),
     "listen": ("redis.client", "PubSub", "subscribe"),

@@ -8,8 +8,8 @@ import tokenizers
 import torch
 
 from perdure.protocol.settings import Settings
-from perdure.workers.text.tiny import tiny
 from perdure.workers.text.transformers import CausalLM
+from perdure.workers.text.weights.tiny import tiny
 
 
 def gpt2() -> tuple[Any, Any]:

@@ -13,12 +13,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ...protocol.settings import Settings
-from ..tasks import BatchTask, Request, Step
+from ..tasks.base import BatchTask, Request, Step
 from .parameters import Parameters, check_size, complete
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .llama import Llama
+    from .model.llama import Llama
     from .tokenizer import Tokenizer
 
 __all__ = ["Generate", "generate"]
@@ -97,13 +97,13 @@ class Generate(BatchTask):
 
         import torch
 
-        from .device import describe_device, prepare_device
-        from .exactness import sampler_bits
-        from .key_memory import begin_measuring
-        from .llama import BUCKET, Llama
-        from .models import read
-        from .parallel import ParallelLlama, place
+        from .model.device import describe_device, prepare_device
+        from .model.exactness import sampler_bits
+        from .model.key_memory import begin_measuring
+        from .model.llama import BUCKET, Llama
+        from .model.parallel import ParallelLlama, place
         from .tokenizer import Tokenizer
+        from .weights.models import read
 
         settings = self._settings()
         device = prepare_device(place(settings, self.group) if self.group else settings)
@@ -138,9 +138,9 @@ class Generate(BatchTask):
     def _begin(self) -> None:
         """An empty engine, and the proof of what it computes with."""
         from .engine import Engine
-        from .exactness import self_check
-        from .key_memory import KeyMemory
-        from .trace import Trace
+        from .model.exactness import self_check
+        from .model.key_memory import KeyMemory
+        from .model.trace import Trace
 
         assert self._llama is not None
         settings = self._settings()
@@ -231,7 +231,7 @@ class Generate(BatchTask):
         """
         if self.group or self._llama is None:
             return None
-        from .exactness import self_check
+        from .model.exactness import self_check
 
         return self_check(self._llama) == self._bits
 

@@ -1,6 +1,6 @@
 """Continuous batching: many generations, one forward pass a step.
 
-Each step is one pass in one of the two canonical shapes (:mod:`.llama`), so it is short, and what a
+Each step is one pass in one of the two canonical shapes (:mod:`.model.llama`), so it is short, and what a
 pass computes for a request depends on nothing but the request. Requests that did without exactness
 have ordinary shapes while they are among themselves; beside exact ones they sit in the rows that are
 computed anyway. Knows no Redis.
@@ -14,14 +14,14 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from ..collectives import CollectiveFailed
-from ..tasks import RAISED, Raised, Step
+from ..tasks.base import RAISED, Raised, Step
+from ..tasks.collectives import CollectiveFailed
 from .generation import Generation, Sibling
-from .key_memory import KeyMemory
-from .kv import held, restore, room, save
-from .llama import Llama, Run
+from .model.key_memory import KeyMemory
+from .model.kv import held, restore, room, save
+from .model.llama import Llama, Run
+from .model.trace import Row, Trace
 from .parameters import Parameters
-from .trace import Row, Trace
 
 LOG: Final = logging.getLogger("rq.worker")
 

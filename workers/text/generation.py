@@ -18,7 +18,7 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..tasks import Request
+from ..tasks.base import Request
 from .parameters import Parameters
 from .sampler import adjust, choose, score
 from .transcript import Transcript

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...protocol.settings import Settings
-from ..tasks import NOTHING, Request
+from ..tasks.base import NOTHING, Request
 from . import Generate
 
 

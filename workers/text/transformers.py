@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...protocol.errors import InvalidRequest, SettingsError
 from ...protocol.settings import Settings
-from ..tasks import RAISED, BatchTask, Raised, Request, Step
+from ..tasks.base import RAISED, BatchTask, Raised, Request, Step
 from .parameters import Parameters, check_size, complete
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class CausalLM(BatchTask):
             raise SettingsError(f"{_MISSING} ({error})") from error
         import torch
 
-        from .device import describe_device, prepare_device
+        from .model.device import describe_device, prepare_device
         from .tokenizer import Tokenizer, Vocabulary
 
         device = prepare_device(self._settings())

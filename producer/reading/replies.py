@@ -1,0 +1,313 @@
+"""Replies: hints that something is to be read, heard by one thread for a whole client.
+
+Workers publish a line when a request has new outputs or has ended. Such a line may get lost, and nothing
+depends on it: a waiter that hears nothing reads the keys by itself after a while. Hints only make it quick,
+and one subscription serves ten thousand waiters.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+import redis
+
+from ...protocol.keys import key
+
+SLICE: Final = 1.0
+"""Seconds that the listener reads at a time; after that it looks what has changed around it."""
+
+PING_AFTER: Final = 5.0
+"""Seconds of silence after which the listener asks whether the connection still lives."""
+
+LISTEN_IDLE: Final = 60.0
+"""Seconds without any waiter after which the listener ends and gives its connection back."""
+
+CONFIRM: Final = 1.0
+"""Seconds that a waiter gives the subscription before it goes on without."""
+
+OUTPUTS: Final = ":outputs"
+"""Behind the name of a channel: the one on which new outputs are told. Who waits for ends only does not listen to it: a
+checkpoint of each of a thousand requests would wake him ten thousand times a second."""
+
+DEAF_POLL: Final = 0.5
+"""Seconds between two looks at the keys while no hints can be heard."""
+
+_WAKE = b"wake"
+
+
+class Watch:
+    """One waiter's interest in one request. A context manager: the interest ends with the block."""
+
+    def __init__(self, replies: Replies, identifier: str, channel: str, *, outputs: bool = False) -> None:
+        """``channel``: of the request's producer; empty if it listens to none. ``outputs``: new outputs are told as well."""
+        self.identifier = identifier
+        self.channel = channel
+        self.channels = () if not channel else (channel, channel + OUTPUTS) if outputs else (channel,)
+        self.look = True
+        """Whether more may have happened than new outputs; for the waiter to clear before it reads."""
+        self._replies = replies
+        self._event = threading.Event()
+
+    @property
+    def heard(self) -> bool:
+        """Whether hints about it arrive now, as far as anybody can know."""
+        return bool(self.channels) and all(map(self._replies.hears, self.channels))
+
+    def wait(self, seconds: float) -> None:
+        """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.
+
+        Read the keys afterwards, whatever the reason: what comes while they are read ends the next wait.
+        """
+        if not self.heard:
+            seconds = min(seconds, DEAF_POLL)
+        # Spread, so that waiters who all heard nothing do not all ask in the same moment.
+        if not self._event.wait(max(0.0, seconds * random.uniform(0.9, 1))):
+            self.look = True
+        self._event.clear()
+
+    def wake(self, what: bytes = b"") -> None:
+        """End the wait. ``what`` is a hint's: ``end``, or how many outputs there are; none if hints were lost."""
+        if not what.isdigit():
+            self.look = True
+        self._event.set()
+
+    def subscribed(self) -> None:
+        """Hints begin to arrive. Nothing to do for a waiter that came by :meth:`Replies.watch`: it waited for this."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._replies.forget(self)
+
+
+class Replies:
+    """The listener of one client: a thread and a connection, from the first wait until nobody waits.
+
+    Only that thread touches the subscription. Others say what they want to hear and wake it with a message to
+    the client's own channel.
+    """
+
+    def __init__(
+        self, connect: Callable[[], redis.Redis], client_id: str, publish: Callable[[str, bytes], object]
+    ) -> None:
+        """``connect`` makes a client for the listener alone; ``publish`` sends to a channel, and raises nothing."""
+        self._connect = connect
+        self._publish = publish
+        self.own = client_id
+        """The channel on which this client hears of what it has submitted itself."""
+        self._closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, also in a forked child: the listener stayed in the parent, perhaps with a lock held."""
+        self._changed = threading.Condition()
+        # Weak: an interest whose waiter an exception has ended between two instructions ends by itself.
+        self._watches: dict[str, weakref.WeakSet[Watch]] = {}
+        self._wanted: dict[str, weakref.WeakSet[Watch]] = {}
+        self._renewed = False
+        self._heard: set[str] = set()
+        self._deaf = False
+        self._idle_since = self._tidied = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> Watch:
+        """Hear of a request whose producer is ``channel``; returns once subscribed, or when that takes too long.
+
+        Read the keys after this: what happened before it is not told. ``outputs`` as for :class:`Watch`.
+        """
+        watch = Watch(self, identifier, channel, outputs=outputs)
+        try:
+            if self.register(watch):
+                self.tell()
+            if channel and not watch.heard:
+                with self._changed:
+                    self._changed.wait_for(lambda: watch.heard or self._deaf or self._closed, CONFIRM)
+        except BaseException:  # Ctrl-C
+            self.forget(watch)
+            raise
+        return watch
+
+    def hear(self, identifier: str) -> Watch | None:
+        """:meth:`watch` on the client's own channel; ``None`` if that is not listened to yet."""
+        if not self.hears(self.own):
+            return None
+        watch = Watch(self, identifier, self.own)
+        self.register(watch)
+        return watch
+
+    def register(self, watch: Watch) -> bool:
+        """Take up an interest without waiting for anything; if it returns True, :meth:`tell` has to be called.
+
+        Once subscribed, :meth:`Watch.subscribed` is called, unless it is heard already: read the keys then.
+        """
+        if not watch.channels:
+            return False  # put there by somebody who listens to nothing
+        with self._changed:
+            self._watches.setdefault(watch.identifier, weakref.WeakSet()).add(watch)
+            for channel in watch.channels:
+                self._wanted.setdefault(channel, weakref.WeakSet()).add(watch)
+            running = self._thread is not None and self._thread.is_alive()
+            if not running and not self._closed:
+                self._deaf = False
+                self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
+                self._thread.start()
+            # The first to want a channel tells the listener; one that is just starting sees it by itself.
+            return running and any(
+                channel not in self._heard and len(self._wanted[channel]) == 1 for channel in watch.channels
+            )
+
+    def forget(self, watch: Watch) -> None:
+        """End an interest. The channel is left when the listener next looks around."""
+        with self._changed:
+            # Harmless when repeated, and after half a registration.
+            _discard(self._watches, watch.identifier, watch)
+            for channel in watch.channels:
+                _discard(self._wanted, channel, watch)
+            if not self._watches:
+                self._idle_since = time.monotonic()
+
+    def hears(self, channel: str) -> bool:
+        """Whether hints of this producer arrive now, as far as anybody can know."""
+        return channel in self._heard
+
+    def renew(self) -> None:
+        """Have the listener connect anew: the server may be the primary no more."""
+        self._renewed = True
+
+    def close(self) -> None:
+        """End the listener and wake all waiters."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._wake_waiters()
+            self._changed.notify_all()
+        # One that Ctrl-C kept from starting is not alive, and cannot be joined.
+        if thread is not None and thread.is_alive():
+            self.tell()
+            thread.join(2 * SLICE)
+
+    # --- the listener ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        tries = 0
+        while True:
+            began = time.monotonic()
+            self._renewed = False
+            connection = self._connect()
+            pubsub = connection.pubsub()  # type: ignore[no-untyped-call]
+            try:
+                self._listen(pubsub)
+                return
+            except (redis.RedisError, OSError):
+                tries = 0 if time.monotonic() - began > PING_AFTER else tries + 1
+            finally:
+                _close(pubsub, connection)
+            with self._changed:
+                self._heard = set()
+                self._deaf = True
+                self._wake_waiters()  # what was published meanwhile is lost: they look now
+                self._changed.notify_all()
+                self._changed.wait_for(self._finished, random.uniform(0, min(1.0, 0.05 * 2 ** min(tries, 16))))
+                if self._finished():
+                    self._thread = None
+                    return
+
+    def _listen(self, pubsub: Any) -> None:
+        """Serve until nobody waits any more. Raises what redis-py raises when the connection breaks."""
+        subscribed: set[str] = set()
+        last, pinged = time.monotonic(), False
+        while True:
+            with self._changed:
+                self._forget_lost()
+                if self._finished():
+                    self._thread, self._heard = None, set()
+                    return
+                wanted = {self.own, *self._wanted}
+            if fresh := wanted - subscribed:
+                pubsub.subscribe(*(key("replies", channel) for channel in fresh))
+            if stale := subscribed - wanted:
+                pubsub.unsubscribe(*(key("replies", channel) for channel in stale))
+                with self._changed:
+                    self._heard -= stale
+            subscribed = wanted
+            message = pubsub.get_message(timeout=SLICE)
+            now = time.monotonic()
+            if self._renewed:
+                raise redis.ConnectionError("another server may be the primary by now")
+            if message is not None:
+                last, pinged = now, False
+                self._take(message)
+            elif now - last > 2 * PING_AFTER:
+                raise redis.TimeoutError("the server did not answer a ping")
+            elif now - last > PING_AFTER and not pinged:
+                pubsub.ping()
+                pinged = True
+
+    def _take(self, message: dict[str, Any]) -> None:
+        channel = message["channel"]
+        name = channel.decode(errors="replace") if isinstance(channel, bytes) else str(channel)
+        if message["type"] == "subscribe":
+            with self._changed:
+                subscribed = name.removeprefix(key("replies"))
+                self._heard.add(subscribed)
+                for watches in self._watches.values():
+                    for watch in watches:
+                        if subscribed in watch.channels and watch.heard:
+                            watch.subscribed()
+                if self._deaf:
+                    self._deaf = False
+                    self._wake_waiters()  # they may have read just before this, and missed what came between
+                self._changed.notify_all()
+        elif message["type"] == "message":
+            identifier, _, what = bytes(message["data"]).partition(b" ")
+            if what:
+                with self._changed:
+                    for watch in self._watches.get(identifier.decode(errors="replace"), ()):
+                        watch.wake(what)
+
+    def _finished(self) -> bool:
+        return self._closed or (not self._watches and time.monotonic() - self._idle_since > LISTEN_IDLE)
+
+    def _wake_waiters(self) -> None:
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.wake()
+
+    def tell(self) -> None:
+        """Have the listener look around now. If that fails, it does so by itself within a slice."""
+        self._publish(key("replies", self.own), _WAKE)
+
+    def _forget_lost(self) -> None:
+        """Leave what nobody waits for any more without having said so (lock held)."""
+        now = time.monotonic()
+        if now - self._tidied < PING_AFTER:
+            return
+        self._tidied = now
+        for sets in (self._watches, self._wanted):
+            for name in [name for name, watches in sets.items() if not len(watches)]:
+                del sets[name]
+
+
+def _discard(sets: dict[str, weakref.WeakSet[Watch]], name: str, watch: Watch) -> None:
+    watches = sets.get(name)
+    if watches is not None:
+        watches.discard(watch)
+        if not len(watches):
+            del sets[name]
+
+
+def _close(pubsub: Any, connection: redis.Redis) -> None:
+    try:
+        pubsub.close()
+        connection.close()
+    except (redis.RedisError, OSError):
+        pass  # it was broken already

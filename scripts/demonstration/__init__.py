@@ -1,0 +1,1 @@
+"""``perdure demo``: kills in the middle of real generations."""

@@ -1,0 +1,1 @@
+"""The processes of a pool on this machine, and a Redis of its own."""

@@ -1,0 +1,1 @@
+"""What commands and the page share: options, reading, printing, timelines, metrics."""

@@ -1,0 +1,1 @@
+"""Whether a worker lives, may be given work, and has a device that may be used."""

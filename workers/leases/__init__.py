@@ -1,0 +1,1 @@
+"""What this worker holds, where the engine loop and the thread that talks to Redis meet."""

@@ -1,0 +1,400 @@
+"""Everything this worker holds, behind one lock: where the engine loop and the courier meet.
+
+The loop, in the main thread, adds what the engine put out and learns whether it may go on; it never waits
+for Redis, but for a durable step. The courier, in its own thread, takes what is to be sent and writes down
+what Redis answered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...protocol.errors import PerdureError
+from ...protocol.limits import LONGEST_DELAY
+from ...protocol.records import Claim, FailureKind
+from ...protocol.settings import LEASE, Settings
+from ...recovery.failures import POLICIES, classify
+from ..tasks.base import NOTHING, RAISED, Step
+from .holding import Holding
+from .mailbox import Drop, Mailbox, Stop, Stored
+
+MAX_BUFFER = 32 * 1024 * 1024
+"""Bytes of unsent outputs after which the engine loop pauses."""
+
+
+PASSED_OVER = "its steps began to bring no state after one was passed over; from now on each is kept here"
+
+NO_CHECKPOINT = "damaged"
+"""Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
+restarts from zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handback:
+    """A request to be released: why, after how many seconds it may be claimed again, and the fingerprint of a
+    checkpoint that could not be matched.
+    """
+
+    holding: Holding
+    reason: str
+    delay: float = 0.0
+    fingerprint: str = ""
+    unable: bool = False
+    """Its task could not be loaded here."""
+    longest: float = LONGEST_DELAY
+    """Seconds to which a delay may grow when the request is released again and again."""
+
+
+@dataclass(slots=True)
+class Holdings:
+    """The held requests and the state around them; every method takes the lock, attributes are read under it."""
+
+    settings: Settings
+    mailbox: Mailbox
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    held: dict[str, Holding] = field(default_factory=dict)
+    handbacks: list[Handback] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    """Loaded task -> how many of its requests fit."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """What limits the slots for a while, by name; the smallest rules."""
+    task: str = ""
+    """What is held now; the worker runs one task at a time."""
+    parked: threading.Event = field(default_factory=threading.Event)
+    """Set by the loop when it takes no further step."""
+
+    urgent: bool = False
+    """Something is to be sent before the next checkpoint is due."""
+    hungry: bool = False
+    """The courier waits for anything that it could store."""
+    wanting: bool = True
+    """A slot came free, or there may be more work: claim without waiting for a bell."""
+    moved: float = field(default_factory=time.monotonic)
+    """When the loop last showed life (monotonic seconds)."""
+    stepping: bool = False
+    """The loop is inside the task's code."""
+    apart: frozenset[str] | None = None
+    """The requests whose step runs now beside the loop, which shows no life for them; ``None`` for a task that the
+    loop itself steps."""
+    dropping: set[str] = field(default_factory=set)
+    """Not held any more, but the loop has not dropped them yet."""
+    storing: dict[str, str] = field(default_factory=dict)
+    """Request id -> execution of those that go on only when all that they have put out is stored."""
+    contact: float = field(default_factory=time.monotonic)
+    """When Redis answered last."""
+    loading_until: float = 0.0
+    stopping_since: float | None = None
+    cold: bool = False
+    eager: set[str] = field(default_factory=set)
+    """Tasks of which every state is captured, however large: they do not give one at every step."""
+    raised: list[BaseException] = field(default_factory=list)
+    """What copying a state has raised; the loop judges it."""
+    _step_timeouts: dict[str, float | None] = field(default_factory=dict)
+    _settings: dict[float | None, Settings] = field(default_factory=dict)
+    """Those of :meth:`task_settings`, by step timeout: they are checked when they are made."""
+
+    # --- stopping ----------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """True once :meth:`stop` was called."""
+        return self.stopping_since is not None
+
+    def stop(self, *, cold: bool = False) -> None:
+        """No more claims and no more steps. ``cold``: what is held is handed back without waiting for the step."""
+        with self.lock:
+            if self.stopping_since is None:
+                # First the letter: whoever is woken by the flag must find it before it takes another step.
+                self.mailbox.put(Stop())
+                self.stopping_since = time.monotonic()
+            self.cold = self.cold or cold
+            self.urgent = True
+            self.lock.notify_all()
+
+    # --- for the engine loop -----------------------------------------------------------------------
+
+    def loading(self, seconds: float) -> None:
+        """Leases are renewed for so many seconds without a step: a model is being loaded. 0 ends it."""
+        with self.lock:
+            self._part(None)
+            self._sign_of_life()
+            self.loading_until = self.moved + seconds if seconds else 0.0
+
+    def loaded(self, path: str, slots: int, step_timeout: float | None) -> None:
+        """A task is ready: how many of its requests fit, and how long one of its steps may take (seconds)."""
+        with self.lock:
+            self.slots[path] = slots
+            self._step_timeouts[path] = step_timeout
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def resize(self, path: str, slots: int) -> None:
+        """A step that cannot be ended occupies a slot of a task, or has come back and frees it."""
+        with self.lock:
+            if self.slots.get(path) != slots:
+                self.slots[path] = slots
+                self.wanting = self.urgent = True
+                self.lock.notify_all()
+
+    def limit(self, name: str, slots: int | None) -> None:
+        """Hold at most so many requests, at least 1, for the reason of this name; ``None`` lifts that limit.
+
+        What is held already stays.
+        """
+        with self.lock:
+            if self.limits.get(name) == slots:
+                return
+            if slots is None:
+                del self.limits[name]
+            else:
+                self.limits[name] = max(1, slots)
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def limited(self, slots: int) -> int:
+        """So many slots, or as few as the limits leave of them (lock held)."""
+        return min([slots, *self.limits.values()])
+
+    def dropped(self, identifiers: Iterable[str]) -> None:
+        """The loop has let go of these, so that their slots are counted by :meth:`resize`."""
+        with self.lock:
+            if not self.dropping.isdisjoint(identifiers):
+                self.dropping.difference_update(identifiers)
+                self.wanting = self.urgent = True
+                self.lock.notify_all()
+
+    def set_apart(self, identifiers: frozenset[str] | None) -> None:
+        """Which requests move by themselves from now on; see :attr:`apart`."""
+        with self.lock:
+            self._part(identifiers)
+
+    def task_settings(self) -> Settings:
+        """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
+        timeout = self._step_timeouts.get(self.task)
+        if timeout not in self._settings:
+            self._settings[timeout] = self.settings.replace(step_timeout=timeout)
+        return self._settings[timeout]
+
+    def step_timeouts(self) -> list[float]:
+        """Seconds that one step may take, of each held request: its own, else the task's, else the setting (lock held).
+
+        Those of the task when nothing is held.
+        """
+        default = self._step_timeouts.get(self.task) or self.settings.step_timeout
+        return [item.claim.step_timeout or default for item in self.held.values() if not item.claim.plain] or [default]
+
+    def longest_step(self) -> float:
+        """Seconds that a step of what is held now may take: a batch steps all together, by the longest."""
+        with self.lock:
+            return max(self.step_timeouts())
+
+    def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
+        """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
+
+        Those are requests whose output, state or result cannot be stored, or that must go back to their last
+        checkpoint. ``executions``: for which execution
+        each request was admitted; a step of an older one is not this execution's.
+        """
+        broken = []
+        unfit = False
+        with self.lock:
+            if steps or self.apart is None:
+                self._sign_of_life()
+            for step in steps:
+                holding = self.current(step.request_id, executions.get(step.request_id, ""))
+                if holding is None or holding.leaving:
+                    continue
+                holding.eager = holding.claim.task in self.eager
+                try:
+                    holding.add(step, self.settings)
+                except RAISED as error:
+                    if not isinstance(error, PerdureError):
+                        self.raised.append(error)  # of the device that a state's tensor is on
+                        unfit = POLICIES[classify(error)].worker == "exit"
+                    holding.fail(error)
+                    self.urgent = True
+                    if not step.ends:
+                        broken.append(step.request_id)
+                    if unfit:
+                        break  # the next copy would only call the same device
+                if holding.stuck(step):
+                    self.eager.add(holding.claim.task)
+                    self.handbacks.append(Handback(holding, PASSED_OVER))
+                    self.urgent = True
+                    broken.append(step.request_id)
+                self.urgent = self.urgent or step.ends
+            if self.urgent or (self.hungry and any(map(_stores, steps))):
+                self.lock.notify_all()
+        return broken
+
+    def fail(
+        self,
+        identifier: str,
+        execution: str,
+        error: BaseException,
+        *,
+        kind: FailureKind | None = None,
+        counted: str = "",
+    ) -> None:
+        """End a request's execution with a failure, of the error's kind or another; ``counted``: see :meth:`Holding.fail`."""
+        with self.lock:
+            self._sign_of_life()
+            holding = self.current(identifier, execution)
+            if holding is not None and not holding.leaving:
+                holding.fail(error, kind, counted)
+                self.urgent = True
+                self.lock.notify_all()
+
+    def put_back(self, executions: Iterable[tuple[str, str]], reason: str, *, delay: float = 0.0) -> None:
+        """Release requests, by id and execution, to the front of their queues, where they keep this order.
+
+        With a ``delay`` in seconds, they may be claimed again only after it, however often that happens.
+        """
+        with self.lock:
+            self._sign_of_life()
+            for identifier, execution in executions:
+                holding = self.current(identifier, execution)
+                if holding is not None and not holding.leaving:
+                    self.handbacks.append(Handback(holding, reason, delay, longest=delay))
+                    self.urgent = True
+            self.lock.notify_all()
+
+    def hand_back(
+        self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "", unable: bool = False
+    ) -> None:
+        """Release a request that this worker cannot run; ``delay`` in seconds before another may. ``unable``: it could not
+        load its task.
+        """
+        with self.lock:
+            self._sign_of_life()
+            if holding := self.current(claim.id, claim.execution):
+                self.handbacks.append(Handback(holding, reason, delay, fingerprint, unable))
+            self.urgent = True
+            self.lock.notify_all()
+
+    def accept(self, claim: Claim, fingerprint: str) -> None:
+        """The engine has taken a request in; its checkpoints will carry this fingerprint."""
+        with self.lock:
+            self._sign_of_life()
+            if holding := self.current(claim.id, claim.execution):
+                holding.fingerprint = fingerprint
+                holding.accepted = time.monotonic()
+
+    def ended_plain(self, identifier: str) -> None:
+        """RQ's own code has ended a plain job."""
+        with self.lock:
+            self._sign_of_life()
+            self.held.pop(identifier, None)
+            self.wanting = self.urgent = True
+            self.lock.notify_all()
+
+    def wait_stored(self, identifiers: Sequence[str], timeout: float) -> bool:
+        """Wait until all that these requests have put out is in Redis, or they are lost or stopped.
+
+        False after ``timeout`` seconds in which that has not come.
+        """
+        with self.lock:
+            self.urgent = True
+            self.lock.notify_all()
+            return self.lock.wait_for(
+                lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held),
+                timeout,
+            )
+
+    def watch_stored(self, executions: Mapping[str, str]) -> None:
+        """Have a ``Stored`` put into the mailbox for each of these once all that it has put out is in Redis."""
+        with self.lock:
+            self.storing.update(executions)
+            self.urgent = True
+            self.lock.notify_all()
+
+    def may_step(self) -> bool:
+        """False while the engine must not step, after up to a second of waiting for the change.
+
+        That is when the buffer is full, when by this process' own clock the leases must be over, and when the
+        worker stops.
+        """
+        with self.lock:
+            self.lock.wait_for(lambda: self.stopping or not self._overdue(), timeout=1.0)
+            if self.stopping or self._overdue():
+                return False
+            self._sign_of_life()
+            return True
+
+    def _overdue(self) -> bool:
+        # Only when all leases must be over: one that has a short step timeout does not keep the others waiting.
+        if self.held and time.monotonic() - self.contact > LEASE * max(self.step_timeouts()):
+            return True
+        return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
+
+    def excuse(self) -> None:
+        """The loop may stand still because of the courier, which waits for Redis: outside of a step, that counts as life."""
+        with self.lock:
+            if not self.stepping:
+                self._sign_of_life()
+
+    def _sign_of_life(self) -> None:
+        self.moved = time.monotonic()
+        if self.apart is not None:
+            for name, holding in self.held.items():
+                if name not in self.apart:
+                    holding.moved = self.moved
+
+    def _part(self, apart: frozenset[str] | None) -> None:
+        if self.apart is None and apart is not None:
+            # What moved with the loop until now is from here on as old as that.
+            for holding in self.held.values():
+                holding.moved = max(holding.moved, self.moved)
+        self.apart = apart
+
+    def last_moved(self, holding: Holding) -> float:
+        """When a holding last showed life (monotonic seconds, lock held): with the loop, unless it moves by itself."""
+        return max(holding.moved, self.moved) if self.apart is None else holding.moved
+
+    # --- for RQ's commands -------------------------------------------------------------------------
+
+    def stop_request(self, identifier: str, execution: str = "") -> bool:
+        """Have a request stopped that this worker holds, in the named execution or any; False if it does not."""
+        with self.lock:
+            holding = self.held.get(identifier)
+            if holding is None or holding.claim.plain or execution not in ("", holding.claim.execution):
+                return False
+            holding.stopping = self.urgent = True
+            self.lock.notify_all()
+            return True
+
+    # --- for the courier (lock held) ---------------------------------------------------------------
+
+    def current(self, identifier: str, execution: str) -> Holding | None:
+        """The holding of exactly this execution: a request that was lost may be held again."""
+        holding = self.held.get(identifier)
+        return holding if holding is not None and holding.claim.execution == execution else None
+
+    @property
+    def plain(self) -> bool:
+        """True while a plain RQ job runs, always alone."""
+        return any(holding.claim.plain for holding in self.held.values())
+
+    def tell_stored(self) -> None:
+        """Put a letter into the mailbox for each request of :meth:`watch_stored` whose outputs are in Redis now."""
+        for name, execution in list(self.storing.items()):
+            holding = self.current(name, execution)
+            if holding is None or not holding.unsent:
+                del self.storing[name]
+                self.mailbox.put(Stored(name, execution))
+
+    def let_go(self, identifier: str) -> None:
+        """The request is not this worker's any more."""
+        self.held.pop(identifier, None)
+        self.wanting = True
+        self.dropping.add(identifier)
+        self.mailbox.put(Drop(identifier))
+        self.lock.notify_all()
+
+
+def _stores(step: Step) -> bool:
+    """Whether a step brings something that a checkpoint stores."""
+    return step.output is not NOTHING or step.state is not NOTHING

@@ -1,0 +1,1 @@
+"""The thread that talks to Redis for this worker's requests: claims, checkpoints, renewals, ends."""

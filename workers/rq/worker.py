@@ -1,0 +1,499 @@
+"""The worker: RQ's worker class for requests, started by plain ``rq worker -w perdure.workers.Worker QUEUE``.
+
+1. ``work`` registers with RQ, starts the guardian and the courier, and runs the engine loop in the main thread.
+2. The courier claims requests; the loop steps them; the guardian says that the process lives.
+3. A first SIGTERM or SIGINT drains: no more claims, the running step ends, everything is stored and handed back.
+   A second one, a second or more later, does not wait for the step. So does the guardian's signal that the device
+   is not to be used; the exit status then is 70.
+4. A plain RQ job that comes along runs alone, by RQ's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import redis
+import rq
+from rq import worker_registration
+from rq.command import parse_payload
+from rq.exceptions import NoSuchJobError
+from rq.executions import Execution
+from rq.job import Job
+from rq.version import VERSION
+from rq.worker import DequeueStrategy, WorkerStatus
+
+from ...protocol.connection import keep_alive
+from ...protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
+from ...protocol.keys import check_queue, served
+from ...protocol.packed_state import check_compression
+from ...protocol.queries.deployment import look_at
+from ...protocol.records import Claim, FailureKind
+from ...protocol.settings import Settings
+from ...protocol.store import Store
+from ...protocol.telemetry import logs
+from ...protocol.telemetry.log_writer import flush, unblock
+from ...protocol.transport.patience import be_patient
+from ..engine.fitness import status_after
+from ..engine.loop import EngineLoop
+from ..engine.unable import Unable
+from ..guardian.companion import Companion, Guarded, private_connection
+from ..guardian.leaving import Leaving
+from ..guardian.watchdog import Watchdog
+from ..health.state import UNFIT_SIGNAL
+from ..leases.holdings import Holdings
+from ..leases.mailbox import Mailbox
+from ..pool.places import INCARNATION
+from ..pool.standby import StandBy
+from ..pool.statuses import UNFIT_DEVICE
+from ..redis_io.claimer import Claimer, Limits
+from ..redis_io.courier import Courier
+from ..redis_io.line import Line
+from ..tasks.base import RAISED
+from ..tasks.forks import at_home, end_if_forked
+from ..tasks.sources import Loaded
+from . import arrival
+from .adoption import left_out_of, payload_of, task_of
+from .arrival import arrive
+from .dependents import Dependents
+from .foreign import foreign, stock_worker
+from .notices import LAST_PATIENCE, Notices
+from .plain_ends import PlainEnds
+from .scheduler import SchedulerProcess, move_due
+from .signals import SignalWatcher
+
+TESTED_RQ = ("3.0",)
+"""Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
+
+COLD_AFTER = 1.0
+"""Seconds after the first stop signal in which another one is its echo (Ctrl-C reaches a whole process group)."""
+
+
+class Worker(PlainEnds):
+    """RQ's worker class for requests; ``rq worker -w perdure.workers.Worker QUEUE`` makes and runs one.
+
+    It runs requests in batches under leases, and plain RQ jobs one at a time. Arguments are those of RQ's ``Worker``;
+    settings come from the environment.
+    """
+
+    def __init__(self, queues: Any, *args: Any, **kwargs: Any) -> None:
+        # RQ makes instances only to look at them too (Worker.all, rq info): nothing is started here.
+        super().__init__(queues, *args, **kwargs)
+        self._courier: Courier | None = None
+        self._loop: EngineLoop | None = None
+        self._companion: Companion | None = None
+        self._scheduler: SchedulerProcess | None = None
+        self._dependents: Dependents | None = None
+        self._notices: Notices | None = None
+        self._leaving: Leaving | None = None
+        self._sources = Loaded()
+        self._signals: list[float] = []
+        self._blocked: list[Callable[[], None]] = []
+        """What makes the handlers of logs as they were before."""
+
+    # --- RQ's entry ----------------------------------------------------------------------------------
+
+    def work(
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = "%H:%M:%S",
+        log_format: str = "%(asctime)s %(message)s",
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = False,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
+    ) -> bool:
+        """Work until told to stop; True if any request or job was claimed.
+
+        Arguments are RQ's. Exits the process with status 1 when it cannot begin (a model that does not load, an
+        untested RQ), and with one of :mod:`..pool.statuses` when it has become unfit, after a message that says why.
+        """
+        if why := foreign(self):
+            self.log.warning("Worker %s: %s: RQ's own worker serves its queues, and no requests", self.name, why)
+            return stock_worker(self).work(
+                burst, logging_level, date_format, log_format, max_jobs, max_idle_time, with_scheduler, dequeue_strategy
+            )
+        try:
+            settings = Settings.from_environment(strict=True)
+            check_rq(settings)
+            check_compression(settings.compression)
+            for queue in self.queues:
+                check_queue(queue.name)
+            store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
+            arrive(self.connection, store.check_protocol)
+            findings = arrive(self.connection, lambda: look_at(store.connection))
+        except PerdureError as error:
+            sys.exit(f"perdure worker: {error}")
+        for finding in findings:
+            if finding.fatal:
+                sys.exit(f"perdure worker: {finding}")
+        keep_alive(self.connection)
+        be_patient(self.connection)
+        logs.take_over(settings.log_format, worker=self.name, device=settings.device)
+        self.bootstrap(logging_level, date_format, log_format)
+        self.log.info("Worker %s: Perdure %s; the version above is RQ's", self.name, version("perdure"))
+        # From here on: a reader of this process' output who stops must stop nothing else.
+        self._blocked = [unblock()]
+        for finding in findings:
+            self.log.warning("Worker %s: %s", self.name, finding)
+        self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
+        self._dequeue_strategy = dequeue_strategy
+        if with_scheduler:
+            self._schedule(burst, logging_level)
+        companion = Companion(self.connection, settings, self.name, self.queue_names(), device=_device(settings))
+        holdings = Holdings(settings, Mailbox())
+        limits = Limits(burst, max_jobs, max_idle_time)
+        claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
+        page = companion.page
+        line = Line(store, self.name, holdings, self.log, os.environ.pop(INCARNATION, "") or uuid.uuid4().hex)
+        courier = Courier(
+            line, claimer, tended=self._tended, rejoined=self._rejoined, counter=page.courier,
+            patience=_timeout(settings),
+        )  # fmt: skip
+        loop = EngineLoop(
+            holdings, settings, self._run_plain, self._loaded,
+            Watchdog(page.loop, companion.crash_file), companion.give_up,
+            unable=Unable(lambda rows: companion.tell(unable=rows)),
+            broken=lambda task, error: companion.tell(sources=self._sources.failed(task, error)),
+        )  # fmt: skip
+        claimer.unable = loop.unable.left_alone
+        self._companion, self._courier, self._loop = companion, courier, loop
+        own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
+        names = self.queue_names()
+        self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
+        self._notices = Notices(own[1], self.job_class, self.serializer, self._exc_handlers, self.log)
+        claimer.settled = self._notices.settled
+        self._leaving = leaving = Leaving(page.fd)
+        companion.token = leaving.kin.token
+        status = 1
+        try:
+            worked = self._run(loop, courier, companion)
+            status = 0
+            return worked
+        finally:
+            leaving.ready(status := loop.exit_code or status)
+            if not flush():
+                self._exit_at_once(status)  # nobody reads what it prints: the interpreter would wait for them
+            for restore in reversed(self._blocked):
+                restore()
+
+    def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
+        watcher = SignalWatcher(self._stop_signal)
+        loop.between = watcher.renew
+        clean = False  # out of order, it is missed: the pool goes on expecting it
+        try:
+            at_home(True)
+            watcher.install()
+            companion.watch(courier.incarnation)
+            try:
+                loop.preload()
+            except RAISED as error:
+                self.log.critical("Worker %s: cannot load a task of PERDURE_TASKS: %s", self.name, error)
+                loop.exit_code = status = status_after(error) or 1
+                if status == UNFIT_DEVICE:
+                    self._depart(courier)
+                    self._exit_at_once(status)
+                sys.exit(status)
+            watcher.renew()
+            if courier.holdings.settings.spare:
+                self._stand_by(courier, companion)
+            companion.tell(ready=True)
+            self.set_state(WorkerStatus.IDLE)
+            courier.start()
+            if self._dependents is not None and not courier.claimer.limits.burst:
+                self._dependents.start()
+            if self._notices is not None:
+                self._notices.start()
+            exit_watch = threading.Thread(
+                target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True
+            )
+            exit_watch.start()
+            loop.run()
+            courier.join()
+            if courier.failed is not None:
+                loop.exit_code = 1
+            clean = not loop.exit_code
+        finally:
+            watcher.remove()
+            if not courier.end():
+                self.log.error("Worker %s: its courier does not end; leaving without it", self.name)
+            self._depart(courier, clean=clean)
+            at_home(False)
+        if loop.left_behind:
+            self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
+        if loop.left_behind or loop.fitness.device_error is not None:
+            self._exit_at_once(loop.exit_code)
+        if loop.exit_code:
+            sys.exit(loop.exit_code)
+        return courier.claimer.claimed > 0
+
+    def _stand_by(self, courier: Courier, companion: Companion) -> None:
+        """Wait until a supervisor, or a person, says that this worker is needed."""
+        told = StandBy()
+        companion.tell(ready="spare")
+        self.set_state(WorkerStatus.SUSPENDED)
+        self.log.info("Worker %s: loaded; a spare, which claims once SIGUSR1 comes to pid %d", self.name, os.getpid())
+        if told.wait(courier.tend_idle):
+            self.log.info("Worker %s: no spare any more; it claims from now on", self.name)
+
+    def _depart(self, courier: Courier, *, clean: bool = True) -> None:
+        """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it.
+
+        ``clean``: it was told to leave, and is expected no longer.
+        """
+        assert self._companion is not None
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        if self._dependents is not None:
+            self._dependents.stop()
+        if self._notices is not None:
+            if not self._signals:
+                self._notices.settled(
+                    LAST_PATIENCE
+                )  # --max-jobs, --max-idle-time: who else would tell of the last one?
+            self._notices.stop()
+        store = courier.store  # the courier's thread has ended, or was never started
+        try:
+            store.reap(
+                incarnation=courier.incarnation,
+                kind=FailureKind.WORKER_LOST,
+                reason="its worker has exited",
+                clean=clean,
+            )
+            self.teardown()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            self.log.warning("Worker %s: cannot sign off in Redis (%s); its guardian will", self.name, error)
+            self._companion.abandon()
+        else:
+            self._companion.dismiss()
+
+    def _leave_a_stuck_step(self, courier: Courier, loop: EngineLoop) -> None:
+        """End the process when the courier is done and the main thread sits in a step that does not end."""
+        courier.join()
+        holdings = courier.holdings
+        if holdings.parked.wait(holdings.settings.drain_timeout if courier.failed else 0.5):
+            return
+        self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
+        self._depart(courier, clean=not courier.failed and not loop.exit_code)
+        self._exit_at_once(1 if courier.failed else loop.exit_code)
+
+    def _schedule(self, burst: bool, logging_level: str | None) -> None:
+        """RQ's scheduler for our queues; as with RQ, a burst has due jobs moved once, before it begins."""
+        names = self.queue_names()
+        if burst:
+            move_due(self.connection, names, self.serializer)
+            return
+        self._scheduler = SchedulerProcess(self.connection, uuid.uuid4().hex, names, self.serializer, logging_level)
+        self._scheduler.start()
+
+    def _loaded(self, fingerprints: list[str]) -> None:
+        """Another task has been loaded, which may have set up logs of its own."""
+        assert self._companion is not None
+        self._blocked.append(unblock())
+        self._companion.tell(fingerprints=fingerprints, sources=self._sources.well())
+
+    def _tended(self) -> Guarded:
+        """What runs beside this worker, looked after in every round of the courier."""
+        assert self._companion is not None
+        if self._scheduler is not None:
+            self._scheduler.tend()
+        return self._companion.tend()
+
+    # --- stopping ------------------------------------------------------------------------------------
+
+    def _exit_at_once(self, status: int) -> NoReturn:
+        """Without the end of the interpreter: it would wait for a step, or call a device that may never answer."""
+        if self._leaving is not None:
+            self._leaving.end_kin()
+        flush()
+        os._exit(status)
+
+    def _install_signal_handlers(self) -> None:
+        """Not RQ's: those raise in the middle of whatever runs, and what was just claimed would be lost."""
+
+    def _stop_signal(self, number: int) -> None:
+        """Called by the signal watcher's thread, also while the main thread sits in native code."""
+        courier = self._courier
+        now = time.monotonic()
+        self._signals.append(now)
+        if courier is None or self._loop is None:
+            os._exit(1)
+        if number == UNFIT_SIGNAL:
+            self.log.error("Worker %s: its device is not to be used, says its guardian", self.name)
+            self._loop.exit_code = UNFIT_DEVICE
+        if len(self._signals) == 1:
+            self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
+            self._shutdown_requested_date = rq.utils.now()
+            courier.holdings.stop()
+            if self._companion is not None:
+                # One whose device is lost does not leave in order: the pool goes on expecting it.
+                self._companion.tell(ready=False if number == UNFIT_SIGNAL else "leaving")
+            if not courier.started:
+                # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
+                courier.settle_idle()
+                self._depart(courier)
+                self._exit_at_once(self._loop.exit_code)
+        elif now - self._signals[0] >= COLD_AFTER and number != UNFIT_SIGNAL:
+            self.log.warning("Worker %s: cold shut down", self.name)
+            courier.holdings.stop(cold=True)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """Of RQ's pub/sub thread, which goes on after a lost connection, and would end when another takes too long."""
+        if isinstance(exc, redis.TimeoutError | OSError):
+            exc = redis.ConnectionError(str(exc))
+        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
+
+    def handle_payload(self, message: Any) -> None:
+        """RQ's commands, in RQ's pub/sub thread; the courier talks to Redis about those that name requests."""
+        try:
+            payload = parse_payload(message)
+            words = [payload["command"], payload.get("job_id", ""), payload.get("execution_id", "")]
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("RQ's thread would end of what it cannot look up")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.log.warning("Worker %s: ignored a message that is no command of RQ's", self.name)
+            return
+        command, name, execution = words
+        if command in ("stop-job", "stop-execution") and self._courier is not None:
+            if self._courier.holdings.stop_request(name, execution):
+                self.log.info("Worker %s: asked to stop request %s", self.name, name)
+                return
+            # RQ's own answer: should the job fail, it counts as stopped.
+            self.log.warning("Worker %s: cannot interrupt a plain job; if it runs %s, that goes on", self.name, name)
+        super().handle_payload(message)  # type: ignore[no-untyped-call]
+
+    def _rejoined(self, incarnation: str) -> None:
+        """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""
+        assert self._companion is not None
+        assert self._courier is not None
+        self._companion.watch(incarnation)
+        try:
+            # Not over RQ's own connection: its timeout is minutes.
+            with self._courier.store.connection.pipeline() as pipeline:
+                pipeline.hset(self.key, mapping=self.serialize())
+                worker_registration.register(self, pipeline)
+                pipeline.expire(self.key, 60)
+                pipeline.execute()
+        except redis.RedisError as error:
+            self.log.warning("Worker %s: cannot register again (%s); it works all the same", self.name, error)
+
+    # --- queues and plain jobs -----------------------------------------------------------------------
+
+    def _next_queues(self) -> list[str]:
+        """Queue names in the order that RQ's dequeue strategy asks for, each with its priorities.
+
+        Called by the courier before each claim.
+        """
+        courier = self._courier
+        assert courier is not None
+        if self._dependents is not None and courier.claimer.limits.burst:
+            self._dependents.enqueue()
+            self._dependents.clean()
+        # As RQ: after what was taken, and by where that came from; the first queue named is the first served.
+        taken_from, courier.claimer.taken_from = courier.claimer.taken_from, ""
+        for queue in self._ordered_queues if taken_from else ():
+            if taken_from in served(queue.name):
+                self.reorder_queues(queue)
+                break
+        # A queue that is named by itself too (gpu gpu-low) is served where it first comes.
+        return list(dict.fromkeys(name for queue in self._ordered_queues for name in served(queue.name)))
+
+    def _run_plain(self, claim: Claim) -> None:
+        """Run a plain job by RQ's own code; the claim has already written what RQ's preparation writes."""
+        queue = self.queue_class(
+            claim.queue, connection=self.connection, job_class=self.job_class, serializer=self.serializer
+        )
+        try:
+            job = self.job_class.fetch(claim.id, connection=self.connection, serializer=self.serializer)
+        except (ValueError, KeyError, TypeError, AttributeError, NoSuchJobError) as error:
+            raise InvalidRequest(f"cannot read job {claim.id}: {type(error).__name__}: {error}") from error
+        if task := task_of(job):
+            self._adopt(claim, job, task)
+            return
+        execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
+        self.executions[execution.id] = execution
+        names = {"RQ_WORKER_ID": self.name, "RQ_JOB_ID": job.id}
+        os.environ.update(names)
+        try:
+            self.perform_job(job, queue, execution)
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+            # What is shown of a worker never ends it; and its registration must not come back without its fields.
+            with suppress(redis.RedisError):
+                if self.connection.exists(self.key):
+                    self.set_state(WorkerStatus.IDLE)
+
+    def _adopt(self, claim: Claim, job: Job, task: str) -> None:
+        """``Queue.enqueue(task, ...)``: make a request of it, and put it back in front."""
+        assert self._courier is not None
+        courier = self._courier
+        settings = courier.holdings.settings
+        payload = payload_of(job, task, settings)
+        store = Store(self.connection, settings)  # the courier's is the courier's
+        left_out = "; ".join(left_out_of(job, self.queue_class.DEFAULT_TIMEOUT))
+        store.adopt(
+            courier.incarnation, self.name, claim.id, claim.execution, task=task, payload=payload, left_out=left_out
+        )
+        if left_out:
+            self.log.warning(
+                "Worker %s: job %s was enqueued with what a request has not: %s", self.name, claim.id, left_out
+            )
+        courier.claimer.claimed -= 1  # --max-jobs counts it when it is claimed as what it is
+        self.log.info("Worker %s: job %s calls the task %s and is a request now", self.name, claim.id, task)
+
+    def _finalize_success(self, job: Job, queue: Any, execution: Execution, return_value: Any) -> None:
+        """RQ's end of a job that has returned; a child that the job has forked ends here instead."""
+        end_if_forked()
+        super()._finalize_success(job, queue, execution, return_value)
+
+    def _finalize_failure(self, job: Job, queue: Any, execution: Execution, exc_info: Any) -> None:
+        """RQ's end of a job that has raised; a child that the job has forked ends here instead."""
+        end_if_forked(exc_info[1])
+        super()._finalize_failure(job, queue, execution, exc_info)
+
+    def cleanup_execution(self, job: Job, pipeline: Any, execution: Execution | None = None) -> None:
+        """RQ's end of an execution, and the end of our lease in the same transaction."""
+        super().cleanup_execution(job, pipeline, execution)
+        courier = self._courier
+        if execution is not None and courier is not None:
+            courier.store.settle(pipeline, courier.incarnation, job.origin, job.id, execution.id)
+
+    def run_maintenance_tasks(self) -> None:
+        """RQ's, at once, but for its judgement of executions: those are the reaper's."""
+        Dependents(
+            self.connection, self.queue_names(), self.queue_class, self.job_class, self.serializer, self.log
+        ).clean()  # fmt: skip
+
+
+arrival.greet()
+
+
+def check_rq(settings: Settings) -> None:
+    """Raise :class:`ProtocolMismatch` on an RQ that was not tested, unless a setting allows it."""
+    version = ".".join(VERSION.split(".")[:2])
+    if version not in TESTED_RQ and not settings.untested_rq:
+        raise ProtocolMismatch(
+            f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
+            "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run with it anyway"
+        )
+
+
+def _timeout(settings: Settings) -> float:
+    # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
+    return max(2.0, min(5.0, settings.lease / 3))
+
+
+def _device(settings: Settings) -> str:
+    """What this worker computes on, and which of the host's devices it was given: a request remembers where it failed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{settings.device} [{visible}]" if visible and settings.device != "cpu" else settings.device
