@@ -25,6 +25,8 @@ Lint = Callable[[], list[str]]
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, as a folder perdure."""
     copy = tmp_path_factory.mktemp("tree")
+    # With its __init__: as a folder without one it would lose to the package that is installed.
+    shutil.copytree(ROOT / "src" / "perdure", copy / "perdure", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("protocol", "producer", "workers", "recovery", "scripts"):
         shutil.copytree(ROOT / name, copy / "perdure" / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
@@ -36,7 +38,7 @@ def broken(tree: Path) -> Lint:
     """Gives the contracts that do not hold there."""
 
     def lint() -> list[str]:
-        # -S: the package that is installed would be a second half of this one.
+        # -S: no .pth leads to the package of the checkout.
         code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
         done = subprocess.run(
             [sys.executable, "-S", "-c", code, "--no-cache", "--no-logo"],
