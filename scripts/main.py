@@ -98,7 +98,10 @@ class Commands(click.Group):
 
 
 def _exists(module: str) -> bool:
-    return importlib.util.find_spec(f"{__package__}.{module}") is not None
+    try:
+        return importlib.util.find_spec(f"{__package__}.{module}") is not None
+    except ModuleNotFoundError:
+        return False  # its folder is not there: that of chaos is in no wheel
 
 
 EPILOG = """\b

@@ -454,7 +454,7 @@ def test_the_other_command_of_a_docstring_is_a_worker(name: str) -> None:
 def test_examples_and_docs_are_in_the_source_distribution(tmp_path: Path) -> None:
     """They are not installed: who unpacks the source finds them."""
     copy = tmp_path / "source"
-    names = ["examples", "docs", "protocol", "producer", "workers", "recovery", "scripts"]
+    names = ["examples", "docs", "src", "protocol", "producer", "workers", "recovery", "scripts"]
     for name in names:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -466,5 +466,9 @@ def test_examples_and_docs_are_in_the_source_distribution(tmp_path: Path) -> Non
     assert built.returncode == 0, built.stdout + built.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {str(path.relative_to(ROOT)) for folder in ("examples", "docs") for path in (ROOT / folder).rglob("*")}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for folder in ("examples", "docs", "scripts/chaos")
+        for path in (ROOT / folder).rglob("*")
+    }
     assert {name for name in wanted if "__pycache__" not in name} <= packed

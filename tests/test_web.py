@@ -273,7 +273,7 @@ def test_a_viewer_of_redis_may_serve_it_read_only(pool: Pool, redis_url: str, tm
             assert (frame["queues"][0]["failed"], frame["server"]["memory"]["used"]) == (1, None)
             assert site.get("/api/requests/a")["status"] == "failed"
             answer = site.requeue({"id": "a", "queue": "gpu"})
-            assert (answer.status, "may not do that" in answer.error) == (403, True)
+            assert (answer.status, "has no permission to do that" in answer.error) == (403, True)
             pool.connection.acl_setuser(
                 "perdure-viewer", enabled=True, commands=["+info", "+config|get", "+slowlog|get"]
             )

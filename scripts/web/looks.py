@@ -53,7 +53,7 @@ BATCH: Final = 100
 
 
 class NotAllowed(PerdureError):
-    """The user of Redis as whom this server runs may not do that."""
+    """The Redis user of this server has no permission to do that."""
 
 
 class Looks:
