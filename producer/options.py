@@ -73,11 +73,12 @@ class Common:
     deadline: Seconds | datetime | None = field(
         default=None,
         metadata=_option(
-            "fail it if it has not ended after this many seconds. In Python it may also be a date with a time zone. It is "
-            "ended as failed, kind ``DEADLINE``, and ``result()`` raises ``DeadlineExceeded``: waiting within a second, "
-            "running when its worker next writes. Where no worker and no reaper runs, whoever waits for it ends it while it "
-            "waits, and gets ``TimeoutError`` some seconds later while it runs. It is not retried; an answer that comes "
-            "first wins. Seconds count twice at the submit to a degraded pool.",
+            "fail it if it has not ended after this many seconds. In Python it may also be a date with a time "
+            "zone. It is ended as failed, kind ``DEADLINE``, and ``result()`` raises ``DeadlineExceeded``: "
+            "waiting within a second, running when its worker next writes. Where no worker and no reaper runs, "
+            "whoever waits for it ends it while it waits, and gets ``TimeoutError`` some seconds later while it "
+            "runs. It is not retried; an answer that comes first wins. Seconds count twice at the submit to a "
+            "degraded pool.",
             due,
         ),
     )
@@ -106,17 +107,19 @@ class Common:
     step_timeout: Seconds | None = field(
         default=None,
         metadata=_option(
-            "seconds that one step of this request may take. It is the time between two signs of life while it runs, the "
-            "steps of those that share its worker included, and replaces the task's and ``PERDURE_STEP_TIMEOUT``. After one "
-            "and a half times as long the request counts as hung and goes on elsewhere.",
+            "seconds that one step of this request may take. It is the time between two signs of life while it "
+            "runs, the steps of those that share its worker included, and replaces the task's and "
+            "``PERDURE_STEP_TIMEOUT``. After one and a half times as long the request counts as hung and goes on "
+            "elsewhere.",
             stepping,
         ),
     )
     degraded: Mapping[str, Any] | None = field(
         default=None,
         metadata=_option(
-            "fields that replace those of the payload while the pool is degraded. A pool is degraded when it has lost too "
-            'many workers; what counts is when the request begins. Example: ``{"max_tokens": 50}``. What began so goes on so.'
+            "fields that replace those of the payload while the pool is degraded. A pool is degraded when it has "
+            'lost too many workers; what counts is when the request begins. Example: ``{"max_tokens": 50}``. A '
+            "request that began with them continues with them."
         ),
     )
     max_retries: int | None = field(
@@ -152,9 +155,9 @@ class Options(Common):
     idempotency_key: str | None = field(
         default=None,
         metadata=_option(
-            "submit only once: the same key with the same task and payload gives the same request. Submitted again while "
-            "the first request is kept, it gives a handle of that one, whatever has become of it and whatever the other "
-            "options say. Keys are those of the whole pool, not of a queue."
+            "submit only once: the same key with the same task and payload gives the same request. Submitted "
+            "again while the first request is kept, it gives a handle of that one, whatever has become of it and "
+            "whatever the other options say. Keys are those of the whole pool, not of a queue."
         ),
     )
 

@@ -76,11 +76,11 @@ Everywhere else an option has its own name. The id is a part of the key, and ``d
 class NewRequest:
     """What ``enqueue`` stores. ``payload`` is packed; numbers of the type ``float`` are seconds.
 
-    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise.
-    ``delay`` keeps the request out of its queue for so long; ``durable`` waits until it is on disk; ``meta`` is RQ's field
-    of that name, pickled. ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
-    ``step_timeout`` is the longest step of this request, 0 leaves it to task and worker. ``degraded_payload``, packed, is
-    what a degraded pool runs instead. ``trace``: see :mod:`~perdure.protocol.telemetry.tracing`.
+    ``digest`` is that of task and body when the id was made from an idempotency key, and empty otherwise. ``delay``
+    keeps the request out of its queue for so long; ``durable`` waits until it is on disk; ``meta`` is RQ's field of
+    that name, pickled. ``deadline`` counts from now, ``deadline_at`` is a date in seconds since 1970; 0 is none.
+    ``step_timeout`` is the longest step of this request, 0 leaves it to task and worker. ``degraded_payload``,
+    packed, is what a degraded pool runs instead. ``trace``: see :mod:`~perdure.protocol.telemetry.tracing`.
 
     :data:`STORED` says where it is stored. A field that ``enqueue.lua`` does not name is stored as it is, unless it has
     its default.
@@ -182,8 +182,8 @@ class Claims:
 class Progress:
     """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
 
-    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. A state given as
-    bytes is stored as they are. A field that ``progress.lua`` does not name stands in the checkpoint under its own name.
+    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. A state given as bytes
+    is stored as they are. A field that ``progress.lua`` does not name stands in the checkpoint under its own name.
     """
 
     id: str

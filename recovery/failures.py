@@ -154,7 +154,9 @@ def describe(error: BaseException) -> str:
 
 
 def failure(claim_id: str, execution: str, error: BaseException, kind: FailureKind | None = None) -> Failure:
-    """The record that ``fail`` wants for a request whose ``execution`` ended with ``error``; ``kind``: if it is known."""
+    """The record that ``fail`` wants for a request whose ``execution`` ended with ``error``; ``kind``: if it is
+    known.
+    """
     kind = kind or classify(error)
     return Failure(
         id=claim_id, execution=execution, kind=kind, reason=describe(error), traceback=_traceback(error),

@@ -2,9 +2,9 @@
 
     python -m tests.captures [FOLDER]
 
-In the root of a checkout, in about two and a half minutes; without FOLDER it writes into docs/images. Tasks sleep instead of computing,
-all else is what it is: worker processes, a reaper, Redis, ``perdure web``, ``top`` and ``show``. ``kill.svg`` is what the
-tutorial has its reader draw.
+In the root of a checkout, in about two and a half minutes; without FOLDER it writes into docs/images. Tasks sleep
+instead of computing, all else is what it is: worker processes, a reaper, Redis, ``perdure web``, ``top`` and
+``show``. ``kill.svg`` is what the tutorial has its reader draw.
 """
 
 from __future__ import annotations

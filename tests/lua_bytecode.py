@@ -1,7 +1,8 @@
-"""Which names a piece of Lua uses without defining them, and which it defines: read from what Lua's compiler makes of it.
+"""Which names a piece of Lua uses without defining them, and which it defines: read from what Lua's compiler makes of
+it.
 
-A name that is no local of the piece is compiled to a read of a global, whatever block, string or comment it stands in or
-beside: so this is exact, where a search for words is not. Lua 5.1, as in Redis (``lundump.c`` has the format).
+A name that is no local of the piece is compiled to a read of a global, whatever block, string or comment it stands in
+or beside: so this is exact, where a search for words is not. Lua 5.1, as in Redis (``lundump.c`` has the format).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scripts under a clock that a test moves, and a look at all that stands in Redis at once.
 
-The clock is one line of ``lib/basics/time.lua``. Here, and nowhere else, it is read from a key instead of the server; so a
-test lets hours pass in a moment, and the same steps meet the same times whenever they are run again.
+The clock is one line of ``lib/basics/time.lua``. Here, and nowhere else, it is read from a key instead of the server;
+so a test lets hours pass in a moment, and the same steps meet the same times whenever they are run again.
 """
 
 from __future__ import annotations

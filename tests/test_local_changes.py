@@ -72,14 +72,12 @@ with Client(sys.argv[1]) as client, connect(sys.argv[1]) as connection:
     print(json.dumps(connection.hget(f"rq:perdure:checkpoint:{handle.id}", "host").decode()))
 """
 TASKS = """
-import time
 from perdure.workers import Step, task
 
 @task
 def fail(request):
     for i in range(4):
         yield Step(output=i, state=i)
-        time.sleep(0.1)
     raise ValueError("meant")
 """
 
@@ -110,11 +108,11 @@ with connect(sys.argv[1]) as connection:
 
 COMMAND: Change = {
     "hello.py": {"": "import click\n\n\n@click.command()\ndef hello() -> None:\n    click.echo('\"hello\"')\n"},
-    "main.py": {'    "demo": (': '    "hello": ("hello", "hello", "Say hello."),\n'},
+    "main.py": {'    "demo": (': '    "hello": ("cli.hello", "hello", "Say hello."),\n'},
 }
 SAYS = "from perdure.scripts.main import main\nassert main(['hello']) == 0\n"
 
-PLACES = {"poke.lua": "protocol/lua", "hello.py": "scripts"}
+PLACES = {"poke.lua": "protocol/lua", "hello.py": "scripts/cli"}
 
 
 @pytest.fixture

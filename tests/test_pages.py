@@ -138,7 +138,9 @@ def parse(words: list[str]) -> None:
 
 
 def test_every_command_is_one_with_options_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of ``perdure`` and ``rq``: reliability.md, collectives.md, writing-tasks.md, troubleshooting.md, the others."""
+    """All of ``perdure`` and ``rq``: reliability.md, collectives.md, writing-tasks.md, troubleshooting.md, the
+    others.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").touch()
     settings = {variable(item.name) for item in dataclasses.fields(Settings)} | SECRETS

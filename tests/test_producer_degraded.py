@@ -253,7 +253,9 @@ def held(lab: Lab, worker: Process) -> int:
 
 
 def test_a_worker_that_drains_a_long_step_is_not_missed(lab: Lab) -> None:
-    """``perdure up`` on Ctrl-C: its reaper sweeps while the worker waits for the step, and has nothing to complain of."""
+    """``perdure up`` on Ctrl-C: its reaper sweeps while the worker waits for the step, and has nothing to complain
+    of.
+    """
     lab.reaper()
     worker = lab.worker(drain_timeout=60)
     eventually(lambda: lab.store.mode().expected == 1)

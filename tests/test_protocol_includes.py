@@ -101,7 +101,9 @@ def lay(folder: Path, **sources: str) -> Path:
 
 
 def test_each_file_stands_once_in_front_of_whoever_includes_it(tmp_path):
-    """Without comments and blank lines, and behind the names of those keys that are used; what all use stands outside."""
+    """Without comments and blank lines, and behind the names of those keys that are used; what all use stands
+    outside.
+    """
     folder = lay(
         tmp_path,
         end="-- End.\n--\n-- Returns  2\n\n--- @include lib/a\n--- @include lib/b\n\nreturn a() + b() -- both\n",

@@ -131,7 +131,9 @@ def test_info_shows_a_worker_and_what_it_does(lab: Lab) -> None:
 
 
 def test_a_queue_of_a_priority_is_shown_with_who_serves_it(lab: Lab) -> None:
-    """A worker is started for ``gpu`` and serves ``gpu-high`` and ``gpu-low``; one for ``solo-low`` serves that alone."""
+    """A worker is started for ``gpu`` and serves ``gpu-high`` and ``gpu-low``; one for ``solo-low`` serves that
+    alone.
+    """
     pool = Pool.over(lab.connection)
     both, solo = Hand(pool, "both", queues=["gpu"]), Hand(pool, "solo", queues=["solo-low"])
     for hand in (both, solo):

@@ -26,7 +26,8 @@ def in_tree() -> set[str]:
 
 
 def build(copy: Path) -> Path:
-    """A source distribution of a copy of what belongs to it, and a wheel of that: no left-over of an earlier build can help.
+    """A source distribution of a copy of what belongs to it, and a wheel of that: no left-over of an earlier build
+    can help.
 
     ``copy`` is an empty folder; returns the folder in it that has both.
     """

@@ -24,8 +24,8 @@ class Mode:
     """Whether a pool is degraded, for people and programs.
 
     ``live`` workers are ready of ``expected``, as a reaper counted them last. ``since`` is when it became degraded,
-    in seconds since 1970 by the server's clock; ``None`` while it is not. ``recovering``: it is still degraded, but enough
-    workers are back; it is normal again once that has lasted for a heartbeat timeout.
+    in seconds since 1970 by the server's clock; ``None`` while it is not. ``recovering``: it is still degraded, but
+    enough workers are back; it is normal again once that has lasted for a heartbeat timeout.
     """
 
     degraded: bool

@@ -42,10 +42,11 @@ class Reads:
     def workers(self) -> list[dict[str, Any]]:
         """All living incarnations: id, worker, queues, pid, host, device, ready, seconds until dead, requests held.
 
-        ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its device is
-        not to be used; ``health``: where its health is served; ``model``: its setting; ``stale``: a file that was
-        edited after it had been loaded; ``task`` and ``slots``: of what it claimed last. A spare has loaded its tasks,
-        and claims only when it is told to (``spare``); one that was told to stop, or has lost its device, is ``leaving``.
+        ``age``: seconds since its last heartbeat (``None`` of a worker of an older release); ``unfit``: why its
+        device is not to be used; ``health``: where its health is served; ``model``: its setting; ``stale``: a file
+        that was edited after it had been loaded; ``task`` and ``slots``: of what it claimed last. A spare has loaded
+        its tasks, and claims only when it is told to (``spare``); one that was told to stop, or has lost its device,
+        is ``leaving``.
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
         with self.connection.pipeline(transaction=False) as pipe:

@@ -1,7 +1,7 @@
 """The answers that no crash has touched: each payload alone, in this process, without Redis.
 
-``python -m perdure.scripts.demonstration.golden < payloads.jsonl > answers.jsonl``, with the same ``PERDURE_*`` settings as
-the workers. The demonstration runs it after the pool has stopped.
+``python -m perdure.scripts.demonstration.golden < payloads.jsonl > answers.jsonl``, with the same ``PERDURE_*``
+settings as the workers. The demonstration runs it after the pool has stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A pool on this machine: a reaper, workers and spares as child processes.
 
 What ``perdure up`` runs in the foreground and the demonstration kills. Workers are plain ``rq worker`` commands. What
-is done is decided by :class:`perdure.workers.pool.supervisor.Supervisor`; here it is carried out, in one thread: the kernel
-sends a child SIGTERM when the thread that started it ends.
+is done is decided by :class:`perdure.workers.pool.supervisor.Supervisor`; here it is carried out, in one thread: the
+kernel sends a child SIGTERM when the thread that started it ends.
 
 Every child leads a process group of its own: Ctrl-C reaches the pool, which drains them.
 """

@@ -37,8 +37,9 @@ def run(
 ) -> int:
     """Run a pool until SIGTERM or SIGINT; returns the exit status.
 
-    ``gpus``: as :func:`perdure.workers.pool.gpus.choose` takes it; then ``workers`` is not read. Raises ``UsageError`` for a
-    bad queue name or a GPU that is not there, and ``RedisUnavailable`` for a server that does not answer.
+    ``gpus``: as :func:`perdure.workers.pool.gpus.choose` takes it; then ``workers`` is not read. Raises
+    ``UsageError`` for a bad queue name or a GPU that is not there, and ``RedisUnavailable`` for a server that does
+    not answer.
     """
     for queue in queues:
         check_queue(queue)

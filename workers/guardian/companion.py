@@ -121,7 +121,8 @@ class Companion:
         sources: dict[str, str] | None = None,
     ) -> None:
         """The fingerprints that this worker can continue, whether it claims now (``"spare"``: once it is told to;
-        ``"leaving"``: no longer, for it was told to stop), what it could not load, and the files of what it has (:mod:`..tasks.sources`).
+        ``"leaving"``: no longer, for it was told to stop), what it could not load, and the files of what it has
+        (:mod:`..tasks.sources`).
         """
         if fingerprints is not None:
             self.fingerprints = fingerprints

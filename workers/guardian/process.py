@@ -1,9 +1,9 @@
 """The guardian: a small process beside every worker.
 
-It sends the worker's heartbeats (loading weights can hold the GIL for longer than a heartbeat may be
-late) and watches the worker: when the worker is gone, it reaps at once what the worker held, without
-waiting for any timeout. When no reaper has swept lately, it sweeps, in a thread of its own (:mod:`.sweeper`): no heartbeat
-waits for that. Beside that, in threads and processes of their own, it looks at the worker's health (:mod:`..health.state`).
+It sends the worker's heartbeats (loading weights can hold the GIL for longer than a heartbeat may be late) and
+watches the worker: when the worker is gone, it reaps at once what the worker held, without waiting for any timeout.
+When no reaper has swept lately, it sweeps, in a thread of its own (:mod:`.sweeper`): no heartbeat waits for that.
+Beside that, in threads and processes of their own, it looks at the worker's health (:mod:`..health.state`).
 
 It looks at the worker's two counters (:mod:`.watchdog`) and ends a worker that hangs. What it knows of the end (who
 stood still, what faulthandler wrote, what the kernel counted) decides the kind of failure.

@@ -14,8 +14,9 @@ OUT_OF_MEMORY: Final = 71
 """Device memory ran out again and again for single requests; a fresh process begins with all of it."""
 
 UNFIT: Final = 72
-"""Not to be trusted any further, for another reason, which the log says: the task said so (:class:`..tasks.unfit.Unfit`), the
-end of the host's memory, a group whose ranks are lost again and again."""
+"""Not to be trusted any further, for another reason, which the log says: the task said so
+(:class:`..tasks.unfit.Unfit`), the end of the host's memory, a group whose ranks are lost again and again.
+"""
 
 HUNG: Final = 73
 """A step, or the worker around it, stood still for too long."""

@@ -5,8 +5,8 @@
 3. back off: pauses grow, and a place that ends too often by itself, or whose device needs repair, is quarantined.
 4. stop: SIGTERM, the drain timeout, then SIGKILL to whole process groups; the reaper last.
 
-Events come in as calls with the time, actions come out; :mod:`perdure.scripts.pool.pool` is the edge that carries them out.
-It never touches a request: whatever a dead worker held is its guardian's business, so that the two can fail
+Events come in as calls with the time, actions come out; :mod:`perdure.scripts.pool.pool` is the edge that carries
+them out. It never touches a request: whatever a dead worker held is its guardian's business, so that the two can fail
 independently.
 """
 

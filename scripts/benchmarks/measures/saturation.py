@@ -1,9 +1,9 @@
 """The part ``saturation``: more requests than one Redis can checkpoint at the usual interval, and a pool that comes back.
 
-Workers are simulated by their calls, some processes of many threads each: a heartbeat a second over one connection, and
-over another one claims, reads of what to go on from, and a checkpoint of all that is held, as often as
-:class:`~perdure.workers.redis_io.pace.Pace` allows. A reaper judges them. Nobody may be declared dead; then all are, by hand, as after
-an outage, and come back. What that does to the server is seen by one who pings it.
+Workers are simulated by their calls, some processes of many threads each: a heartbeat a second over one connection,
+and over another one claims, reads of what to go on from, and a checkpoint of all that is held, as often as
+:class:`~perdure.workers.redis_io.pace.Pace` allows. A reaper judges them. Nobody may be declared dead; then all are,
+by hand, as after an outage, and come back. What that does to the server is seen by one who pings it.
 """
 
 from __future__ import annotations

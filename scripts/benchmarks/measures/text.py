@@ -1,6 +1,7 @@
 """Text generation: what exactness costs, and from how long a prompt on its keys are worth keeping.
 
-``python -m perdure.scripts.benchmarks.measures.text [--model smollm2] [--tokens 128,512,2048] [--repeat 5] [--json FILE]``
+``python -m perdure.scripts.benchmarks.measures.text [--model smollm2] [--tokens 128,512,2048] [--repeat 5] [--json
+FILE]``
 
 Each figure is the shortest of several runs that alternate with what they are compared with: the one
 that others disturbed least. Where others use the machine all the time, ``--cpu`` (with ``--threads 1``)
