@@ -38,8 +38,9 @@ def environment_of(wheel: Path, folder: Path) -> Path:
     site = folder / own.relative_to(sys.prefix)
     site.mkdir(parents=True)
     for entry in own.iterdir():
-        # Also what leads to the tree: the editable installation's files and the checkout's .pth are named after it.
-        if not re.match(r"(__editable__[._]+)?perdure", entry.name):
+        # Not what leads to the tree: the editable installation's files and the checkout's .pth are named after it.
+        # Not __pycache__: environments with one in common take each other's check, compiled, for their own.
+        if not re.match(r"(__editable__[._]+)?perdure|__pycache__$", entry.name):
             (site / entry.name).symlink_to(entry)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def test_a_process_of_a_release_does_not_run_the_tree(release: Path, tmp_path: P
     )
     assert (bad.returncode, bad.stdout) == (86, "")
     assert "this is not the release" in bad.stderr
+
+
+def test_environments_of_releases_share_no_compiled_code(tmp_path: Path) -> None:
+    """Two made in the same second, with paths of one length: each runs its own check, and so its own release."""
+    environments = [environment_of(WHEELS[0], tmp_path / name) for name in ("one", "two")]
+    for python in environments:
+        for check in python.parent.parent.rglob("_perdure_release.py"):
+            os.utime(check, (0, 0))
+    for python in environments:
+        done = subprocess.run(
+            [python, "-c", "import perdure.producer"], capture_output=True, text=True, check=False, env={}, cwd=tmp_path
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
