@@ -17,8 +17,7 @@ import redis
 
 from perdure.protocol.connection import connect
 from perdure.scripts.pool.server import Server, find_binary
-
-from .worker_kit import Lab, laboratory
+from tests.kit.lab import Lab, laboratory
 
 _FOR_EVER = {"log", "health"}
 """Threads of the product that go on until the end of their process, and touch nothing of a test."""

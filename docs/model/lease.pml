@@ -156,7 +156,7 @@ hidden byte given[REQUESTS], known[REQUESTS], some;
 #define SAME(a, b) ((a) == (b))
 #endif
 
-/* A move of protocol/states.py by the named scripts; tests/test_model.py compares them with that table. */
+/* A move of protocol/states.py by the named scripts; tests/protocol/model/test_spin.py compares them with that table. */
 #define MOVE(scripts, from, to) assert(status[r] == from); status[r] = to
 
 /* --- lib/… ---------------------------------------------------------------------------------------- */

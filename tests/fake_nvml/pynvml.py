@@ -1,9 +1,9 @@
 """A driver for tests: NVML's names over a JSON file, named by FAKE_NVML, that a test may change at any time.
 
 The file is ``{"driver": true, "devices": [{...}]}``. A device has ``name uuid action free total processes ecc remapped
-events``, all optional. ``action`` is a name or a number; ``ecc`` is ``[corrected, uncorrected]``; ``remapped`` NVML's four;
-``events`` a list of ``[type, data]`` that only grows. ``error``: every call on it fails with that code. ``old``: its driver
-knows no recovery action and no events. ``hang``: seconds that its next calls take.
+events``, all optional. ``action`` is a name or a number; ``ecc`` is ``[corrected, uncorrected]``; ``remapped`` NVML's
+four; ``events`` a list of ``[type, data]`` that only grows. ``error``: every call on it fails with that code. ``old``:
+its driver knows no recovery action and no events. ``hang``: seconds that its next calls take.
 Every name of this module is one of the real package (a test compares).
 """
 

@@ -74,7 +74,9 @@ def stall_among_others(request: Request) -> Generator[Step, None, Any]:
 
 @task(slots=4)
 def laden(request: Request) -> Generator[Step, None, Any]:
-    """Count to ``n`` with a state of ``bytes``, and say which installation ended it; once ``goes`` is there, if it is named."""
+    """Count to ``n`` with a state of ``bytes``, and say which installation ended it; once ``goes`` is there, if it is
+    named.
+    """
     from perdure.workers import __file__ as place
 
     state = request.state or {"next": 0}

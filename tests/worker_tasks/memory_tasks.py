@@ -20,7 +20,9 @@ def _once(folder: str, name: str) -> bool:
 
 
 class Counting(BatchTask):
-    """Counts to ``n`` for each, and at three waits until somebody says go; subclasses fail there for one with ``fails``."""
+    """Counts to ``n`` for each, and at three waits until somebody says go; subclasses fail there for one with
+    ``fails``.
+    """
 
     slots = 4
 

@@ -1,0 +1,45 @@
+"""The floors of the house: no folder of the package is a heap of files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kit.places import ROOT
+
+FOLDERS = ("protocol", "producer", "workers", "recovery", "scripts")
+MOST = {".py": 16, ".lua": 24}
+"""Files of one kind that may lie side by side. Of Lua's, each transition is one, and there are as many as there are."""
+
+
+def crowded(root: Path) -> dict[str, int]:
+    """Folders below ``root`` with more files of a kind than that, and how many."""
+    found = Counter(
+        (str(path.parent.relative_to(root)), path.suffix)
+        for folder in FOLDERS
+        for path in (root / folder).rglob("*")
+        if path.suffix in MOST and "__pycache__" not in path.parts
+    )
+    return {folder: number for (folder, suffix), number in found.items() if number > MOST[suffix]}
+
+
+def test_no_folder_is_a_heap() -> None:
+    assert crowded(ROOT) == {}
+
+
+@pytest.mark.parametrize(("suffix", "number"), MOST.items())
+def test_a_heap_is_seen(tmp_path: Path, suffix: str, number: int) -> None:
+    (tmp_path / "workers" / "new").mkdir(parents=True)
+    for n in range(number + 1):
+        assert crowded(tmp_path) == {}
+        (tmp_path / "workers" / "new" / f"{n}{suffix}").touch()
+    assert crowded(tmp_path) == {"workers/new": number + 1}
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    """In one sentence at the top of its ``__init__``."""
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("__init__.py"):
+            assert path.read_text(encoding="utf-8").startswith('"""'), path
