@@ -243,7 +243,13 @@ def taking(
 def _described(text: str, asked: Any) -> str:
     described = {item.name: item.metadata["help"] for item in fields(asked)}
     lines = [
-        textwrap.fill(f"{name}: {described[name]}", 112, initial_indent="    ", subsequent_indent="        ")
+        textwrap.fill(
+            f"{name}: {described[name]}",
+            112,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
         for name in inspect.signature(asked).parameters
     ]
     begin, raises, rest = text.partition("Raises:")
