@@ -120,7 +120,7 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
     texts = {who: "\n".join(path.read_text(encoding="utf-8") for path in paths) for who, paths in folders.items()}
     store = (ROOT / "protocol" / "store.py").read_text(encoding="utf-8")
     for name, (link, who, says) in shown.items():
-        assert f"(../protocol/lua/{name}.lua)" in link
+        assert f"/blob/main/protocol/lua/{name}.lua)" in link
         assert scripts.load(name).body.startswith(f"-- {says}\n"), name
         methods = re.findall(rf"\n    def (\w+)\((?:(?!\n    def ).)*?(?:_call|load)\(\"{name}\"", store, re.DOTALL)
         assert methods, name
