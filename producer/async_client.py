@@ -252,8 +252,11 @@ class AsyncClient:
         return [await self.get(handle.id) for handle in handles]
 
     list = _awaited(Client.list)
+    """As :meth:`Client.list`, to be awaited."""
     mode = _awaited(Client.mode)
+    """As :meth:`Client.mode`, to be awaited."""
     ping = _awaited(Client.ping)
+    """As :meth:`Client.ping`, to be awaited."""
 
     def get(self, id: str) -> FoundHandle:
         """The handle of a request, whoever submitted it; ``await`` it, as what :meth:`submit` gives, or use it at once.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import inspect
 import io
 import json
 import re
 import shlex
 import signal
 import sys
+import textwrap
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +77,11 @@ def test_the_programs_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert printed.startswith("0\n1\n2\n{'counted': 3}\n")
         assert sorted(eval(line.split(" ", 1)[1])["counted"] for line in printed.splitlines()[4:]) == list(range(100))
 
-    # The one program among the signatures of the reference.
-    (example,) = [block for block in blocks(ROOT / "docs/reference/producer.md") if block.text.startswith("async with")]
-    execute(example.text, lab.url, {"AsyncClient": AsyncClient})
+    # The program that the reference shows.
+    _, _, text = (inspect.getdoc(AsyncClient) or "").partition("::\n\n")
+    example, _, _ = text.partition("\n\nArguments")
+    assert example.lstrip().startswith("async with")
+    execute(textwrap.dedent(example), lab.url, {"AsyncClient": AsyncClient})
 
     (block,) = [block for block in TEXT if block.kind == "produce"]
     with namespace["Client"](lab.url) as client:
