@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .page_kit import ROOT
+from tests.kit.places import ROOT
 
 pytestmark = pytest.mark.slow
 
