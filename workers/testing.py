@@ -308,7 +308,7 @@ class _Worker:
 
     def close(self) -> None:
         """Close what the task still holds."""
-        for engine in self.loop._engines.values():
+        for engine in self.loop._engines.loaded.values():
             for identifier in list(engine.admitted):
                 engine.batch.drop(identifier)
             if isinstance(engine.batch, Members):

@@ -73,7 +73,7 @@ class Turns(Bench):
     def __init__(self, connection: redis.Redis, task: Any) -> None:
         super().__init__(connection)
         self.loop = EngineLoop(self.holdings, self.settings, refuse_plain, lambda shown: None, find=lambda path: task)
-        self.loop._load(TASK)
+        self.loop._engines.load(TASK)
 
     def submit_all(self, payloads: dict[str, Any], **options: Any) -> None:
         requests = [
@@ -109,7 +109,7 @@ class Turns(Bench):
 
     @property
     def engine(self) -> engines.Engine:
-        return self.loop._engines[TASK]
+        return self.loop._engines.loaded[TASK]
 
     def reasons(self, name: str) -> list[tuple[str, str]]:
         return [(event.event, event.reason) for event in self.pool.store.history(name)]
