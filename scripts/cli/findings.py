@@ -314,7 +314,7 @@ def judge_host(
     *, rq: str, files: int, shared: int | None, settings: Settings, driver: bool, devices: int | None
 ) -> list[Finding]:
     """The findings from what was read; ``shared`` is the size of /dev/shm, ``driver`` whether there is one of NVIDIA's."""
-    from ...workers.rq.worker import TESTED_RQ
+    from ...workers.rq.arrival import TESTED_RQ
 
     found = []
     if not rq.startswith(tuple(f"{release}." for release in TESTED_RQ)) and not settings.untested_rq:

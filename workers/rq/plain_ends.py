@@ -13,9 +13,21 @@ from rq.job import Job
 from rq.utils import utcformat
 from rq.worker import SimpleWorker
 
+from ..tasks.forks import end_if_forked
+
 
 class PlainEnds(SimpleWorker):
     """RQ's handlers of an end, each of them only for the run that is still the job's own."""
+
+    def _finalize_success(self, job: Job, queue: Any, execution: Execution, return_value: Any) -> None:
+        """RQ's end of a job that has returned; a child that the job has forked ends here instead."""
+        end_if_forked()
+        super()._finalize_success(job, queue, execution, return_value)
+
+    def _finalize_failure(self, job: Job, queue: Any, execution: Execution, exc_info: Any) -> None:
+        """RQ's end of a job that has raised; a child that the job has forked ends here instead."""
+        end_if_forked(exc_info[1])
+        super()._finalize_failure(job, queue, execution, exc_info)
 
     def handle_job_success(self, job: Job, queue: Any, started_job_registry: Any, execution: Execution) -> None:
         if not self._replaced(job, execution):

@@ -16,8 +16,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -25,53 +23,39 @@ import redis
 import rq
 from rq import worker_registration
 from rq.command import parse_payload
-from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
-from rq.version import VERSION
 from rq.worker import DequeueStrategy, WorkerStatus
 
 from ...protocol.connection import keep_alive
-from ...protocol.errors import InvalidRequest, PerdureError, ProtocolMismatch
-from ...protocol.keys import check_queue, served
-from ...protocol.packed_state import check_compression
-from ...protocol.queries.deployment import look_at
-from ...protocol.records import Claim, FailureKind
-from ...protocol.settings import Settings
-from ...protocol.store import Store
+from ...protocol.keys import served
+from ...protocol.records import FailureKind
 from ...protocol.telemetry import logs
 from ...protocol.telemetry.log_writer import flush, unblock
 from ...protocol.transport.patience import be_patient
 from ..engine.fitness import status_after
 from ..engine.loop import EngineLoop
 from ..engine.unable import Unable
-from ..guardian.companion import Companion, Guarded, private_connection
+from ..guardian.companion import Companion
 from ..guardian.leaving import Leaving
 from ..guardian.watchdog import Watchdog
 from ..health.state import UNFIT_SIGNAL
 from ..leases.holdings import Holdings
 from ..leases.mailbox import Mailbox
 from ..pool.places import INCARNATION
-from ..pool.standby import StandBy
 from ..pool.statuses import UNFIT_DEVICE
 from ..redis_io.claimer import Claimer, Limits
 from ..redis_io.courier import Courier
 from ..redis_io.line import Line
 from ..tasks.base import RAISED
-from ..tasks.forks import at_home, end_if_forked
-from ..tasks.sources import Loaded
+from ..tasks.forks import at_home
 from . import arrival
-from .adoption import left_out_of, payload_of, task_of
-from .arrival import arrive
+from .attendants import Attendants, schedule
 from .dependents import Dependents
 from .foreign import foreign, stock_worker
-from .notices import LAST_PATIENCE, Notices
 from .plain_ends import PlainEnds
-from .scheduler import SchedulerProcess, move_due
+from .plain_jobs import PlainJobs
 from .signals import SignalWatcher
-
-TESTED_RQ = ("3.0",)
-"""Releases of RQ (major.minor) whose keys and worker hooks this release was tested with."""
 
 COLD_AFTER = 1.0
 """Seconds after the first stop signal in which another one is its echo (Ctrl-C reaches a whole process group)."""
@@ -89,15 +73,9 @@ class Worker(PlainEnds):
         super().__init__(queues, *args, **kwargs)
         self._courier: Courier | None = None
         self._loop: EngineLoop | None = None
-        self._companion: Companion | None = None
-        self._scheduler: SchedulerProcess | None = None
-        self._dependents: Dependents | None = None
-        self._notices: Notices | None = None
+        self._beside: Attendants | None = None
         self._leaving: Leaving | None = None
-        self._sources = Loaded()
         self._signals: list[float] = []
-        self._blocked: list[Callable[[], None]] = []
-        """What makes the handlers of logs as they were before."""
 
     # --- RQ's entry ----------------------------------------------------------------------------------
 
@@ -122,56 +100,48 @@ class Worker(PlainEnds):
             return stock_worker(self).work(
                 burst, logging_level, date_format, log_format, max_jobs, max_idle_time, with_scheduler, dequeue_strategy
             )
-        try:
-            settings = Settings.from_environment(strict=True)
-            check_rq(settings)
-            check_compression(settings.compression)
-            for queue in self.queues:
-                check_queue(queue.name)
-            store = Store(private_connection(self.connection, timeout=_timeout(settings)), settings)
-            arrive(self.connection, store.check_protocol)
-            findings = arrive(self.connection, lambda: look_at(store.connection))
-        except PerdureError as error:
-            sys.exit(f"perdure worker: {error}")
-        for finding in findings:
-            if finding.fatal:
-                sys.exit(f"perdure worker: {finding}")
+        settings, store, findings = arrival.begin(self.connection, (queue.name for queue in self.queues))
         keep_alive(self.connection)
         be_patient(self.connection)
         logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
         self.log.info("Worker %s: Perdure %s; the version above is RQ's", self.name, version("perdure"))
         # From here on: a reader of this process' output who stops must stop nothing else.
-        self._blocked = [unblock()]
+        restore_logs = unblock()
         for finding in findings:
             self.log.warning("Worker %s: %s", self.name, finding)
         self.connection.expire(self.key, 60)  # the guardian renews it; a killed worker's name is free again soon
         self._dequeue_strategy = dequeue_strategy
-        if with_scheduler:
-            self._schedule(burst, logging_level)
-        companion = Companion(self.connection, settings, self.name, self.queue_names(), device=_device(settings))
+        scheduler = schedule(self, burst=burst, logging_level=logging_level) if with_scheduler else None
+        self._beside = beside = Attendants.of(self, settings, scheduler)
+        beside.blocked.append(restore_logs)
+        companion = beside.companion
         holdings = Holdings(settings, Mailbox())
         limits = Limits(burst, max_jobs, max_idle_time)
         claimer = Claimer(store, holdings, self.name, self._next_queues, limits, settings.resume, self.log)
         page = companion.page
         line = Line(store, self.name, holdings, self.log, os.environ.pop(INCARNATION, "") or uuid.uuid4().hex)
         courier = Courier(
-            line, claimer, tended=self._tended, rejoined=self._rejoined, counter=page.courier,
-            patience=_timeout(settings),
-        )  # fmt: skip
+            line,
+            claimer,
+            tended=beside.tend,
+            rejoined=self._rejoined,
+            counter=page.courier,
+            patience=arrival.patience(settings),
+        )
         loop = EngineLoop(
-            holdings, settings, self._run_plain, self._loaded,
-            Watchdog(page.loop, companion.crash_file), companion.give_up,
+            holdings,
+            settings,
+            PlainJobs(self, courier).run,
+            beside.loaded,
+            Watchdog(page.loop, companion.crash_file),
+            companion.give_up,
             unable=Unable(lambda rows: companion.tell(unable=rows)),
-            broken=lambda task, error: companion.tell(sources=self._sources.failed(task, error)),
-        )  # fmt: skip
+            broken=beside.could_not_load,
+        )
         claimer.unable = loop.unable.left_alone
-        self._companion, self._courier, self._loop = companion, courier, loop
-        own = [private_connection(self.connection, timeout=_timeout(settings)) for _ in range(2)]
-        names = self.queue_names()
-        self._dependents = Dependents(own[0], names, self.queue_class, self.job_class, self.serializer, self.log)
-        self._notices = Notices(own[1], self.job_class, self.serializer, self._exc_handlers, self.log)
-        claimer.settled = self._notices.settled
+        claimer.settled = beside.notices.settled
+        self._courier, self._loop = courier, loop
         self._leaving = leaving = Leaving(page.fd)
         companion.token = leaving.kin.token
         status = 1
@@ -183,10 +153,12 @@ class Worker(PlainEnds):
             leaving.ready(status := loop.exit_code or status)
             if not flush():
                 self._exit_at_once(status)  # nobody reads what it prints: the interpreter would wait for them
-            for restore in reversed(self._blocked):
+            for restore in reversed(beside.blocked):
                 restore()
 
     def _run(self, loop: EngineLoop, courier: Courier, companion: Companion) -> bool:
+        beside = self._beside
+        assert beside is not None
         watcher = SignalWatcher(self._stop_signal)
         loop.between = watcher.renew
         clean = False  # out of order, it is missed: the pool goes on expecting it
@@ -205,18 +177,12 @@ class Worker(PlainEnds):
                 sys.exit(status)
             watcher.renew()
             if courier.holdings.settings.spare:
-                self._stand_by(courier, companion)
+                beside.stand_by(courier.tend_idle)
             companion.tell(ready=True)
             self.set_state(WorkerStatus.IDLE)
             courier.start()
-            if self._dependents is not None and not courier.claimer.limits.burst:
-                self._dependents.start()
-            if self._notices is not None:
-                self._notices.start()
-            exit_watch = threading.Thread(
-                target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True
-            )
-            exit_watch.start()
+            beside.start(burst=courier.claimer.limits.burst)
+            threading.Thread(target=self._leave_a_stuck_step, args=(courier, loop), name="exit", daemon=True).start()
             loop.run()
             courier.join()
             if courier.failed is not None:
@@ -236,31 +202,13 @@ class Worker(PlainEnds):
             sys.exit(loop.exit_code)
         return courier.claimer.claimed > 0
 
-    def _stand_by(self, courier: Courier, companion: Companion) -> None:
-        """Wait until a supervisor, or a person, says that this worker is needed."""
-        told = StandBy()
-        companion.tell(ready="spare")
-        self.set_state(WorkerStatus.SUSPENDED)
-        self.log.info("Worker %s: loaded; a spare, which claims once SIGUSR1 comes to pid %d", self.name, os.getpid())
-        if told.wait(courier.tend_idle):
-            self.log.info("Worker %s: no spare any more; it claims from now on", self.name)
-
     def _depart(self, courier: Courier, *, clean: bool = True) -> None:
         """Leave the registries and dismiss the guardian. Redis may be away: then the reaper does it.
 
         ``clean``: it was told to leave, and is expected no longer.
         """
-        assert self._companion is not None
-        if self._scheduler is not None:
-            self._scheduler.stop()
-        if self._dependents is not None:
-            self._dependents.stop()
-        if self._notices is not None:
-            if not self._signals:
-                self._notices.settled(
-                    LAST_PATIENCE
-                )  # --max-jobs, --max-idle-time: who else would tell of the last one?
-            self._notices.stop()
+        assert self._beside is not None
+        self._beside.stop(told=bool(self._signals))
         store = courier.store  # the courier's thread has ended, or was never started
         try:
             store.reap(
@@ -272,9 +220,9 @@ class Worker(PlainEnds):
             self.teardown()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             self.log.warning("Worker %s: cannot sign off in Redis (%s); its guardian will", self.name, error)
-            self._companion.abandon()
+            self._beside.companion.abandon()
         else:
-            self._companion.dismiss()
+            self._beside.companion.dismiss()
 
     def _leave_a_stuck_step(self, courier: Courier, loop: EngineLoop) -> None:
         """End the process when the courier is done and the main thread sits in a step that does not end."""
@@ -285,28 +233,6 @@ class Worker(PlainEnds):
         self.log.warning("Worker %s: the running step did not end in time; leaving without it", self.name)
         self._depart(courier, clean=not courier.failed and not loop.exit_code)
         self._exit_at_once(1 if courier.failed else loop.exit_code)
-
-    def _schedule(self, burst: bool, logging_level: str | None) -> None:
-        """RQ's scheduler for our queues; as with RQ, a burst has due jobs moved once, before it begins."""
-        names = self.queue_names()
-        if burst:
-            move_due(self.connection, names, self.serializer)
-            return
-        self._scheduler = SchedulerProcess(self.connection, uuid.uuid4().hex, names, self.serializer, logging_level)
-        self._scheduler.start()
-
-    def _loaded(self, fingerprints: list[str]) -> None:
-        """Another task has been loaded, which may have set up logs of its own."""
-        assert self._companion is not None
-        self._blocked.append(unblock())
-        self._companion.tell(fingerprints=fingerprints, sources=self._sources.well())
-
-    def _tended(self) -> Guarded:
-        """What runs beside this worker, looked after in every round of the courier."""
-        assert self._companion is not None
-        if self._scheduler is not None:
-            self._scheduler.tend()
-        return self._companion.tend()
 
     # --- stopping ------------------------------------------------------------------------------------
 
@@ -334,9 +260,9 @@ class Worker(PlainEnds):
             self.log.info("Worker %s: %s, warm shut down", self.name, signal.Signals(number).name)
             self._shutdown_requested_date = rq.utils.now()
             courier.holdings.stop()
-            if self._companion is not None:
+            if self._beside is not None:
                 # One whose device is lost does not leave in order: the pool goes on expecting it.
-                self._companion.tell(ready=False if number == UNFIT_SIGNAL else "leaving")
+                self._beside.companion.tell(ready=False if number == UNFIT_SIGNAL else "leaving")
             if not courier.started:
                 # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
                 courier.settle_idle()
@@ -373,9 +299,9 @@ class Worker(PlainEnds):
 
     def _rejoined(self, incarnation: str) -> None:
         """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""
-        assert self._companion is not None
+        assert self._beside is not None
         assert self._courier is not None
-        self._companion.watch(incarnation)
+        self._beside.companion.watch(incarnation)
         try:
             # Not over RQ's own connection: its timeout is minutes.
             with self._courier.store.connection.pipeline() as pipeline:
@@ -395,9 +321,9 @@ class Worker(PlainEnds):
         """
         courier = self._courier
         assert courier is not None
-        if self._dependents is not None and courier.claimer.limits.burst:
-            self._dependents.enqueue()
-            self._dependents.clean()
+        if self._beside is not None and courier.claimer.limits.burst:
+            self._beside.dependents.enqueue()
+            self._beside.dependents.clean()
         # As RQ: after what was taken, and by where that came from; the first queue named is the first served.
         taken_from, courier.claimer.taken_from = courier.claimer.taken_from, ""
         for queue in self._ordered_queues if taken_from else ():
@@ -406,60 +332,6 @@ class Worker(PlainEnds):
                 break
         # A queue that is named by itself too (gpu gpu-low) is served where it first comes.
         return list(dict.fromkeys(name for queue in self._ordered_queues for name in served(queue.name)))
-
-    def _run_plain(self, claim: Claim) -> None:
-        """Run a plain job by RQ's own code; the claim has already written what RQ's preparation writes."""
-        queue = self.queue_class(
-            claim.queue, connection=self.connection, job_class=self.job_class, serializer=self.serializer
-        )
-        try:
-            job = self.job_class.fetch(claim.id, connection=self.connection, serializer=self.serializer)
-        except (ValueError, KeyError, TypeError, AttributeError, NoSuchJobError) as error:
-            raise InvalidRequest(f"cannot read job {claim.id}: {type(error).__name__}: {error}") from error
-        if task := task_of(job):
-            self._adopt(claim, job, task)
-            return
-        execution = Execution(claim.execution, claim.id, self.connection, worker_name=self.name)
-        self.executions[execution.id] = execution
-        names = {"RQ_WORKER_ID": self.name, "RQ_JOB_ID": job.id}
-        os.environ.update(names)
-        try:
-            self.perform_job(job, queue, execution)
-        finally:
-            for name in names:
-                os.environ.pop(name, None)
-            # What is shown of a worker never ends it; and its registration must not come back without its fields.
-            with suppress(redis.RedisError):
-                if self.connection.exists(self.key):
-                    self.set_state(WorkerStatus.IDLE)
-
-    def _adopt(self, claim: Claim, job: Job, task: str) -> None:
-        """``Queue.enqueue(task, ...)``: make a request of it, and put it back in front."""
-        assert self._courier is not None
-        courier = self._courier
-        settings = courier.holdings.settings
-        payload = payload_of(job, task, settings)
-        store = Store(self.connection, settings)  # the courier's is the courier's
-        left_out = "; ".join(left_out_of(job, self.queue_class.DEFAULT_TIMEOUT))
-        store.adopt(
-            courier.incarnation, self.name, claim.id, claim.execution, task=task, payload=payload, left_out=left_out
-        )
-        if left_out:
-            self.log.warning(
-                "Worker %s: job %s was enqueued with what a request has not: %s", self.name, claim.id, left_out
-            )
-        courier.claimer.claimed -= 1  # --max-jobs counts it when it is claimed as what it is
-        self.log.info("Worker %s: job %s calls the task %s and is a request now", self.name, claim.id, task)
-
-    def _finalize_success(self, job: Job, queue: Any, execution: Execution, return_value: Any) -> None:
-        """RQ's end of a job that has returned; a child that the job has forked ends here instead."""
-        end_if_forked()
-        super()._finalize_success(job, queue, execution, return_value)
-
-    def _finalize_failure(self, job: Job, queue: Any, execution: Execution, exc_info: Any) -> None:
-        """RQ's end of a job that has raised; a child that the job has forked ends here instead."""
-        end_if_forked(exc_info[1])
-        super()._finalize_failure(job, queue, execution, exc_info)
 
     def cleanup_execution(self, job: Job, pipeline: Any, execution: Execution | None = None) -> None:
         """RQ's end of an execution, and the end of our lease in the same transaction."""
@@ -470,30 +342,8 @@ class Worker(PlainEnds):
 
     def run_maintenance_tasks(self) -> None:
         """RQ's, at once, but for its judgement of executions: those are the reaper's."""
-        Dependents(
-            self.connection, self.queue_names(), self.queue_class, self.job_class, self.serializer, self.log
-        ).clean()  # fmt: skip
+        kinds = self.queue_class, self.job_class, self.serializer
+        Dependents(self.connection, self.queue_names(), *kinds, self.log).clean()
 
 
 arrival.greet()
-
-
-def check_rq(settings: Settings) -> None:
-    """Raise :class:`ProtocolMismatch` on an RQ that was not tested, unless a setting allows it."""
-    version = ".".join(VERSION.split(".")[:2])
-    if version not in TESTED_RQ and not settings.untested_rq:
-        raise ProtocolMismatch(
-            f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
-            "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run with it anyway"
-        )
-
-
-def _timeout(settings: Settings) -> float:
-    # Longer than the longest blocking call (1 s on the bells), shorter than what would cost a lease.
-    return max(2.0, min(5.0, settings.lease / 3))
-
-
-def _device(settings: Settings) -> str:
-    """What this worker computes on, and which of the host's devices it was given: a request remembers where it failed."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return f"{settings.device} [{visible}]" if visible and settings.device != "cpu" else settings.device

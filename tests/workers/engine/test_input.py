@@ -12,7 +12,7 @@ import pytest
 from perdure.protocol.errors import ProtocolMismatch
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
-from perdure.workers.rq.worker import check_rq
+from perdure.workers.rq.arrival import check_rq
 from tests.kit.lab import Lab, eventually
 
 
@@ -131,7 +131,7 @@ def test_a_queue_name_that_cannot_be_is_refused(lab: Lab) -> None:
 def test_an_untested_rq_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another RQ than the tested ones stops the worker with what to do; a setting allows it."""
     check_rq(Settings())
-    monkeypatch.setattr("perdure.workers.rq.worker.VERSION", "3.1.4")
+    monkeypatch.setattr("perdure.workers.rq.arrival.VERSION", "3.1.4")
     with pytest.raises(ProtocolMismatch, match=r"RQ 3\.1\.4 .* PERDURE_UNTESTED_RQ=1"):
         check_rq(Settings())
     check_rq(Settings(untested_rq=True))
