@@ -15,8 +15,8 @@ from typing import Final
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import ProtocolMismatch, RedisUnavailable, UsageError
 from ..protocol.settings import Settings, redact
-from ..protocol.store import Store
 from ..protocol.telemetry import logs
+from ..protocol.transitions.sweeps import Sweeps
 from .reaper import Reaper
 
 OK, USAGE, UNREACHABLE, UNHEALTHY = 0, 2, 3, 4
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error, UNREACHABLE)
     stop = threading.Event()
     _set_on_signals(stop)
-    reaper = Reaper(Store(connection, settings), settings, name=arguments.name)
+    reaper = Reaper(Sweeps(connection, settings), settings, name=arguments.name)
     logging.getLogger("perdure.reaper").info(
         "%s: sweeping %s every %g s", reaper.name, redact(url), settings.reap_interval
     )

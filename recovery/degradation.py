@@ -17,7 +17,7 @@ from typing import Final
 
 from ..protocol.reading.mode import Count, Mode, Tally
 from ..protocol.settings import Settings
-from ..protocol.store import Store
+from ..protocol.transitions.sweeps import Sweeps
 
 log = logging.getLogger("perdure.reaper")
 
@@ -103,7 +103,7 @@ def _remember(tally: Tally, count: Count, capacity: int, timeout: int) -> Tally:
 class Degradation:
     """One reaper's part in it: counts, decides, declares, and says so when the mode has changed."""
 
-    store: Store
+    store: Sweeps
     settings: Settings
     name: str
 

@@ -21,7 +21,8 @@ import redis
 
 from ..protocol.codec import shortened
 from ..protocol.errors import PerdureError, RedisUnavailable, SettingsError, UsageError
-from ..protocol.records import Failure, FailureKind
+from ..protocol.records import FailureKind
+from ..protocol.transitions.calls import Failure
 
 MAX_REASON: Final = 500
 """Characters of :func:`describe`."""

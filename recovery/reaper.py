@@ -18,10 +18,11 @@ from typing import Final
 
 import redis
 
-from ..protocol.records import FailureKind, Reaped
+from ..protocol.records import FailureKind
 from ..protocol.settings import Settings
-from ..protocol.store import Store
 from ..protocol.telemetry.logs import about
+from ..protocol.transitions.calls import Reaped
+from ..protocol.transitions.sweeps import Sweeps
 from .degradation import Degradation
 from .failures import POLICIES, describe
 from .strays import find, take_back
@@ -53,7 +54,7 @@ class Reaper:
     ``name`` is for people; it stands in front of every line that is logged.
     """
 
-    def __init__(self, store: Store, settings: Settings, name: str = "") -> None:
+    def __init__(self, store: Sweeps, settings: Settings, name: str = "") -> None:
         self.store = store
         self.settings = settings
         self.name = name or f"reaper-{socket.gethostname()}-{os.getpid()}"

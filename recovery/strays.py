@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, Final
 
 from ..protocol.keys import key
-from ..protocol.store import Store
+from ..protocol.transitions.sweeps import Sweeps
 
 _STEP: Final = 200
 
@@ -35,7 +35,7 @@ class Stray:
     worker: str = ""
 
 
-def find(store: Store, queues: Sequence[str], *, stuck: float = STUCK, most: int = 10_000) -> Iterator[Stray]:
+def find(store: Sweeps, queues: Sequence[str], *, stuck: float = STUCK, most: int = 10_000) -> Iterator[Stray]:
     """Strays that RQ's registries still show; looks at no more than ``most`` entries of each.
 
     ``stuck``: seconds since RQ's worker began with it.
@@ -51,7 +51,7 @@ def find(store: Store, queues: Sequence[str], *, stuck: float = STUCK, most: int
                 yield stray
 
 
-def _pages(store: Store, name: str, most: int, *, newest: bool = False, a_list: bool = False) -> Iterator[list[str]]:
+def _pages(store: Sweeps, name: str, most: int, *, newest: bool = False, a_list: bool = False) -> Iterator[list[str]]:
     read: Any = store.connection.lrange if a_list else store.connection.zrevrange if newest else store.connection.zrange
     for begin in range(0, most, _STEP):
         page = [raw.decode(errors="replace") for raw in read(name, begin, begin + _STEP - 1)]
@@ -61,7 +61,7 @@ def _pages(store: Store, name: str, most: int, *, newest: bool = False, a_list: 
             return
 
 
-def _jobs(store: Store, identifiers: Sequence[str], *fields: str) -> list[list[str]]:
+def _jobs(store: Sweeps, identifiers: Sequence[str], *fields: str) -> list[list[str]]:
     with store.connection.pipeline(transaction=False) as pipe:
         for identifier in identifiers:
             pipe.hmget(key("job", identifier), "task", "execution", "status", "last", *fields)
@@ -77,7 +77,7 @@ def _time(raw: bytes | None) -> float:
         return 0.0
 
 
-def _started(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stray]:
+def _started(store: Sweeps, queue: str, stuck: float, most: int) -> Iterator[Stray]:
     """What stands in RQ's started registry under an execution that is none of ours."""
     for page in _pages(store, key("wip", queue), most):
         pairs = [(identifier, execution) for identifier, _, execution in (item.partition(":") for item in page)]
@@ -93,7 +93,7 @@ def _started(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stra
                 yield Stray(id=identifier, queue=queue, where="started", execution=execution, worker=worker)
 
 
-def _intermediate(store: Store, queue: str, stuck: float, most: int) -> Iterator[Stray]:
+def _intermediate(store: Sweeps, queue: str, stuck: float, most: int) -> Iterator[Stray]:
     for page in _pages(store, f"{key('queue', queue)}:intermediate", most, a_list=True):
         now, rows = _now(store), _jobs(store, page, "started_at")
         for identifier, (task, ours, status, _, started) in zip(page, rows, strict=True):
@@ -102,7 +102,7 @@ def _intermediate(store: Store, queue: str, stuck: float, most: int) -> Iterator
                 yield Stray(id=identifier, queue=queue, where="intermediate")
 
 
-def _failed(store: Store, queue: str, most: int) -> Iterator[Stray]:
+def _failed(store: Sweeps, queue: str, most: int) -> Iterator[Stray]:
     """What RQ failed: one that we have failed says so in its last verdict."""
     for page in _pages(store, key("failed", queue), most, newest=True):
         rows = _jobs(store, page, "worker_name")
@@ -111,7 +111,7 @@ def _failed(store: Store, queue: str, most: int) -> Iterator[Stray]:
                 yield Stray(id=identifier, queue=queue, where="failed", worker=worker)
 
 
-def take_back(store: Store, strays: Sequence[Stray]) -> list[str]:
+def take_back(store: Sweeps, strays: Sequence[Stray]) -> list[str]:
     """Have them wait in their queues again, those too that RQ has failed; returns the ids of those that do."""
     taken = []
     for begin in range(0, len(strays), 100):
@@ -126,7 +126,7 @@ def take_back(store: Store, strays: Sequence[Stray]) -> list[str]:
     return taken
 
 
-def find_everywhere(store: Store, queues: Sequence[str]) -> Iterator[Stray]:
+def find_everywhere(store: Sweeps, queues: Sequence[str]) -> Iterator[Stray]:
     """Requests that wait according to their hash, and stand nowhere. Walks through all jobs there are, page by page."""
     stem = key("job")
     waiting: dict[str, str] = {}
@@ -151,7 +151,7 @@ def find_everywhere(store: Store, queues: Sequence[str]) -> Iterator[Stray]:
             yield Stray(id=identifier, queue=queue, where="nowhere")
 
 
-def _waiting(store: Store, names: Sequence[str]) -> dict[str, str]:
+def _waiting(store: Sweeps, names: Sequence[str]) -> dict[str, str]:
     rows = _jobs(store, names, "origin") if names else []
     return {
         name: queue
@@ -167,7 +167,7 @@ def _literal(stem: str) -> str:
     return "".join(f"\\{sign}" if sign in "*?[]\\" else sign for sign in stem)
 
 
-def _now(store: Store) -> float:
+def _now(store: Sweeps) -> float:
     seconds, micros = store.connection.time()
     return float(seconds) + float(micros) / 1e6
 

@@ -16,10 +16,11 @@ from typing import Any
 from ..protocol.codec import pack
 from ..protocol.errors import UnknownTask
 from ..protocol.identities import new_id
-from ..protocol.records import Claim, FailureKind, NewRequest
+from ..protocol.records import FailureKind, NewRequest
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..protocol.tasks import is_task, path_of, prepared
+from ..protocol.transitions.calls import Claim
 from .engine.loop import EngineLoop
 from .guardian.companion import Guarded
 from .leases.holdings import Holdings

@@ -18,7 +18,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
-from ..records import Claim, NewRequest
+from ..records import NewRequest
+from ..transitions.calls import Claim
 
 # OpenTelemetry's names for messaging and generation are not stable yet: they stand here, and nowhere else.
 SYSTEM: Final = "messaging.system"

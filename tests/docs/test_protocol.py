@@ -118,7 +118,8 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
         "perdure doctor --fix": [ROOT / "recovery" / "strays.py"],
     }
     texts = {who: "\n".join(path.read_text(encoding="utf-8") for path in paths) for who, paths in folders.items()}
-    store = (ROOT / "protocol" / "store.py").read_text(encoding="utf-8")
+    modules = ("store.py", "transitions/sweeps.py")
+    store = "\n".join((ROOT / "protocol" / name).read_text(encoding="utf-8") for name in modules)
     for name, (link, who, says) in shown.items():
         assert f"/blob/main/protocol/lua/{name}.lua)" in link
         assert scripts.load(name).body.startswith(f"-- {says}\n"), name

@@ -10,9 +10,10 @@ from typing import Any
 import redis
 
 from perdure.protocol.codec import pack, pack_entry, pack_result
-from perdure.protocol.records import Claim, Failure, FailureKind, Finish, Progress
+from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
+from perdure.protocol.transitions.calls import Claim, Failure, Finish, Progress
 
 PATH = "app.tasks.count"
 LONG = 60.0

@@ -55,7 +55,7 @@ with Client(sys.argv[1]) as client, connect(sys.argv[1]) as connection:
 """
 
 FIELD: Change = {
-    "records.py": {"    stepped: float = 0.0\n": '    host: str = ""\n'},
+    "calls.py": {"    stepped: float = 0.0\n": '    host: str = ""\n'},
     "holding.py": {
         "                fingerprint=self.fingerprint,\n                stepped": '                host="here",\n'
     },
@@ -91,7 +91,7 @@ TRANSITION: Change = {
         )
     },
     "store.py": {
-        "    def survey(self)": (
+        "    def renew(self": (
             '    def poke(self, queue: str) -> str:\n        return str(self._call("poke", {"queue": queue}, {}))\n\n'
         )
     },

@@ -17,7 +17,8 @@ from perdure.protocol.errors import InvalidRequest, UsageError
 SCRIPT = """
 import fakeredis
 from perdure.protocol.keys import NAMES, PREFIX
-from perdure.protocol.records import NewRequest, Progress
+from perdure.protocol.records import NewRequest
+from perdure.protocol.transitions.calls import Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.protocol.codec import pack

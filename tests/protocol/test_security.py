@@ -20,7 +20,7 @@ from perdure.producer import Client
 from perdure.protocol.codec import pack
 from perdure.protocol.errors import PerdureError
 from perdure.protocol.keys import key
-from perdure.protocol.records import Progress
+from perdure.protocol.transitions.calls import Progress
 from perdure.scripts.main import main
 from perdure.workers.rq.dependents import Dependents
 from perdure.workers.rq.notices import Notices

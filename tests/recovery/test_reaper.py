@@ -18,10 +18,10 @@ import redis
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import ProtocolMismatch
 from perdure.protocol.keys import SCHEMA, key
-from perdure.protocol.records import Sweep
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
+from perdure.protocol.transitions.calls import Sweep
 from perdure.recovery import reaper as module
 from perdure.recovery.reaper import MAX_ROUNDS, Reaper
 from perdure.scripts.pool.server import Server

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...protocol.errors import InvalidRequest
-from ...protocol.records import Claim, FailureKind
+from ...protocol.records import FailureKind
 from ...protocol.telemetry import logs
+from ...protocol.transitions.calls import Claim
 from ...recovery.failures import classify
 from ..leases.holdings import Holdings
 from ..pool import statuses

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...protocol.records import Claim
 from ...protocol.settings import Settings
+from ...protocol.transitions.calls import Claim
 from ..ranks.group import Group
 from ..tasks.async_generators import AsyncBatch
 from ..tasks.base import AnyTask, BatchTask, Request, Task

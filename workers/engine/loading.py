@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...protocol.records import Claim
 from ...protocol.settings import Settings
 from ...protocol.tasks import resolve
+from ...protocol.transitions.calls import Claim
 from ..guardian.watchdog import WAIT, Watchdog
 from ..leases.holdings import Holdings
 from ..leases.mailbox import News

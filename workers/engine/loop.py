@@ -11,10 +11,10 @@ from ...protocol.codec import unpack
 from ...protocol.errors import InvalidRequest, UsageError
 from ...protocol.keys import check_task
 from ...protocol.packed_state import unpack_state
-from ...protocol.records import Claim
 from ...protocol.settings import Settings
 from ...protocol.tasks import resolve
 from ...protocol.tensors import CannotRead
+from ...protocol.transitions.calls import Claim
 from ..guardian.watchdog import WAIT, Watchdog
 from ..leases.holdings import NO_CHECKPOINT, Holdings
 from ..leases.mailbox import Admission, Drop, Letter, News, Stop, Stored

@@ -13,7 +13,7 @@ import redis
 from ...protocol.connection import TIMEOUT
 from ...protocol.errors import ProtocolMismatch
 from ...protocol.settings import Settings
-from ...protocol.store import Store
+from ...protocol.transitions.sweeps import Sweeps
 from ...recovery.reaper import Reaper
 from .companion import portable, rebuild
 
@@ -43,7 +43,7 @@ class Sweeper:
 
     def _run(self) -> None:
         connection = rebuild(portable(self._where), timeout=TIMEOUT, acknowledged=TIMEOUT)
-        reaper = Reaper(Store(connection, self._settings), self._settings)
+        reaper = Reaper(Sweeps(connection, self._settings), self._settings)
         try:
             while self._asked.wait() and not self._over:
                 self._asked.clear()

@@ -14,8 +14,9 @@ from ...protocol.codec import pack, pack_entry, pack_result
 from ...protocol.errors import PayloadTooLarge
 from ...protocol.limits import MAX_BYTES
 from ...protocol.packed_state import CHUNK, PackedState, pack_state
-from ...protocol.records import Claim, Failure, FailureKind, Finish, Progress
+from ...protocol.records import FailureKind
 from ...protocol.settings import Settings
+from ...protocol.transitions.calls import Claim, Failure, Finish, Progress
 from ...recovery.failures import failure
 from ..tasks.base import NOTHING, Step
 

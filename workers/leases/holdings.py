@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from ...protocol.errors import PerdureError
 from ...protocol.limits import LONGEST_DELAY
-from ...protocol.records import Claim, FailureKind
+from ...protocol.records import FailureKind
 from ...protocol.settings import LEASE, Settings
+from ...protocol.transitions.calls import Claim
 from ...recovery.failures import POLICIES, classify
 from ..tasks.base import NOTHING, RAISED, Step
 from .holding import Holding

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...protocol.records import Claim
+from ...protocol.transitions.calls import Claim
 from ..tasks.base import Request
 
 

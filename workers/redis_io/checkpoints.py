@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import redis
 
 from ...protocol.packed_state import stored
-from ...protocol.records import Progress
 from ...protocol.settings import LEASE
 from ...protocol.telemetry.logs import about
+from ...protocol.transitions.calls import Progress
 from ...protocol.transport.refusals import memory_full
 from .line import Line
 from .uploads import Uploads

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from ...protocol.keys import key
 from ...protocol.reading.output_log import Outputs
-from ...protocol.records import Claim
 from ...protocol.store import Store
 from ...protocol.telemetry.logs import about
+from ...protocol.transitions.calls import Claim
 from ..leases.holding import Holding
 from ..leases.holdings import NO_CHECKPOINT, Handback, Holdings
 from ..leases.mailbox import Admission

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...protocol.limits import MAX_REQUESTS
-from ...protocol.records import Failure, FailureKind, Finish
+from ...protocol.records import FailureKind
 from ...protocol.telemetry.logs import about, traced
+from ...protocol.transitions.calls import Failure, Finish
 from .line import Line
 
 

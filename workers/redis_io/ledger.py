@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...protocol.packed_state import PackedState
-from ...protocol.records import Claim, Finish, Progress
 from ...protocol.store import Store
 from ...protocol.telemetry.measures import Meter
 from ...protocol.telemetry.tracing import lost, processed
+from ...protocol.transitions.calls import Claim, Finish, Progress
 from ..leases.holding import Holding
 
 

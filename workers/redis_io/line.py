@@ -13,9 +13,9 @@ import redis
 
 from ...protocol.errors import PayloadTooLarge
 from ...protocol.limits import MAX_BYTES, MAX_REQUESTS
-from ...protocol.records import Chunk, Failure, Finish, Progress
 from ...protocol.store import Store
 from ...protocol.telemetry.logs import about
+from ...protocol.transitions.calls import Chunk, Failure, Finish, Progress
 from ...protocol.transport.refusals import passing
 from ...recovery.failures import failure
 from ..leases.holding import Holding

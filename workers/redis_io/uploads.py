@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...protocol.packed_state import stored
-from ...protocol.records import Chunk, Progress
+from ...protocol.transitions.calls import Chunk, Progress
 from .line import Line
 
 BUDGET = 0.05

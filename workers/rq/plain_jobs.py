@@ -19,10 +19,10 @@ from rq.worker import SimpleWorker, WorkerStatus
 
 from ...protocol.codec import pack
 from ...protocol.errors import InvalidRequest
-from ...protocol.records import Claim
 from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ...protocol.tasks import is_task, path_of, prepared, resolve
+from ...protocol.transitions.calls import Claim
 from ..redis_io.courier import Courier
 from ..tasks.base import RAISED
 

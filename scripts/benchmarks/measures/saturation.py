@@ -25,9 +25,10 @@ from ....protocol.connection import connect
 from ....protocol.identities import new_id
 from ....protocol.keys import key
 from ....protocol.limits import MAX_REQUESTS
-from ....protocol.records import Claim, FailureKind, NewRequest, Progress
+from ....protocol.records import FailureKind, NewRequest
 from ....protocol.settings import LEASE, Settings
 from ....protocol.store import Store
+from ....protocol.transitions.calls import Claim, Progress
 from ....recovery.reaper import Reaper
 from ....workers.redis_io.pace import Pace
 from ..processes import Agent, BenchmarkFailed, Crew, wait_for

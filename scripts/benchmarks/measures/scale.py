@@ -17,9 +17,10 @@ from ....producer import Client
 from ....protocol.codec import pack
 from ....protocol.identities import new_id
 from ....protocol.limits import MAX_REQUESTS
-from ....protocol.records import Failure, FailureKind, NewRequest
+from ....protocol.records import FailureKind, NewRequest
 from ....protocol.settings import Settings
 from ....protocol.store import Store
+from ....protocol.transitions.calls import Failure
 from ..processes import BenchmarkFailed
 from ..stage import Stage
 

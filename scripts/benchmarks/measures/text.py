@@ -26,9 +26,10 @@ from ....protocol.codec import pack
 from ....protocol.connection import connect
 from ....protocol.identities import new_id
 from ....protocol.packed_state import PackedState, pack_state, unpack_state
-from ....protocol.records import NewRequest, Progress
+from ....protocol.records import NewRequest
 from ....protocol.settings import Settings
 from ....protocol.store import Store
+from ....protocol.transitions.calls import Progress
 from ....workers.leases.holdings import Holdings
 from ....workers.leases.mailbox import Mailbox
 from ....workers.redis_io.line import Line

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from perdure.protocol import scripts
 from perdure.protocol.records import STORED
-from perdure.protocol.rows import kept
+from perdure.protocol.transitions.rows import kept
 
 HASHES = {
     "job": ("KEY.job .. id",),

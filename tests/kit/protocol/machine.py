@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from perdure.protocol import store
 from perdure.protocol.codec import pack_result
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, Failure, FailureKind, Finish, NewRequest, Progress
+from perdure.protocol.records import FailureKind, NewRequest
+from perdure.protocol.transitions.calls import Claim, Failure, Finish, Progress
 from perdure.recovery.failures import POLICIES
 from tests.kit.protocol.clock import Change, pretended_clock
 from tests.kit.protocol.model import QUEUES, Call, World

@@ -17,9 +17,10 @@ from rq.job import Job
 
 from perdure.protocol.codec import unpack
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, Finish, NewRequest, Progress
+from perdure.protocol.records import NewRequest
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
+from perdure.protocol.transitions.calls import Claim, Finish, Progress
 from perdure.recovery.failures import POLICIES
 from tests.kit.protocol.clock import Clock, Look
 

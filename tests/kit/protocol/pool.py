@@ -15,21 +15,11 @@ import redis
 from perdure.protocol.codec import pack, pack_result
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import PackedState
-from perdure.protocol.records import (
-    Chunk,
-    Claim,
-    Claims,
-    Failure,
-    FailureKind,
-    Finish,
-    NewRequest,
-    Progress,
-    Reaped,
-    Sweep,
-)
+from perdure.protocol.records import FailureKind, NewRequest
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
+from perdure.protocol.transitions.calls import Chunk, Claim, Claims, Failure, Finish, Progress, Reaped, Sweep
 from perdure.recovery.failures import POLICIES
 
 TASK = "app.tasks.count"

@@ -12,7 +12,8 @@ import redis
 
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK, PackedState, pack_state
-from perdure.protocol.records import Claim, FailureKind
+from perdure.protocol.records import FailureKind
+from perdure.protocol.transitions.calls import Claim
 from perdure.protocol.transport.refusals import memory_full
 from tests.kit.protocol.clock import CLOCKS
 from tests.kit.protocol.pool import Hand, Pool, dump

@@ -24,7 +24,7 @@ from rq.worker import Worker
 from perdure.protocol.codec import RestrictedPickle
 from perdure.protocol.keys import OURS, key
 from perdure.protocol.records import FailureKind
-from perdure.protocol.rows import STOCK_FUNCTION
+from perdure.protocol.transitions.rows import STOCK_FUNCTION
 from tests.kit.lab import Quiet
 from tests.kit.protocol.pool import Hand, Pool, plain
 

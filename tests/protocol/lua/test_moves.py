@@ -17,8 +17,9 @@ from rq.registry import CanceledJobRegistry, FailedJobRegistry
 
 from perdure.protocol.errors import ProtocolMismatch
 from perdure.protocol.keys import SCHEMA, key
-from perdure.protocol.records import Claim, FailureKind
+from perdure.protocol.records import FailureKind
 from perdure.protocol.states import ENDED, TRANSITIONS, State
+from perdure.protocol.transitions.calls import Claim
 from tests.kit.protocol.pool import OTHER, Hand, Pool, dump, plain
 
 

@@ -12,8 +12,9 @@ from rq.registry import FailedJobRegistry
 from rq.worker import Worker
 
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, FailureKind, Sweep
+from perdure.protocol.records import FailureKind
 from perdure.protocol.states import State
+from perdure.protocol.transitions.calls import Claim, Sweep
 from tests.kit.protocol.backoff import backoff, schedule
 from tests.kit.protocol.pool import HOUR_MS, Hand, Pool, dump
 

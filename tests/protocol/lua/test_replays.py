@@ -10,8 +10,9 @@ import redis
 from rq import Queue, Retry
 
 from perdure.protocol.keys import key
-from perdure.protocol.records import Claim, FailureKind
+from perdure.protocol.records import FailureKind
 from perdure.protocol.states import State
+from perdure.protocol.transitions.calls import Claim
 from tests.kit.protocol.clock import CLOCKS
 from tests.kit.protocol.pool import Hand, Pool, dump
 

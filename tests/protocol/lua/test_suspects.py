@@ -12,9 +12,10 @@ from rq.registry import FailedJobRegistry
 from perdure.producer import Client
 from perdure.protocol.errors import QueueFull
 from perdure.protocol.keys import key
-from perdure.protocol.records import Failure, FailureKind
+from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
+from perdure.protocol.transitions.calls import Failure
 from tests.kit.protocol.pool import TASK, Hand, Pool
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from perdure.protocol.keys import key
 from perdure.protocol.packed_state import CHUNK, unpack_state
-from perdure.protocol.records import Claim, Failure, Progress
 from perdure.protocol.settings import Settings
 from perdure.protocol.states import State
+from perdure.protocol.transitions.calls import Claim, Failure, Progress
 from perdure.workers.engine.loop import EngineLoop
 from perdure.workers.leases import holding as module
 from perdure.workers.leases.holding import Holding

@@ -13,10 +13,10 @@ import redis
 
 from perdure.protocol.keys import SCHEMA, key
 from perdure.protocol.reading.output_log import Page, Place
-from perdure.protocol.records import Progress
 from perdure.protocol.settings import LEASE, Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
+from perdure.protocol.transitions.calls import Progress
 from perdure.workers.guardian.companion import Guarded
 from perdure.workers.guardian.process import Guardian
 from perdure.workers.leases.holdings import MAX_BUFFER

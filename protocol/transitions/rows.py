@@ -10,10 +10,11 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
-from .codec import envelope
-from .packed_state import stored
-from .records import STORED, Claim, Interruption, NewRequest, Progress, whole
-from .scripts import load
+from ..codec import envelope
+from ..packed_state import stored
+from ..records import STORED, Interruption, NewRequest, whole
+from ..scripts import load
+from .calls import Claim, Progress
 
 STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
 """What a stock RQ worker runs when it takes a request of ours: see that function."""

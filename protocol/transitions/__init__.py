@@ -1,0 +1,1 @@
+"""What scripts take and answer, and the transitions of sweeps."""
