@@ -11,10 +11,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .membership import ending
+from .membership import Report, ending
 from .wire import Wire
 
 log: Final = logging.getLogger("rq.worker")
+
+LINGER: Final = 1.0
+"""Seconds that a rank has to say how it came out of a step that another one has left."""
 
 CLOSING: Final = 5.0
 """Seconds after SIGKILL in which a process should be gone."""
@@ -71,6 +74,12 @@ class Follower:
         answer = self.answer(number)
         return answer is not None and answer[0] == word
 
+    def raise_from(self, number: int) -> None:
+        """Raise what it raised when it did what the order of this number says."""
+        match self.answer(number):
+            case "raised", error:
+                raise error
+
     def settled(self, number: int) -> bool:
         """Whether it has answered an order, or never will."""
         return self.gone or self.answer(number) is not None
@@ -125,7 +134,118 @@ class Follower:
         self._missed(None)
 
 
-def wait(news: threading.Condition, done: Callable[[], bool], seconds: float) -> bool:
-    """Wait until ``done`` is true, but no longer; whether it is."""
-    with news:
-        return news.wait_for(done, timeout=seconds)
+class Followers:
+    """All of them. An order goes to each, and an epoch needs each.
+
+    ``interrupt`` lets the leader out of a collective in which somebody is missing.
+    """
+
+    def __init__(self, hello: Mapping[str, Any], environment: Mapping[str, str], interrupt: Callable[[], None]) -> None:
+        self.everyone: dict[int, Follower] = {}
+        """By rank, from 1."""
+        self._hello = hello
+        self._environment = environment
+        self._interrupt = interrupt
+        self._news = threading.Condition()
+        self._number = 0
+        """Of the last order."""
+        self._stepping = False
+        """The leader is inside the step of that order."""
+
+    def start(self, rank: int) -> None:
+        """Start one, in the place of the one before. Main thread only."""
+        if (old := self.everyone.get(rank)) is not None:
+            old.close()
+        self.everyone[rank] = Follower(rank, self._hello, self._environment, self._news, self._missed)
+
+    def order(self, *order: Any) -> None:
+        """Give an order to all."""
+        self._number += 1
+        for follower in self.everyone.values():
+            follower.send((self._number, *order))
+
+    def order_anew(self, *order: Any) -> None:
+        """Give an order after which each has to say again that it is ready."""
+        for follower in self.everyone.values():
+            follower.ready = False
+        self.order(*order)
+
+    def step(self, changes: list[tuple[str, Any]]) -> bool:
+        """Have all step, and say that the leader does; False if that would be without one that is gone."""
+        self.order("step", changes)
+        with self._news:
+            self._stepping = True
+            return not any(item.gone for item in self.everyone.values())
+
+    def stepped(self) -> None:
+        """The leader is out of the step."""
+        with self._news:
+            self._stepping = False
+            self._news.notify_all()
+
+    def reports(self, seconds: float) -> tuple[dict[int, Report | None], dict[int, str]]:
+        """How each came out of the step, waited for; ``None`` for one that says nothing, and how those ended that are gone."""
+        number = self.wait_answers(seconds)
+        reports: dict[int, Report | None] = {}
+        gone = {}
+        for rank, follower in self.everyone.items():
+            match follower.answer(number):
+                case "stepped", value:
+                    reports[rank] = Report(digest=value)
+                case "raised", error:
+                    reports[rank] = Report(error=error)
+                case "aborted", what:
+                    reports[rank] = Report(broken=what)
+                case _:
+                    reports[rank] = None
+                    if follower.gone and not follower.killed:
+                        gone[rank] = follower.fate()
+        return reports, gone
+
+    def wait_answers(self, seconds: float) -> int:
+        """Wait until all have answered the last order, or never will; its number."""
+        number = self._number
+        self._wait(lambda: all(item.settled(number) for item in self.everyone.values()), seconds)
+        return number
+
+    def settled(self, seconds: float) -> bool:
+        """Whether each can be told to come, or will never be able to, within so many seconds."""
+        return self._wait(
+            lambda: all(item.gone or item.ready or item.said(0, "raised") for item in self.everyone.values()), seconds
+        )
+
+    def pids(self) -> str:
+        """For people."""
+        return ", ".join(f"rank {rank} is pid {item.process.pid}" for rank, item in self.everyone.items())
+
+    def close(self) -> None:
+        """End all."""
+        for follower in self.everyone.values():
+            follower.close()
+        self.everyone.clear()
+
+    def _missed(self, number: int | None) -> None:
+        """A follower will not come to the collectives of the running step: let the leader out of them.
+
+        gloo notices a closed connection by itself, NCCL nothing. A rank that raised keeps its connections: the others
+        may be about to raise the same. So it is asked to close them after a while, and at last made to. Called by a
+        follower's thread: it did badly in the step of this number, or ``None``, is gone. One that hangs is left to the
+        timeout.
+        """
+        number = self._number if number is None else number
+
+        def over() -> bool:
+            return not self._stepping or self._number != number
+
+        if self._wait(over, LINGER):
+            return
+        self._interrupt()
+        for follower in list(self.everyone.values()):
+            follower.send((number, "let go"))
+        if not self._wait(over, LINGER):
+            for follower in list(self.everyone.values()):
+                follower.kill()
+
+    def _wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        with self._news:
+            return self._news.wait_for(done, timeout=seconds)

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import logging
 import sys
-import threading
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -29,14 +28,11 @@ from ..tasks.base import NOTHING, RAISED, BatchTask, Request, Step
 from ..tasks.collectives import CollectiveFailed, Collectives, serve
 from ..tasks.forks import foreign
 from ..tasks.unfit import Unfit
-from .followers import Follower, wait
+from .followers import LINGER, Followers
 from .membership import Membership, Outcome, Report, Verdict, judge
 from .rank import digest
 
 log: Final = logging.getLogger("rq.worker")
-
-LINGER: Final = 1.0
-"""Seconds that a rank has to say how it came out of a step that another one has left."""
 
 TURN: Final = 0.2
 """Seconds that a turn of the engine loop may wait for the group to form: between two turns, leases are renewed."""
@@ -81,20 +77,17 @@ class Group(BatchTask):
         self.path = _path(batch)
         self.timeout = collective_timeout(settings, batch.step_timeout or settings.step_timeout)
         self.collectives = Collectives(0, batch.ranks, self.timeout)
-        self.followers: dict[int, Follower] = {}
+        hello = {"task": self.path, "world": batch.ranks, "timeout": self.timeout, "path": sys.path}
+        self.followers = Followers(hello, settings.environment(), self.collectives.interrupt)
         self._settings = settings
         self._store: Any = None
         self._fingerprint = ""
         self._kept: dict[str, Kept] = {}
         self._changes: list[tuple[str, Any]] = []
         """What the followers have not been told yet."""
-        self._number = 0
-        """Of the last order."""
         self._joined = False
         self._lost_at = 0.0
-        self._stepping = False
-        self._news = threading.Condition()
-        self._finalizer = weakref.finalize(self, _end, self.followers)
+        self._finalizer = weakref.finalize(self, self.followers.close)
 
     @property
     def slots(self) -> int:  # type: ignore[override]
@@ -108,12 +101,12 @@ class Group(BatchTask):
         try:
             self._store = serve()
             for rank in range(1, self.batch.ranks):
-                self._start(rank)
+                self.followers.start(rank)
             self.batch.group = self.collectives
             self.batch.load()
-            wait(self._news, self._settled, self._settings.load_timeout)
-            for rank, follower in self.followers.items():
-                _raise_from(follower, 0)
+            self.followers.settled(self._settings.load_timeout)
+            for rank, follower in self.followers.everyone.items():
+                follower.raise_from(0)
                 if not follower.ready:
                     how = (
                         follower.fate() if follower.gone else f"had not loaded after {self._settings.load_timeout:g} s"
@@ -124,7 +117,7 @@ class Group(BatchTask):
             self.close()
             raise
         self._fingerprint = self.batch.fingerprint()
-        log.info("%s runs on %d ranks, followers: %s", self.path, self.batch.ranks, self._pids())
+        log.info("%s runs on %d ranks, followers: %s", self.path, self.batch.ranks, self.followers.pids())
 
     def fingerprint(self) -> str:
         """That of the task, and the number of ranks: sums over another number have other bits."""
@@ -147,10 +140,7 @@ class Group(BatchTask):
         if not self._joined:
             return self._rebuild()
         changes, self._changes = self._changes, []
-        self._order("step", changes)
-        with self._news:
-            self._stepping = True
-            whole = not any(item.gone for item in self.followers.values())
+        whole = self.followers.step(changes)
         steps: list[Step] = []
         leader = Report()
         try:
@@ -163,9 +153,7 @@ class Group(BatchTask):
         except RAISED as error:
             leader = Report(error=error)
         finally:
-            with self._news:
-                self._stepping = False
-                self._news.notify_all()
+            self.followers.stepped()
         if self.collectives.broken:  # also if the task has caught it
             leader = Report(broken=self.collectives.broken)
         outcome = self._judged(leader)
@@ -189,52 +177,16 @@ class Group(BatchTask):
         self._joined = False
         self.collectives.abort()
         self._finalizer()
-        self._finalizer = weakref.finalize(self, _end, self.followers)
+        self._finalizer = weakref.finalize(self, self.followers.close)
 
     # --- a step ----------------------------------------------------------------------------------------
 
-    def missed(self, number: int | None) -> None:
-        """A follower will not come to the collectives of the running step: let the leader out of them.
-
-        gloo notices a closed connection by itself, NCCL nothing. A rank that raised keeps its connections: the others may be
-        about to raise the same. So it is asked to close them after a while, and at last made to. Called by a follower's
-        thread: it did badly in the step of this number, or ``None``, is gone. One that hangs is left to the timeout.
-        """
-        number = self._number if number is None else number
-
-        def over() -> bool:
-            return not self._stepping or self._number != number
-
-        if wait(self._news, over, LINGER):
-            return
-        self.collectives.interrupt()
-        for follower in list(self.followers.values()):
-            follower.send((number, "let go"))
-        if not wait(self._news, over, LINGER):
-            for follower in list(self.followers.values()):
-                follower.kill()
-
     def _judged(self, leader: Report) -> Outcome:
         """All ranks' reports of a step, waited for, and what they come to."""
-        number = self._number
         well = not leader.error and not leader.broken
         if leader.broken:
             self.collectives.abort()  # lets go whoever waits for this rank
-        self._wait_answers(self.timeout if well else LINGER)
-        reports: dict[int, Report | None] = {}
-        gone = {}
-        for rank, follower in self.followers.items():
-            match follower.answer(number):
-                case "stepped", value:
-                    reports[rank] = Report(digest=value)
-                case "raised", error:
-                    reports[rank] = Report(error=error)
-                case "aborted", what:
-                    reports[rank] = Report(broken=what)
-                case _:
-                    reports[rank] = None
-                    if follower.gone and not follower.killed:
-                        gone[rank] = follower.fate()
+        reports, gone = self.followers.reports(self.timeout if well else LINGER)
         return judge(leader, reports, gone)
 
     def _keep(self, steps: list[Step]) -> None:
@@ -269,17 +221,15 @@ class Group(BatchTask):
         if verdict is Verdict.GIVE_UP:
             self.close()
             raise Unfit(f"the ranks of {self.path} were lost {self.membership.losses} times; the last time, {why}")
-        for follower in self.followers.values():
-            follower.ready = False
-        self._order("abandon")
+        self.followers.order_anew("abandon")
 
     def _rebuild(self) -> list[Step]:
         """A turn of forming the next epoch; what cannot be admitted to it ends with its error."""
         waited = time.monotonic() - self._lost_at
-        for rank, follower in list(self.followers.items()):
+        for rank, follower in list(self.followers.everyone.items()):
             if follower.said(0, "raised"):
                 follower.kill()
-                self._start(rank)
+                self.followers.start(rank)
                 self._lose(f"rank {rank} could not load")
                 return []
             if not follower.gone:
@@ -287,15 +237,15 @@ class Group(BatchTask):
                     follower.kill()  # it is stopped, or still sits in a collective
                 continue
             if follower.fresh:
-                self._start(rank)
+                self.followers.start(rank)
                 self._lose(f"rank {rank} {follower.fate()} while it loaded")
                 return []
-            self._start(rank)
-        if not wait(self._news, self._settled, TURN):
+            self.followers.start(rank)
+        if not self.followers.settled(TURN):
             if waited > self._settings.load_timeout:
                 self._lose(f"the group had not formed after {self._settings.load_timeout:g} s")
             return []
-        if not all(item.ready for item in self.followers.values()):
+        if not all(item.ready for item in self.followers.everyone.values()):
             return []
         try:
             self._form()
@@ -310,7 +260,7 @@ class Group(BatchTask):
             raise Unfit(f"{self.path} computes different bits in epoch {self.collectives.epoch} than in the one before")
         log.info(
             "%s: epoch %d, %.1f s after the loss; followers: %s",
-            self.path, self.collectives.epoch, time.monotonic() - self._lost_at, self._pids(),
+            self.path, self.collectives.epoch, time.monotonic() - self._lost_at, self.followers.pids(),
         )  # fmt: skip
         return self._admit_again()
 
@@ -319,16 +269,14 @@ class Group(BatchTask):
         :class:`CollectiveFailed`, or ``ChildProcessError`` for a rank that is gone or silent.
         """
         epoch = self.membership.begin()
-        for follower in self.followers.values():
-            follower.ready = False
-        self._order("form", epoch, self._store.port)
+        self.followers.order_anew("form", epoch, self._store.port)
         self.collectives.form(epoch, self._store)
         with foreign:
             self.batch.meet()
-        self._wait_answers(self.timeout)
-        for rank, follower in self.followers.items():
-            _raise_from(follower, self._number)
-            if not follower.said(self._number, "joined"):
+        number = self.followers.wait_answers(self.timeout)
+        for rank, follower in self.followers.everyone.items():
+            follower.raise_from(number)
+            if not follower.said(number, "joined"):
                 raise ChildProcessError(f"rank {rank} did not join epoch {epoch}")
         self._joined = True
         self.membership.formed(time.monotonic())
@@ -345,34 +293,6 @@ class Group(BatchTask):
             else:
                 self._changes.append(("admit", request))
         return failed
-
-    def _settled(self) -> bool:
-        """Every follower can be told to come, or will never be able to."""
-        return all(item.gone or item.ready or item.said(0, "raised") for item in self.followers.values())
-
-    def _order(self, *order: Any) -> None:
-        self._number += 1
-        for follower in self.followers.values():
-            follower.send((self._number, *order))
-
-    def _wait_answers(self, seconds: float) -> None:
-        wait(self._news, lambda: all(item.settled(self._number) for item in self.followers.values()), seconds)
-
-    def _start(self, rank: int) -> None:
-        old = self.followers.get(rank)
-        if old is not None:
-            old.close()
-        hello = {"task": self.path, "world": self.batch.ranks, "timeout": self.timeout, "path": sys.path}
-        this = weakref.ref(self)
-
-        def missed(number: int | None) -> None:
-            if (group := this()) is not None:
-                group.missed(number)
-
-        self.followers[rank] = Follower(rank, hello, self._settings.environment(), self._news, missed)
-
-    def _pids(self) -> str:
-        return ", ".join(f"rank {rank} is pid {item.process.pid}" for rank, item in self.followers.items())
 
 
 def collective_timeout(settings: Settings, step_timeout: float) -> float:
@@ -396,16 +316,3 @@ def _path(batch: BatchTask) -> str:
         return path_of(batch)
     except UnknownTask:
         return path_of(type(batch))  # an instance that was made of its class for this worker
-
-
-def _raise_from(follower: Follower, number: int) -> None:
-    """Raise what a follower raised when it did what the order of this number says."""
-    match follower.answer(number):
-        case "raised", error:
-            raise error
-
-
-def _end(followers: dict[int, Follower]) -> None:
-    for follower in followers.values():
-        follower.close()
-    followers.clear()

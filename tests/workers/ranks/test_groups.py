@@ -75,7 +75,7 @@ def run(group: Group, request: Request, *others: Request) -> tuple[list[Any], An
 
 
 def pids(group: Group) -> list[int]:
-    return [follower.process.pid for follower in group.followers.values()]
+    return [follower.process.pid for follower in group.followers.everyone.values()]
 
 
 def shares(n: int, ranks: int = 2) -> list[float]:
