@@ -16,7 +16,8 @@ import pytest
 import redis
 
 from perdure.protocol.connection import connect
-from perdure.scripts.pool.server import Server, find_binary
+from perdure.scripts.pool.executable import find_binary
+from perdure.scripts.pool.server import Server
 from tests.kit.lab import Lab, laboratory
 
 _FOR_EVER = {"log", "health"}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...protocol.connection import connect
-from ..pool.server import Server, find_binary
+from ..pool.executable import find_binary
+from ..pool.server import Server
 from .stage import Fault, Stage
 
 

