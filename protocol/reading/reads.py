@@ -16,7 +16,7 @@ from ..packed_state import unpack_state
 from ..records import Checkpoint, Details, Event, RequestRecord, whole
 from .mode import DEGRADED, Mode
 from .output_log import Outputs, Page, Place, read_page
-from .words import WorkerWord, trouble
+from .words import WorkerWord, read_words, trouble
 
 _FIELDS = (
     "status", "origin", "task", "attempt", "executions", "execution", "worker_name", "epoch", "client", "created_at",
@@ -93,29 +93,8 @@ class Reads:
         return result
 
     def words(self) -> tuple[list[WorkerWord], float]:
-        """What all living workers say of what they cannot load, and the server's time; no words if none has any trouble."""
-        seconds, micros = self.connection.time()
-        now = seconds + micros / 1e6
-        if not self.connection.zcount(key("unable"), f"({now * 1000:.0f}", "+inf"):
-            return [], now
-        beats: Any = self.connection.zrangebyscore(key("beats"), f"({now * 1000:.0f}", "+inf")
-        names = [raw.decode(errors="replace") for raw in beats]
-        with self.connection.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hmget(key("incarnation", name), "worker", "queues", "ready", "started", "unable")
-            rows = pipe.execute()
-        texts = [[(value or b"").decode(errors="replace") for value in row] for row in rows]
-        return [
-            WorkerWord(
-                name,
-                worker,
-                unlisted(queues),
-                ready in ("spare", "leaving"),
-                whole(started) / 1000,
-                WorkerWord.inabilities(unable),
-            )
-            for name, (worker, queues, ready, started, unable) in zip(names, texts, strict=True)
-        ], now
+        """What living workers say of what they cannot load, and the server's time: see :func:`~.words.read_words`."""
+        return read_words(self.connection)
 
     def trouble(self, queue: str, task: str) -> str:
         """Why requests of a task wait in a queue, if workers could not load it; else an empty text."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from ..keys import all_served
+import redis
+
+from ..keys import all_served, key, unlisted
 from ..records import whole
 
 
@@ -37,6 +40,32 @@ class WorkerWord:
         """Of the field ``unable`` of a worker's record: a line each, with tabs between task, kind, ms and reason."""
         rows = [line.split("\t", 3) for line in text.splitlines()]
         return [Inability(row[0], row[1], whole(row[2]) / 1000, row[3]) for row in rows if len(row) == 4]
+
+
+def read_words(connection: redis.Redis) -> tuple[list[WorkerWord], float]:
+    """What all living workers say of what they cannot load, and the server's time; no words if none has any trouble."""
+    seconds, micros = connection.time()
+    now = seconds + micros / 1e6
+    if not connection.zcount(key("unable"), f"({now * 1000:.0f}", "+inf"):
+        return [], now
+    beats: Any = connection.zrangebyscore(key("beats"), f"({now * 1000:.0f}", "+inf")
+    names = [raw.decode(errors="replace") for raw in beats]
+    with connection.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hmget(key("incarnation", name), "worker", "queues", "ready", "started", "unable")
+        rows = pipe.execute()
+    texts = [[(value or b"").decode(errors="replace") for value in row] for row in rows]
+    return [
+        WorkerWord(
+            name,
+            worker,
+            unlisted(queues),
+            ready in ("spare", "leaving"),
+            whole(started) / 1000,
+            WorkerWord.inabilities(unable),
+        )
+        for name, (worker, queues, ready, started, unable) in zip(names, texts, strict=True)
+    ], now
 
 
 def sentence(queue: str, task: str, item: Inability, workers: int) -> str:
