@@ -200,3 +200,17 @@ def check_task(path: object) -> str:
     if not isinstance(path, str) or len(path) > 500 or not _TASK.fullmatch(path):
         raise UsageError(f"a task must be a dotted path, such as app.tasks.count, not {_shown(path)}")
     return path
+
+
+def kind_of_key(name: str) -> tuple[str, str] | None:
+    """Which of the known keys this is, and its id: ``("checkpoint", "42")``; ``None`` if it is none of them."""
+    best = max(
+        (
+            stem
+            for stem, prefix in NAMES.items()
+            if name == prefix or (prefix.endswith(":") and name.startswith(prefix))
+        ),
+        key=lambda stem: len(NAMES[stem]),
+        default=None,
+    )
+    return None if best is None else (best, name.removeprefix(NAMES[best]))

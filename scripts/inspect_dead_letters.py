@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from perdure.protocol.queries.inspection import DeadLetter, DeadLetters, grouped
-from perdure.protocol.queries.inspection import dead_letters as read_dead_letters
+from perdure.protocol.queries.dead_letters import DeadLetter, DeadLetters, grouped
+from perdure.protocol.queries.dead_letters import dead_letters as read_dead_letters
 from perdure.scripts.cli.moves import requeue_one
 from perdure.scripts.main import USAGE, run_file
 from perdure.scripts.present.console import json_option, one_line, print_json, print_table, url_option

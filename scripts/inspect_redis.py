@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from perdure.protocol.queries.inspection import pressure
+from perdure.protocol.queries.server_load import pressure
 from perdure.scripts.main import run_file
 from perdure.scripts.present.console import json_option, print_json, url_option
 from perdure.scripts.present.reading import clock, duration, open_store, size

@@ -16,7 +16,7 @@ import msgpack
 import redis
 
 from ...protocol.codec import unpack_entry, unpack_exception
-from ...protocol.queries.inspection import kind_of_key
+from ...protocol.keys import kind_of_key
 from ...protocol.records import Event
 from ..present.reading import clock
 

@@ -17,7 +17,8 @@ from rq.version import VERSION
 
 from ...protocol.keys import all_served, key
 from ...protocol.queries.deployment import look_at
-from ...protocol.queries.inspection import checkpoints, leases, pressure, queue_facts
+from ...protocol.queries.inspection import checkpoints, leases, queue_facts
+from ...protocol.queries.server_load import pressure
 from ...protocol.records import whole
 from ...protocol.settings import Settings
 from ...protocol.store import Store
@@ -93,7 +94,7 @@ def judge_memory(value: int, node: int) -> list[Finding]:
 
 
 def judge_server(facts: Mapping[str, Any], *, skew: float) -> list[Finding]:
-    """From :func:`perdure.protocol.queries.inspection.pressure`; ``skew``: seconds that the server's clock is ahead."""
+    """From :func:`perdure.protocol.queries.server_load.pressure`; ``skew``: seconds that the server's clock is ahead."""
     memory, disk, latency = facts["memory"], facts["persistence"], facts["latency"]["median"]
     found = [Finding(Level.OK, f"the server is {facts['version'] or 'of an unknown version'}, {facts['keys']} keys")]
     if disk["fsync"] == "no":

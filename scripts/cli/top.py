@@ -10,7 +10,8 @@ import click
 
 from ...protocol.connection import resolve_url
 from ...protocol.errors import RedisUnavailable, SettingsError
-from ...protocol.queries.inspection import leases, pressure
+from ...protocol.queries.inspection import leases
+from ...protocol.queries.server_load import pressure
 from ...protocol.settings import Settings, redact
 from ...protocol.store import Store
 from ..inspect_leases import as_item

@@ -15,7 +15,9 @@ from ...producer.reading.listing import read_listing
 from ...protocol.connection import connect
 from ...protocol.errors import InvalidRequest, PerdureError
 from ...protocol.keys import check_id, check_queue
-from ...protocol.queries.inspection import dead_letters, grouped, leases, pressure
+from ...protocol.queries.dead_letters import dead_letters, grouped
+from ...protocol.queries.inspection import leases
+from ...protocol.queries.server_load import pressure
 from ...protocol.settings import Settings, redact
 from ...protocol.store import Store
 from ...protocol.transport.explaining import explain

@@ -16,7 +16,8 @@ import pytest
 import redis
 
 from perdure.protocol.keys import key
-from perdure.protocol.queries.inspection import QueueFacts, pressure
+from perdure.protocol.queries.inspection import QueueFacts
+from perdure.protocol.queries.server_load import pressure
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.strays import Stray, find, find_everywhere, take_back

@@ -17,9 +17,10 @@ import redis
 
 from perdure.producer import Client
 from perdure.protocol.codec import pack
-from perdure.protocol.keys import key
+from perdure.protocol.keys import key, kind_of_key
 from perdure.protocol.packed_state import pack_state
-from perdure.protocol.queries.inspection import fingerprint_of, kind_of_key, queue_facts
+from perdure.protocol.queries.dead_letters import fingerprint_of
+from perdure.protocol.queries.inspection import queue_facts
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
