@@ -10,7 +10,8 @@ from ...recovery.strays import STUCK, find, find_everywhere, take_back
 from ..main import OK, UNHEALTHY
 from ..present.console import json_option, one_line, print_json, read_settings, url_option
 from ..present.reading import open_store
-from .findings import Finding, Level, examine_host, examine_pool, examine_server, strays_found
+from .findings import Finding, Level, examine_pool, examine_server, strays_found
+from .host_findings import examine_host
 
 _COLORS = {Level.FAIL: "red", Level.WARN: "yellow", Level.OK: "green"}
 

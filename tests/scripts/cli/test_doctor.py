@@ -21,7 +21,8 @@ from perdure.protocol.queries.server_load import pressure
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.strays import Stray, find, find_everywhere, take_back
-from perdure.scripts.cli.findings import Level, judge_host, judge_pool, judge_server
+from perdure.scripts.cli.findings import Level, judge_pool, judge_server
+from perdure.scripts.cli.host_findings import judge_host
 from perdure.scripts.cli.top import Looks, headline
 from tests.kit.lab import Lab, eventually, send
 from tests.kit.protocol.pool import Hand, Pool
