@@ -299,7 +299,7 @@ class _Worker:
             raise AssertionError(
                 f"the task did not end within {self.pool.max_steps} steps; a smaller payload, or a larger max_steps="
             )
-        timeout = self.holdings.task_settings().step_timeout
+        timeout = self.holdings.capacity.step_timeout(self.holdings.task)
         if self.holdings.apart and time.monotonic() - last > timeout:
             raise AssertionError(f"step {self.holdings.steps + 1} took longer than its step timeout of {timeout:g} s")
 

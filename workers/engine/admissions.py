@@ -89,7 +89,7 @@ class Admissions:
         if not engine.changed or self.fitness.device_error is not None:
             return
         limit = engine.size.limit
-        self.holdings.limit("memory", limit if limit < engine.size.slots else None)
+        self.holdings.capacity.limit("memory", limit if limit < engine.size.slots else None)
         try:
             with foreign:
                 places = engine.places()
@@ -97,7 +97,7 @@ class Admissions:
             self.log.exception("%s: cannot tell what memory is free", engine.path)
             self.fitness.judge(error)
             places = None
-        self.holdings.limit("room", places)
+        self.holdings.capacity.limit("room", places)
 
     def _admit_next(self, engine: Engine, entry: Waiting) -> bool:
         """Admit the request that has waited longest; False if nothing more is admitted now."""

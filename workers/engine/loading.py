@@ -72,7 +72,7 @@ class Engines:
         self.shown([item.fingerprint for item in self.loaded.values() if item.fingerprint])
         if self.current is None:
             self.admissions.tell_room(engine)  # before the first claim
-        self.holdings.loaded(path, batch.slots, batch.step_timeout)
+        self.holdings.capacity.loaded(path, batch.slots, batch.step_timeout)
         return engine
 
     def cannot_load(self, claim: Claim, error: BaseException) -> None:
@@ -93,4 +93,4 @@ class Engines:
         """A step that cannot be ended takes a slot of its task for as long as it runs."""
         for engine in self.loaded.values():
             if isinstance(engine.batch, Members):
-                self.holdings.resize(engine.path, engine.batch.free_slots)
+                self.holdings.capacity.resize(engine.path, engine.batch.free_slots)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...protocol.codec import pack, pack_entry, pack_result
 from ...protocol.errors import PayloadTooLarge
-from ...protocol.limits import MAX_BYTES
+from ...protocol.limits import LONGEST_DELAY, MAX_BYTES
 from ...protocol.packed_state import CHUNK, PackedState, pack_state
 from ...protocol.records import FailureKind
 from ...protocol.settings import Settings
@@ -319,3 +319,19 @@ class Holding:
 
     def _blob(self, outputs: list[Any]) -> bytes:
         return pack_entry(self.claim.epoch, self.offset, outputs) if outputs else b""
+
+
+@dataclass(frozen=True, slots=True)
+class Handback:
+    """A request to be released: why, after how many seconds it may be claimed again, and the fingerprint of a
+    checkpoint that could not be matched.
+    """
+
+    holding: Holding
+    reason: str
+    delay: float = 0.0
+    fingerprint: str = ""
+    unable: bool = False
+    """Its task could not be loaded here."""
+    longest: float = LONGEST_DELAY
+    """Seconds to which a delay may grow when the request is released again and again."""

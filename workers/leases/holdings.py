@@ -13,40 +13,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...protocol.errors import PerdureError
-from ...protocol.limits import LONGEST_DELAY
 from ...protocol.records import FailureKind
 from ...protocol.settings import LEASE, Settings
 from ...protocol.transitions.calls import Claim
 from ...recovery.failures import POLICIES, classify
 from ..tasks.base import NOTHING, RAISED, Step
-from .holding import Holding
+from .capacity import Capacity
+from .holding import Handback, Holding
 from .mailbox import Drop, Mailbox, Stop, Stored
 
 MAX_BUFFER = 32 * 1024 * 1024
 """Bytes of unsent outputs after which the engine loop pauses."""
-
 
 PASSED_OVER = "its steps began to bring no state after one was passed over; from now on each is kept here"
 
 NO_CHECKPOINT = "damaged"
 """Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
 restarts from zero."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handback:
-    """A request to be released: why, after how many seconds it may be claimed again, and the fingerprint of a
-    checkpoint that could not be matched.
-    """
-
-    holding: Holding
-    reason: str
-    delay: float = 0.0
-    fingerprint: str = ""
-    unable: bool = False
-    """Its task could not be loaded here."""
-    longest: float = LONGEST_DELAY
-    """Seconds to which a delay may grow when the request is released again and again."""
 
 
 @dataclass(slots=True)
@@ -58,10 +41,7 @@ class Holdings:
     lock: threading.Condition = field(default_factory=threading.Condition)
     held: dict[str, Holding] = field(default_factory=dict)
     handbacks: list[Handback] = field(default_factory=list)
-    slots: dict[str, int] = field(default_factory=dict)
-    """Loaded task -> how many of its requests fit."""
-    limits: dict[str, int] = field(default_factory=dict)
-    """What limits the slots for a while, by name; the smallest rules."""
+    capacity: Capacity = field(init=False)
     task: str = ""
     """What is held now; the worker runs one task at a time."""
     parked: threading.Event = field(default_factory=threading.Event)
@@ -93,9 +73,9 @@ class Holdings:
     """Tasks of which every state is captured, however large: they do not give one at every step."""
     raised: list[BaseException] = field(default_factory=list)
     """What copying a state has raised; the loop judges it."""
-    _step_timeouts: dict[str, float | None] = field(default_factory=dict)
-    _settings: dict[float | None, Settings] = field(default_factory=dict)
-    """Those of :meth:`task_settings`, by step timeout: they are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        self.capacity = Capacity(self.settings, self.lock, self._want)
 
     # --- stopping ----------------------------------------------------------------------------------
 
@@ -112,8 +92,7 @@ class Holdings:
                 self.mailbox.put(Stop())
                 self.stopping_since = time.monotonic()
             self.cold = self.cold or cold
-            self.urgent = True
-            self.lock.notify_all()
+            self._hasten()
 
     # --- for the engine loop -----------------------------------------------------------------------
 
@@ -124,67 +103,24 @@ class Holdings:
             self._sign_of_life()
             self.loading_until = self.moved + seconds if seconds else 0.0
 
-    def loaded(self, path: str, slots: int, step_timeout: float | None) -> None:
-        """A task is ready: how many of its requests fit, and how long one of its steps may take (seconds)."""
-        with self.lock:
-            self.slots[path] = slots
-            self._step_timeouts[path] = step_timeout
-            self.wanting = self.urgent = True
-            self.lock.notify_all()
-
-    def resize(self, path: str, slots: int) -> None:
-        """A step that cannot be ended occupies a slot of a task, or has come back and frees it."""
-        with self.lock:
-            if self.slots.get(path) != slots:
-                self.slots[path] = slots
-                self.wanting = self.urgent = True
-                self.lock.notify_all()
-
-    def limit(self, name: str, slots: int | None) -> None:
-        """Hold at most so many requests, at least 1, for the reason of this name; ``None`` lifts that limit.
-
-        What is held already stays.
-        """
-        with self.lock:
-            if self.limits.get(name) == slots:
-                return
-            if slots is None:
-                del self.limits[name]
-            else:
-                self.limits[name] = max(1, slots)
-            self.wanting = self.urgent = True
-            self.lock.notify_all()
-
-    def limited(self, slots: int) -> int:
-        """So many slots, or as few as the limits leave of them (lock held)."""
-        return min([slots, *self.limits.values()])
-
     def dropped(self, identifiers: Iterable[str]) -> None:
-        """The loop has let go of these, so that their slots are counted by :meth:`resize`."""
+        """The loop has let go of these, so that :meth:`Capacity.resize` counts their slots."""
         with self.lock:
             if not self.dropping.isdisjoint(identifiers):
                 self.dropping.difference_update(identifiers)
-                self.wanting = self.urgent = True
-                self.lock.notify_all()
+                self._want()
 
     def set_apart(self, identifiers: frozenset[str] | None) -> None:
         """Which requests move by themselves from now on; see :attr:`apart`."""
         with self.lock:
             self._part(identifiers)
 
-    def task_settings(self) -> Settings:
-        """The settings with the step timeout of the task that is held now (lock held): leases depend on it."""
-        timeout = self._step_timeouts.get(self.task)
-        if timeout not in self._settings:
-            self._settings[timeout] = self.settings.replace(step_timeout=timeout)
-        return self._settings[timeout]
-
     def step_timeouts(self) -> list[float]:
         """Seconds that one step may take, of each held request: its own, else the task's, else the setting (lock held).
 
         Those of the task when nothing is held.
         """
-        default = self._step_timeouts.get(self.task) or self.settings.step_timeout
+        default = self.capacity.step_timeout(self.task)
         return [item.claim.step_timeout or default for item in self.held.values() if not item.claim.plain] or [default]
 
     def longest_step(self) -> float:
@@ -246,8 +182,7 @@ class Holdings:
             holding = self.current(identifier, execution)
             if holding is not None and not holding.leaving:
                 holding.fail(error, kind, counted)
-                self.urgent = True
-                self.lock.notify_all()
+                self._hasten()
 
     def put_back(self, executions: Iterable[tuple[str, str]], reason: str, *, delay: float = 0.0) -> None:
         """Release requests, by id and execution, to the front of their queues, where they keep this order.
@@ -260,8 +195,7 @@ class Holdings:
                 holding = self.current(identifier, execution)
                 if holding is not None and not holding.leaving:
                     self.handbacks.append(Handback(holding, reason, delay, longest=delay))
-                    self.urgent = True
-            self.lock.notify_all()
+                    self._hasten()
 
     def hand_back(
         self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "", unable: bool = False
@@ -273,8 +207,7 @@ class Holdings:
             self._sign_of_life()
             if holding := self.current(claim.id, claim.execution):
                 self.handbacks.append(Handback(holding, reason, delay, fingerprint, unable))
-            self.urgent = True
-            self.lock.notify_all()
+            self._hasten()
 
     def accept(self, claim: Claim, fingerprint: str) -> None:
         """The engine has taken a request in; its checkpoints will carry this fingerprint."""
@@ -289,8 +222,7 @@ class Holdings:
         with self.lock:
             self._sign_of_life()
             self.held.pop(identifier, None)
-            self.wanting = self.urgent = True
-            self.lock.notify_all()
+            self._want()
 
     def wait_stored(self, identifiers: Sequence[str], timeout: float) -> bool:
         """Wait until all that these requests have put out is in Redis, or they are lost or stopped.
@@ -298,8 +230,7 @@ class Holdings:
         False after ``timeout`` seconds in which that has not come.
         """
         with self.lock:
-            self.urgent = True
-            self.lock.notify_all()
+            self._hasten()
             return self.lock.wait_for(
                 lambda: self.stopping or not any(self.held[name].unsent for name in identifiers if name in self.held),
                 timeout,
@@ -309,8 +240,7 @@ class Holdings:
         """Have a ``Stored`` put into the mailbox for each of these once all that it has put out is in Redis."""
         with self.lock:
             self.storing.update(executions)
-            self.urgent = True
-            self.lock.notify_all()
+            self._hasten()
 
     def may_step(self) -> bool:
         """False while the engine must not step, after up to a second of waiting for the change.
@@ -354,6 +284,14 @@ class Holdings:
     def last_moved(self, holding: Holding) -> float:
         """When a holding last showed life (monotonic seconds, lock held): with the loop, unless it moves by itself."""
         return max(holding.moved, self.moved) if self.apart is None else holding.moved
+
+    def _hasten(self) -> None:
+        self.urgent = True
+        self.lock.notify_all()
+
+    def _want(self) -> None:
+        self.wanting = True
+        self._hasten()
 
     # --- for RQ's commands -------------------------------------------------------------------------
 

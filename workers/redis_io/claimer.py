@@ -18,8 +18,8 @@ from ...protocol.reading.output_log import Outputs
 from ...protocol.store import Store
 from ...protocol.telemetry.logs import about
 from ...protocol.transitions.calls import Claim
-from ..leases.holding import Holding
-from ..leases.holdings import NO_CHECKPOINT, Handback, Holdings
+from ..leases.holding import Handback, Holding
+from ..leases.holdings import NO_CHECKPOINT, Holdings
 from ..leases.mailbox import Admission
 from ..tasks.base import Request
 from .ledger import Ledger
@@ -100,7 +100,7 @@ class Claimer:
 
     def _room(self) -> tuple[str, int, dict[str, int], list[str]] | None:
         """Task, free slots, slots per loaded task, and what is held; ``None`` for not now."""
-        holdings = self.holdings
+        holdings, capacity = self.holdings, self.holdings.capacity
         with holdings.lock:
             if holdings.stopping:
                 return None
@@ -115,10 +115,10 @@ class Claimer:
                     self.log.info("Worker %s: finished executing %d jobs, quitting", self.worker, self.claimed)
                     holdings.stop()
                 return None
-            free = holdings.limited(holdings.slots.get(holdings.task, 1)) - len(holdings.held) if busy else 1
+            free = capacity.limited(capacity.slots.get(holdings.task, 1)) - len(holdings.held) if busy else 1
             if free <= 0 or holdings.plain or self._stands_still() or self._slots_unknown():
                 return None
-            slots = {path: holdings.limited(number) for path, number in holdings.slots.items()}
+            slots = {path: capacity.limited(number) for path, number in capacity.slots.items()}
             if left is not None:
                 free = min(free, left)
                 slots = {path: min(number, left) for path, number in slots.items()}
@@ -130,7 +130,7 @@ class Claimer:
         Also when nothing is held: all that was, may have been given to others while the step goes on.
         """
         holdings, now = self.holdings, time.monotonic()
-        if 0 in holdings.slots.values():
+        if 0 in holdings.capacity.slots.values():
             return True  # every thread of a task hangs
         if holdings.apart is not None or (not holdings.held and not holdings.stepping):
             return False  # idle is not hung, and what moves by itself keeps nobody waiting

@@ -18,8 +18,8 @@ from ...protocol.telemetry.logs import about
 from ...protocol.transitions.calls import Chunk, Failure, Finish, Progress
 from ...protocol.transport.refusals import passing
 from ...recovery.failures import failure
-from ..leases.holding import Holding
-from ..leases.holdings import Handback, Holdings
+from ..leases.holding import Handback, Holding
+from ..leases.holdings import Holdings
 from ..leases.mailbox import Drop
 from .ledger import Ledger
 from .pace import Pace

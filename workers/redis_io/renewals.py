@@ -27,7 +27,8 @@ class Renewals:
     def adopt_lease(self) -> None:
         """Leases are as long as the task's step timeout asks; those given with another length are renewed at once."""
         with self.line.holdings.lock:
-            settings = self.line.holdings.task_settings()
+            holdings = self.line.holdings
+            settings = holdings.capacity.task_settings(holdings.task)
             if settings.lease != self.line.store.settings.lease:
                 self.line.store.settings = settings
                 self.hasten()

@@ -159,7 +159,7 @@ def test_one_that_does_not_fit_alone_fails_with_its_numbers(turns: Turns, monkey
     turns.run(*names)
     counted(turns, *names, n=5)
     assert turns.engine.size.limit == 8
-    assert "memory" not in turns.holdings.limits
+    assert "memory" not in turns.holdings.capacity.limits
 
 
 def test_three_single_requests_without_memory_end_the_process(turns: Turns) -> None:
@@ -320,15 +320,15 @@ def test_one_that_waits_may_be_canceled(connection: redis.Redis) -> None:
 def test_the_smallest_limit_rules(turns: Turns) -> None:
     """Several reasons limit the slots, each by its name; none leaves less than one."""
     holdings = turns.holdings
-    holdings.limit("other", 5)
-    holdings.limit("degraded", 2)
+    holdings.capacity.limit("other", 5)
+    holdings.capacity.limit("degraded", 2)
     with holdings.lock:
-        assert holdings.limited(8) == 2
-    holdings.limit("degraded", None)
-    holdings.limit("degraded", None)
+        assert holdings.capacity.limited(8) == 2
+    holdings.capacity.limit("degraded", None)
+    holdings.capacity.limit("degraded", None)
     with holdings.lock:
-        assert (holdings.limited(8), holdings.limited(3)) == (5, 3)
-    holdings.limit("other", 0)
+        assert (holdings.capacity.limited(8), holdings.capacity.limited(3)) == (5, 3)
+    holdings.capacity.limit("other", 0)
     turns.submit_all({name: {"n": 500} for name in "abc"})
     turns.turn(5)
     assert list(turns.holdings.held) == ["a"]

@@ -263,7 +263,7 @@ def test_many_outputs_of_one_step_are_stored_in_several_calls(bench: Bench, monk
     monkeypatch.setattr(bench.pool.store, "progress", noted)
     bench.pool.submit("a", "b")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.claim()
     bench.offer("a", *[Step(output=f"{number}{'x' * 300}") for number in range(30)], Step(result="done"))
     for number in range(20):
@@ -282,7 +282,7 @@ def test_a_step_too_large_for_one_call_fails_alone(bench: Bench, monkeypatch: py
     bench.holdings.settings = bench.settings.replace(max_payload=900)
     bench.pool.submit("a", "b")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.claim()
     rows = [Step("x" * 300, number, "a") for number in range(5)] + [Step("fine", 1, "b")]
     executions = {name: bench.holdings.held[name].claim.execution for name in ("a", "b")}

@@ -68,7 +68,7 @@ def test_long_logs_are_read_while_all_else_goes_on(bench: Bench, monkeypatch: py
     """
     bench.pool.submit("a")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     other = Hand(bench.pool, "w2")
     bench.pool.submit("long", "short", "fresh")
     long, short = other.claim(2).claims
@@ -104,7 +104,7 @@ def test_a_loop_that_stands_still_gets_nothing_more(bench: Bench) -> None:
     """No sign of life for half a step timeout: the free slots stay free until it moves, or while a model loads."""
     bench.pool.submit("a")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.pool.submit("b")
     bench.holdings.moved -= bench.settings.step_timeout
     bench.claim()
@@ -157,7 +157,7 @@ def test_others_are_released_while_a_long_log_is_read(bench: Bench, monkeypatch:
     """A cancel that was heard, a stop command and a handback do not wait for the last page."""
     bench.pool.submit("a", "b", "c")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.claim()
     assert list(bench.holdings.held) == ["a", "b", "c"]
     other = Hand(bench.pool, "w2")
@@ -216,7 +216,7 @@ def test_renewals_and_ends_wait_for_no_stretched_checkpoint(bench: Bench) -> Non
     """With calls of 2 s the next checkpoint is due in 4 s: rounds go on, and what is due in them is done."""
     bench.pool.submit("a", "b")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.claim()
     bench.offer("a", Step(0, 0))
     bench.round()
@@ -301,7 +301,7 @@ def test_a_lease_is_as_long_as_the_task_that_is_held_asks(bench: Bench) -> None:
     bench.claim()
     bench.holdings.contact -= 1.6 * bench.settings.step_timeout
     assert not bench.holdings.may_step()
-    bench.holdings.loaded(TASK, 1, 2 * bench.settings.step_timeout)
+    bench.holdings.capacity.loaded(TASK, 1, 2 * bench.settings.step_timeout)
     assert bench.holdings.may_step()
 
 
@@ -389,7 +389,7 @@ def test_a_call_that_is_never_taken_ends_its_request_alone(
     monkeypatch.setattr(bench.pool.store, script, taken)
     bench.pool.submit("a", "bad", "c")
     bench.claim()
-    bench.holdings.loaded(TASK, 4, None)
+    bench.holdings.capacity.loaded(TASK, 4, None)
     bench.claim()
     end = [Step(result="done")] if script == "finish" else []
     bench.offer("bad", Step("BAD"), *end)

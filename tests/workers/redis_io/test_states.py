@@ -97,7 +97,7 @@ def test_lost_replies_to_chunks_change_nothing(server: Server, lab: Lab, monkeyp
 def held(bench: Bench, *names: str) -> None:
     bench.pool.submit(*names)
     bench.claim()
-    bench.holdings.loaded("app.tasks.count", 4, None)
+    bench.holdings.capacity.loaded("app.tasks.count", 4, None)
     for _ in names[1:]:
         bench.claim()
     assert sorted(bench.holdings.held) == sorted(names)
