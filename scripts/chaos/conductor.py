@@ -267,7 +267,7 @@ class Conductor:
             return None
         with (self.options.folder / "golden.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "perdure.scripts.demonstration.golden"],
+                [sys.executable, "-P", "-m", "perdure.workers.text.golden"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 env=environment_for("", self.options.settings),
             )  # fmt: skip

@@ -329,7 +329,7 @@ class Demonstration:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PERDURE_")}
         environment |= self.settings.replace(trace="").environment()
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "perdure.scripts.demonstration.golden"],
+            [sys.executable, "-P", "-m", "perdure.workers.text.golden"],
             input="\n".join(map(json.dumps, payloads)).encode(),
             capture_output=True,
             env=environment,

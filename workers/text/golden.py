@@ -1,7 +1,13 @@
-"""The answer that a request must have: generated alone, in this process, without Redis."""
+"""The answer that a request must have, which no crash has touched: generated alone, in this process, without Redis.
+
+``python -m perdure.workers.text.golden < payloads.jsonl > answers.jsonl``, with the same ``PERDURE_*`` settings as the
+workers.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,3 +44,18 @@ def run_alone(task: Generate, request: Request) -> tuple[list[Any], dict[str, An
                 raise step.error
             if step.result is not NOTHING:
                 return outputs, step.result
+
+
+def main() -> int:
+    """Read one payload a line, write one ``{"outputs", "result"}`` a line."""
+    task = Generate(Settings.from_environment())
+    task.load()
+    for number, line in enumerate(sys.stdin):
+        outputs, result = run_alone(task, Request(id=f"golden-{number}", payload=json.loads(line)))
+        sys.stdout.write(json.dumps({"outputs": outputs, "result": result}) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
