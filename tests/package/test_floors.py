@@ -1,8 +1,9 @@
-"""The floors of the house: no folder of the package is a heap of files."""
+"""The floors of the house: no folder of the package is a heap of files, and no file one of lines."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,21 @@ from tests.kit.places import ROOT
 FOLDERS = ("protocol", "producer", "workers", "recovery", "scripts")
 MOST = {".py": 16, ".lua": 24}
 """Files of one kind that may lie side by side. Of Lua's, each transition is one, and there are as many as there are."""
+
+LONGEST = 350
+"""Lines that a file of Python may have; one with more has more than one reason to change."""
+
+
+def sources(root: Path, suffix: str = ".py") -> Iterator[Path]:
+    """The files of the product that are below ``root``."""
+    for folder in (*FOLDERS, "src", "docs"):
+        yield from (path for path in (root / folder).rglob(f"*{suffix}") if "__pycache__" not in path.parts)
+
+
+def long_files(root: Path) -> dict[str, int]:
+    """Files below ``root`` with more lines than that, and how many."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(root)}
+    return {str(path.relative_to(root)): number for path, number in lines.items() if number > LONGEST}
 
 
 def crowded(root: Path) -> dict[str, int]:
@@ -43,3 +59,17 @@ def test_every_folder_says_what_it_is_for() -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("__init__.py"):
             assert path.read_text(encoding="utf-8").startswith('"""'), path
+
+
+def test_no_file_is_a_heap() -> None:
+    assert len(list(sources(ROOT))) > 200
+    assert long_files(ROOT) == {}
+
+
+def test_a_long_file_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "docs" / "long.py"
+    file.parent.mkdir()
+    file.write_text("#\n" * LONGEST, encoding="utf-8")
+    assert long_files(tmp_path) == {}
+    file.write_text("#\n" * (LONGEST + 1), encoding="utf-8")
+    assert long_files(tmp_path) == {"docs/long.py": LONGEST + 1}
