@@ -115,8 +115,19 @@ def test_no_metric_has_a_request_as_a_label():
     """Labels are few, and none has a value for each request."""
     labels = {label for described in METRICS.values() for label in described.labels}
     assert labels == {
-        "queue", "outcome", "reason", "priority", "state", "mode", "gpu", "what", "version", "name", "queues", "status",
-    }  # fmt: skip
+        "queue",
+        "outcome",
+        "reason",
+        "priority",
+        "state",
+        "mode",
+        "gpu",
+        "what",
+        "version",
+        "name",
+        "queues",
+        "status",
+    }
     assert all(re.fullmatch(r"(perdure|rq)_[a-z0-9_]+", name) and described.help for name, described in METRICS.items())
     assert len(MEASURES) == sum(described.kind == "histogram" for described in METRICS.values())
 

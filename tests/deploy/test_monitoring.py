@@ -35,8 +35,10 @@ def mounted(service: str, inside: str) -> Path:
 
 def test_prometheus_scrapes_the_service_of_that_name():
     assert {name for name, service in SERVICES.items() if service.get("profiles") == ["monitoring"]} == {
-        "metrics", "prometheus", "grafana",
-    }  # fmt: skip
+        "metrics",
+        "prometheus",
+        "grafana",
+    }
     (option, _) = SERVICES["prometheus"]["command"]
     settings = read(mounted("prometheus", option.partition("=")[2]))
     targets = [target for job in settings["scrape_configs"] for c in job["static_configs"] for target in c["targets"]]

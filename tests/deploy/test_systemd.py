@@ -70,9 +70,13 @@ def test_the_units_commands_recover_and_drain(tmp_path: Path, server_binary: Pat
         reaper = here.start("reaper", service(REAPER)["ExecStart"].replace(PLACE, str(SCRIPTS)).split(), environment)
         command = service(WORKER)["ExecStart"].replace(PLACE, str(SCRIPTS)).split()
         first = subprocess.Popen(
-            command, cwd=tmp_path, env=here.environment(environment), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            cwd=tmp_path,
+            env=here.environment(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         one = lab.submit("count", {"n": 5000, "sleep": 0.02})
         lab.moved(one, 3)
         guardians = [child.pid for child in psutil.Process(first.pid).children()]

@@ -51,7 +51,7 @@ def workers(lab: Lab, number: int, **settings: Any) -> list[Process]:
     """So many plain rq workers that can import the examples, started at once."""
     started = [
         lab.worker(environment=ALONE | {"PYTHONPATH": str(EXAMPLES)}, wait=False, **settings) for _ in range(number)
-    ]  # fmt: skip
+    ]
     for process in started:
         eventually(lambda process=process: lab.ready(process.name) or not process.running)  # type: ignore[misc]
         assert process.running, process.log
@@ -404,9 +404,14 @@ def test_a_newcomer_can_follow_the_docstrings(tmp_path: Path) -> None:
     assert ups == {"perdure up examples", "perdure up examples --tasks diffusion.Diffuse"}
     with (tmp_path / "pool.log").open("wb") as log:
         pool = subprocess.Popen(
-            "exec " + max(ups, key=len), shell=True, cwd=here, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            "exec " + max(ups, key=len),
+            shell=True,
+            cwd=here,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
             stderr=log,
-        )  # fmt: skip
+        )
     text = tmp_path / "pool.log"
     try:
         # A newcomer looks at the terminal, and then opens the other one. The three examples in three of them: each

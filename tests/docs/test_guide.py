@@ -246,10 +246,14 @@ def test_every_command_for_operators_runs(lab: Lab, tmp_path: Path) -> None:
     for block in listed:
         for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$).+\n)*)", block.text, re.MULTILINE):
             done = subprocess.run(
-                shlex.split(command.replace("REQUEST", runs)), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                shlex.split(command.replace("REQUEST", runs)),
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
                 env={**os.environ, "PERDURE_REDIS_URL": lab.url, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"},
                 check=False,
-            )  # fmt: skip
+            )
             # This machine may have something to change; that nothing is broken is seen by what is printed.
             assert done.returncode in ((0, 4) if block.name == "doctor" else (0,)), f"{command}: {done.stderr}"
             assert done.stdout or "--svg" in command, command

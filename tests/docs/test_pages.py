@@ -264,10 +264,13 @@ def test_the_commands_of_health_run(lab: Lab, tmp_path: Path) -> None:
     shown = run(list_[0], folder=tmp_path, environment=environment).stdout
     assert shown.splitlines()[0].split() == list_[1].splitlines()[0].split()
     done = subprocess.run(
-        [sys.executable, *shlex.split(probe[0].replace("cuda:0", "cpu"))[1:]], cwd=tmp_path, capture_output=True,
+        [sys.executable, *shlex.split(probe[0].replace("cuda:0", "cpu"))[1:]],
+        cwd=tmp_path,
+        capture_output=True,
         text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        timeout=120,
+        check=False,
+    )
     assert matches(probe[1].replace("cuda:0", "cpu").replace("8 known", "… known"), done.stdout), done.stdout
 
 

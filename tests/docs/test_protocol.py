@@ -234,9 +234,12 @@ def test_the_life_of_a_request_is_as_the_page_shows_it(lab: Lab, tmp_path: Path)
         pytest.skip("needs redis-cli: apt-get install redis-tools")
     listed = blocks(PAGE)
     assert [(block.language, block.kind) for block in listed] == [
-        ("python", "tasks"), ("console", "waiting"), ("console", "running"), ("console", "resumed"),
+        ("python", "tasks"),
+        ("console", "waiting"),
+        ("console", "running"),
+        ("console", "resumed"),
         ("console", "ended"),
-    ]  # fmt: skip
+    ]
     (tmp_path / "app").mkdir()
     # However slow the commands are, it has not ended before it is told to.
     goes = tmp_path / "goes"

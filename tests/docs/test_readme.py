@@ -130,9 +130,17 @@ def test_the_last_lines_of_the_demonstration_are_its_own(capsys: pytest.CaptureF
     requests, tokens, *none, seconds = numbers[2]
     assert none == [0, 0, 0, 0]
     row = Row(
-        id="a", workers=["a", "b"], tokens=0, recomputed=0, allowed=0, interruptions=1, equal=True, lost=False,
-        duplicated=0, text=""
-    )  # fmt: skip
+        id="a",
+        workers=["a", "b"],
+        tokens=0,
+        recomputed=0,
+        allowed=0,
+        interruptions=1,
+        equal=True,
+        lost=False,
+        duplicated=0,
+        text="",
+    )
     report = Verdict([replace(row, tokens=tokens), *[row] * (requests - 1)], kills)
     Screen(1.0).report(report, seconds)
     assert capsys.readouterr().out.splitlines()[-len(lines) :] == lines

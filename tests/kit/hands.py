@@ -30,9 +30,15 @@ class Hands:
 
     def claim(self, *, resume: bool = True, number: int = 1) -> list[Claim]:
         claims = self.store.claim(
-            incarnation="hands", worker="hands", queues=["default"], task="", free=number, slots={}, known=self.held,
+            incarnation="hands",
+            worker="hands",
+            queues=["default"],
+            task="",
+            free=number,
+            slots={},
+            known=self.held,
             resume=resume,
-        ).claims  # fmt: skip
+        ).claims
         self.held.update(claim.id for claim in claims)
         return claims
 
@@ -48,23 +54,41 @@ class Hands:
         else:
             blob = pack_entry(claim.epoch, offset, outputs)
         progress = Progress(
-            id=claim.id, execution=claim.execution, seq=self.seq[claim.execution], offset=offset, outputs=len(outputs), blob=blob,
-            state=state, fingerprint="",
-        )  # fmt: skip
+            id=claim.id,
+            execution=claim.execution,
+            seq=self.seq[claim.execution],
+            offset=offset,
+            outputs=len(outputs),
+            blob=blob,
+            state=state,
+            fingerprint="",
+        )
         assert self.store.progress("hands", [progress]) == ["ok"]
 
     def finish(self, claim: Claim, offset: int, result: Any = None) -> None:
         end = Finish(
-            id=claim.id, execution=claim.execution, offset=offset, outputs=0, blob=b"",
-            result=pack_result(result, limit=10**6), seconds=0.1,
-        )  # fmt: skip
+            id=claim.id,
+            execution=claim.execution,
+            offset=offset,
+            outputs=0,
+            blob=b"",
+            result=pack_result(result, limit=10**6),
+            seconds=0.1,
+        )
         assert self.store.finish("hands", "hands", [end]) == ["ok"]
 
     def fail(self, claim: Claim, kind: FailureKind, reason: str) -> None:
         failure = Failure(
-            id=claim.id, execution=claim.execution, kind=kind, reason=reason, traceback="Trace", charge=True,
-            crash=False, loss=False, retry=False,
-        )  # fmt: skip
+            id=claim.id,
+            execution=claim.execution,
+            kind=kind,
+            reason=reason,
+            traceback="Trace",
+            charge=True,
+            crash=False,
+            loss=False,
+            retry=False,
+        )
         assert self.store.fail("hands", "hands", [failure]) == ["failed"]
 
     def restart(self, claim: Claim) -> Claim:

@@ -152,10 +152,17 @@ class Lab:
         """A request for one of the tasks beside this file, or for a whole dotted path."""
         identifier = new_id()
         request = NewRequest(
-            id=identifier, nonce=identifier, queue=queue, task=task if "." in task else f"lab_tasks.{task}",
-            payload=pack(payload if payload is not None else {}, limit=10**6, what="payload"), max_retries=max_retries,
-            result_ttl=600, failure_ttl=600, description=task, **options,
-        )  # fmt: skip
+            id=identifier,
+            nonce=identifier,
+            queue=queue,
+            task=task if "." in task else f"lab_tasks.{task}",
+            payload=pack(payload if payload is not None else {}, limit=10**6, what="payload"),
+            max_retries=max_retries,
+            result_ttl=600,
+            failure_ttl=600,
+            description=task,
+            **options,
+        )
         assert self.store.enqueue([request]) == ["accepted"]
         return identifier
 
@@ -206,9 +213,16 @@ class Lab:
     # --- processes -----------------------------------------------------------------------------------
 
     def worker(
-        self, *arguments: str, queues: Sequence[str] = ("gpu",), url: str = "", wait: bool = True,
-        environment: dict[str, str] | None = None, ours: bool = True, python: Path | None = None, **settings: Any,
-    ) -> Process:  # fmt: skip
+        self,
+        *arguments: str,
+        queues: Sequence[str] = ("gpu",),
+        url: str = "",
+        wait: bool = True,
+        environment: dict[str, str] | None = None,
+        ours: bool = True,
+        python: Path | None = None,
+        **settings: Any,
+    ) -> Process:
         """A plain ``rq worker`` process; ``wait`` until it claims (unless it ends by itself, or is RQ's own).
 
         ``python`` is that of another environment, for a release of ours.

@@ -174,9 +174,16 @@ def test_many_requests_keep_their_order_and_options(client: Client, redis_client
 def test_calls_are_cut_by_number_and_by_bytes() -> None:
     def request(size: int) -> NewRequest:
         return NewRequest(
-            id="x", nonce="n", queue="q", task=PATH, payload=bytes(size), max_retries=0, result_ttl=1, failure_ttl=1,
+            id="x",
+            nonce="n",
+            queue="q",
+            task=PATH,
+            payload=bytes(size),
+            max_retries=0,
+            result_ttl=1,
+            failure_ttl=1,
             description="",
-        )  # fmt: skip
+        )
 
     assert [len(chunk) for chunk in chunks([request(1)] * 300)] == [128, 128, 44]
     mib = 1024 * 1024

@@ -47,8 +47,13 @@ def torch_tensors(draw: st.DrawFn) -> torch.Tensor:
     """Any bits, also those of NaNs; some transposed, some with a stride, some on a part of a larger tensor."""
     dtype, shape = draw(st.sampled_from(TORCH_DTYPES)), draw(SHAPES)
     seed = draw(st.integers(0, 99))
-    raw = torch.randint(0, 2 if dtype is torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8,
-                        generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    raw = torch.randint(
+        0,
+        2 if dtype is torch.bool else 256,
+        (*shape, dtype.itemsize),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
     tensor = raw.view(dtype).reshape(shape)
     way = draw(st.sampled_from(["whole", "transposed", "strided", "expanded"]))
     if tensor.dim() and way == "transposed":

@@ -102,11 +102,17 @@ def victims(lab: Lab, number: int) -> list[str]:
         ).claims
         rows = [
             Progress(
-                id=claim.id, execution=claim.execution, seq=1, offset=0, outputs=1,
-                blob=pack([claim.epoch, 0, [0]], limit=100, what="output"), state=STATE, fingerprint=claim.fingerprint,
+                id=claim.id,
+                execution=claim.execution,
+                seq=1,
+                offset=0,
+                outputs=1,
+                blob=pack([claim.epoch, 0, [0]], limit=100, what="output"),
+                state=STATE,
+                fingerprint=claim.fingerprint,
             )
             for claim in claims
-        ]  # fmt: skip
+        ]
         assert set(store.progress("made", rows)) == {"ok"}
         keys = [(claim.id, claim.execution) for claim in claims]
         assert set(store.release("made", "made", keys, reason="made")) == {"queued"}

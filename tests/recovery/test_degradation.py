@@ -222,9 +222,12 @@ class Crowd:
         degraded = fields.get("mode") == "degraded" and self.clock.now < int(fields["until"])
         since = int(fields["since"]) / 1000 if degraded else None
         return Mode(
-            degraded=degraded, live=int(fields.get("live", 0)), expected=int(fields.get("expected", 0)), since=since,
+            degraded=degraded,
+            live=int(fields.get("live", 0)),
+            expected=int(fields.get("expected", 0)),
+            since=since,
             recovering=degraded and int(fields["recovering"]) > 0,
-        )  # fmt: skip
+        )
 
     def counted(self, event: str) -> int:
         number: Any = self.pool.connection.hget(key("counters"), event)

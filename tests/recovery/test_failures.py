@@ -172,8 +172,12 @@ def test_a_request_is_not_charged_for_its_worker():
     assert {kind for kind, policy in POLICIES.items() if not policy.retry} == {"INVALID_REQUEST", "DEADLINE"}
     assert {kind for kind, policy in POLICIES.items() if policy.crash} == {"GPU_ERROR", "HANG", "HOST_OOM", "CRASH"}
     assert {kind for kind, policy in POLICIES.items() if policy.worker == "exit"} == {
-        "GPU_ERROR", "WORKER_LOST", "HANG", "HOST_OOM", "CRASH",
-    }  # fmt: skip
+        "GPU_ERROR",
+        "WORKER_LOST",
+        "HANG",
+        "HOST_OOM",
+        "CRASH",
+    }
 
 
 def test_the_table_cannot_be_changed_by_accident():

@@ -83,8 +83,10 @@ def test_a_sweep_reaps_promotes_and_expires(pool: Pool, hand: Hand, reaper: Reap
     pool.set_pulse()
     reaped = reaper.sweep()
     assert {(item.id, item.kind, item.outcome) for item in reaped} == {
-        ("lost", "WORKER_LOST", "queued"), ("", "WORKER_LOST", "gone"), ("elsewhere", "HANG", "scheduled"),
-    }  # fmt: skip
+        ("lost", "WORKER_LOST", "queued"),
+        ("", "WORKER_LOST", "gone"),
+        ("elsewhere", "HANG", "scheduled"),
+    }
     assert lost.id == "lost"
     assert pool.status("retried") is State.QUEUED
     assert pool.events("stale") == ["released", "restart"]

@@ -80,9 +80,18 @@ def guarded(url: str, name: str) -> Iterator[list[Guarded]]:
     verdict: list[Guarded] = []
     where = rebuild(portable(connect(url, check=False)), timeout=2.0, acknowledged=1.0)
     guardian = Guardian(
-        store=Store(where, SETTINGS), settings=SETTINGS, incarnation=uuid.uuid4().hex, worker=name, queues=["gpu"],
-        pid=os.getpid(), host=name, device="", fingerprints=[], ready=True, pipe=near,
-    )  # fmt: skip
+        store=Store(where, SETTINGS),
+        settings=SETTINGS,
+        incarnation=uuid.uuid4().hex,
+        worker=name,
+        queues=["gpu"],
+        pid=os.getpid(),
+        host=name,
+        device="",
+        fingerprints=[],
+        ready=True,
+        pipe=near,
+    )
     thread = threading.Thread(target=lambda: verdict.append(Guarded(guardian.run())), daemon=True)
     thread.start()
     try:

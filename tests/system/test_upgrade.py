@@ -243,9 +243,12 @@ def test_the_guardian_of_one_release_reaps_the_other(lab: Lab, releases: Release
     ids=lambda arguments: str(arguments[0]),
 )
 def test_a_newer_protocol_stops_every_command(
-    redis_url: str, client: Client, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str],
+    redis_url: str,
+    client: Client,
+    arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Exit code 4 and a message that says what to do, whatever it was to do; nothing is written."""
     from perdure.scripts.main import main
 

@@ -53,9 +53,15 @@ def run(
         extra[name] = value
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     return subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
+        words,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
         env={**environment, **extra, "PATH": path},
-    )  # fmt: skip
+    )
 
 
 def matches(shown: str, printed: str) -> bool:

@@ -56,9 +56,14 @@ class Newcomer:
         ((command, _),) = commands(block)
         with (self.folder / "pool.log").open("wb") as log:
             self.pool = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                ["bash", "-c", f"exec {command}"],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self.says("2 of 2 workers ready")
 
     def says(self, words: str) -> None:
@@ -71,9 +76,16 @@ class Newcomer:
     def run(self, command: str) -> int:
         """A command in the second terminal; what it prints is in ``printed``."""
         done = subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=2 * LONG, check=False,
-        )  # fmt: skip
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=2 * LONG,
+            check=False,
+        )
         self.printed = done.stdout
         return done.returncode
 

@@ -103,24 +103,42 @@ class Agent:
         claim, offset = mine.claim, mine.offset + ahead
         values = [f"{claim.execution}/{offset + index}" for index in range(outputs)]
         return Progress(
-            id=claim.id, execution=claim.execution, seq=mine.seq + 1, offset=offset, outputs=outputs,
+            id=claim.id,
+            execution=claim.execution,
+            seq=mine.seq + 1,
+            offset=offset,
+            outputs=outputs,
             blob=packed([claim.epoch, offset, values]) if outputs else b"",
-            state=packed([claim.execution, mine.seq + 1]), fingerprint=self.model, stepped=stepped,
-        )  # fmt: skip
+            state=packed([claim.execution, mine.seq + 1]),
+            fingerprint=self.model,
+            stepped=stepped,
+        )
 
     def finish(self, mine: Mine, outputs: int, ahead: int = 0) -> Finish:
         row = self.progress(mine, outputs, 0, ahead)
         return Finish(
-            id=row.id, execution=row.execution, offset=row.offset, outputs=outputs, blob=row.blob,
-            result=pack_result(row.id, limit=100), seconds=0.5,
-        )  # fmt: skip
+            id=row.id,
+            execution=row.execution,
+            offset=row.offset,
+            outputs=outputs,
+            blob=row.blob,
+            result=pack_result(row.id, limit=100),
+            seconds=0.5,
+        )
 
     def failure(self, mine: Mine, kind: FailureKind) -> Failure:
         policy = POLICIES[kind]
         return Failure(
-            id=mine.claim.id, execution=mine.claim.execution, kind=kind, reason="it broke", traceback="it broke",
-            charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry,
-        )  # fmt: skip
+            id=mine.claim.id,
+            execution=mine.claim.execution,
+            kind=kind,
+            reason="it broke",
+            traceback="it broke",
+            charge=policy.charge,
+            crash=policy.crash,
+            loss=policy.loss,
+            retry=policy.retry,
+        )
 
 
 def runnable(agent: Agent) -> list[Mine]:
@@ -221,12 +239,20 @@ class Requests(RuleBasedStateMachine):
     ) -> None:
         rows = [
             NewRequest(
-                id=f"r{next(self.numbers)}", nonce=f"n{index}", queue=queue, task=task, payload=packed(index),
-                max_retries=retries, result_ttl=1000, failure_ttl=2000, description=task, deadline=deadline,
+                id=f"r{next(self.numbers)}",
+                nonce=f"n{index}",
+                queue=queue,
+                task=task,
+                payload=packed(index),
+                max_retries=retries,
+                result_ttl=1000,
+                failure_ttl=2000,
+                description=task,
+                deadline=deadline,
                 delay=delay,
             )
             for index in range(number)
-        ]  # fmt: skip
+        ]
         call = Call("enqueue", rows=tuple(rows))
         if delivery == "heard" or not self.tell(call, delivery):
             self.tell(call)  # a producer asks until it is answered
@@ -470,18 +496,29 @@ class Requests(RuleBasedStateMachine):
 
 
 def drive(
-    connection: redis.Redis, monkeypatch: pytest.MonkeyPatch, *, examples: int, steps: int,
-    kind: type[Requests] = Requests, planted: Mapping[str, Change] = MappingProxyType({}),
-) -> None:  # fmt: skip
+    connection: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    examples: int,
+    steps: int,
+    kind: type[Requests] = Requests,
+    planted: Mapping[str, Change] = MappingProxyType({}),
+) -> None:
     """Run a machine over scripts in which mistakes may be planted."""
     numbers = itertools.count()
     # Named in the order of their making, so that an example can be run again.
     monkeypatch.setattr(store, "new_stem", lambda: f"e{next(numbers)}-")
     machine = type(kind.__name__, (kind,), {"connection": connection})
     profile = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        phases=[Phase.generate], print_blob=False,  # with Phase.shrink a failure takes longer than a test may
-    )  # fmt: skip
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+        print_blob=False,  # with Phase.shrink a failure takes longer than a test may
+    )
     with pretended_clock(planted):
         run_state_machine_as_test(machine, settings=profile)

@@ -277,9 +277,13 @@ class World:
 
     def _heartbeat(self, call: Call) -> str:
         status = self.store.heartbeat(
-            incarnation=call.incarnation, worker=call.worker, queues=QUEUES, pid=4711, host="here",
+            incarnation=call.incarnation,
+            worker=call.worker,
+            queues=QUEUES,
+            pid=4711,
+            host="here",
             fingerprints=call.rows,
-        ).status  # fmt: skip
+        ).status
         assert status == ("reaped" if self.is_reaped(call.incarnation) else "ok"), status
         if status == "ok":
             self.beats[call.incarnation] = self.now + 5000
@@ -351,9 +355,11 @@ class World:
         others = [
             other
             for other, deadline in self.beats.items()
-            if deadline > self.now and other in self.ready and name_of(other) not in item.failed
+            if deadline > self.now
+            and other in self.ready
+            and name_of(other) not in item.failed
             and not ("company" in job and self.held_by(other))
-        ]  # fmt: skip
+        ]
         if name_of(incarnation) in item.failed and others:
             since = int(job.get("passed_at", self.now))
             assert self.now - since >= PATIENCE_MS, f"{item.id} goes to {incarnation} again, though there are {others}"
@@ -527,9 +533,13 @@ class World:
         policy = POLICIES[call.options["kind"]]
         holdings = self.held_by(call.incarnation)
         sweep = self.store.reap(
-            incarnation=call.incarnation, kind=call.options["kind"], reason="seen", charge=policy.charge,
-            crash=policy.crash, loss=policy.loss,
-        )  # fmt: skip
+            incarnation=call.incarnation,
+            kind=call.options["kind"],
+            reason="seen",
+            charge=policy.charge,
+            crash=policy.crash,
+            loss=policy.loss,
+        )
         assert {row.id for row in sweep.reaped if row.id} == {item.id for item in holdings}
         self._taken(sweep.reaped, charge=policy.charge)
         assert self.is_reaped(call.incarnation)

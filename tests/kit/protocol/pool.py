@@ -83,9 +83,16 @@ class Pool:
 
     def new(self, identifier: str, *, queue: str = "gpu", task: str = TASK, retries: int = 3) -> NewRequest:
         return NewRequest(
-            id=identifier, nonce=f"nonce-{identifier}", queue=queue, task=task, payload=packed({"n": identifier}),
-            max_retries=retries, result_ttl=1000, failure_ttl=2000, description=f"{task}({identifier})",
-        )  # fmt: skip
+            id=identifier,
+            nonce=f"nonce-{identifier}",
+            queue=queue,
+            task=task,
+            payload=packed({"n": identifier}),
+            max_retries=retries,
+            result_ttl=1000,
+            failure_ttl=2000,
+            description=f"{task}({identifier})",
+        )
 
     def submit(self, *identifiers: str, queue: str = "gpu", task: str = TASK, retries: int = 3) -> None:
         requests = [self.new(identifier, queue=queue, task=task, retries=retries) for identifier in identifiers]
@@ -203,9 +210,14 @@ class Hand:
 
     def beat(self, fingerprints: Sequence[str] = (), *, ready: bool | str = True) -> str:
         return self.store.heartbeat(
-            incarnation=self.incarnation, worker=self.name, queues=self.queues, pid=4711, host="here",
-            ready=ready, fingerprints=fingerprints,
-        ).status  # fmt: skip
+            incarnation=self.incarnation,
+            worker=self.name,
+            queues=self.queues,
+            pid=4711,
+            host="here",
+            ready=ready,
+            fingerprints=fingerprints,
+        ).status
 
     def claim(self, free: int | None = None, *, forget: bool = False, resume: bool = True) -> Claims:
         """Claim into the free slots; ``forget`` claims as if earlier replies had been lost."""
@@ -214,9 +226,15 @@ class Hand:
         task = next((claim.task for claim in self.held.values()), "")
         slots = self.slots - len(self.held) if free is None else free
         claims = self.store.claim(
-            incarnation=self.incarnation, worker=self.name, queues=self.queues, task=task, free=slots,
-            slots={TASK: slots, OTHER: slots}, known=list(self.held), resume=resume,
-        )  # fmt: skip
+            incarnation=self.incarnation,
+            worker=self.name,
+            queues=self.queues,
+            task=task,
+            free=slots,
+            slots={TASK: slots, OTHER: slots},
+            known=list(self.held),
+            resume=resume,
+        )
         self.held |= {claim.id: claim for claim in claims.claims}
         return claims
 
@@ -227,9 +245,14 @@ class Hand:
         return claims[0]
 
     def step(
-        self, claim: Claim, outputs: Sequence[Any], *, offset: int | None = None, seq: int | None = None,
+        self,
+        claim: Claim,
+        outputs: Sequence[Any],
+        *,
+        offset: int | None = None,
+        seq: int | None = None,
         stepped: float = 0.0,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Store outputs and a state, ``stepped`` seconds after it began; by default where this execution began."""
         start = claim.offset if offset is None else offset
         item = self.progress(claim, outputs, start, seq or claim.seq + 1, stepped)
@@ -242,17 +265,27 @@ class Hand:
         pieces = state.stored.pieces
         return self.store.write_chunks(
             [
-                Chunk(id=claim.id, execution=claim.execution, seq=seq or claim.seq + 1, total=len(pieces),
-                      number=number,
-                      data=pieces[number - 1])
+                Chunk(
+                    id=claim.id,
+                    execution=claim.execution,
+                    seq=seq or claim.seq + 1,
+                    total=len(pieces),
+                    number=number,
+                    data=pieces[number - 1],
+                )
                 for number in numbers or range(1, len(pieces) + 1)
             ]
-        )  # fmt: skip
+        )
 
     def commit(
-        self, claim: Claim, state: PackedState, outputs: Sequence[Any] = (), *, offset: int | None = None,
+        self,
+        claim: Claim,
+        state: PackedState,
+        outputs: Sequence[Any] = (),
+        *,
+        offset: int | None = None,
         seq: int | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Make a large state, whose chunks were written, the checkpoint's."""
         start = claim.offset if offset is None else offset
         row = replace(self.progress(claim, outputs, start, seq or claim.seq + 1), state=state)
@@ -260,27 +293,44 @@ class Hand:
 
     def progress(self, claim: Claim, outputs: Sequence[Any], offset: int, seq: int, stepped: float = 0.0) -> Progress:
         return Progress(
-            id=claim.id, execution=claim.execution, seq=seq, offset=offset, outputs=len(outputs),
+            id=claim.id,
+            execution=claim.execution,
+            seq=seq,
+            offset=offset,
+            outputs=len(outputs),
             blob=packed([claim.epoch, offset, list(outputs)]) if outputs else b"",
-            state=packed({"upto": offset + len(outputs)}), fingerprint="model-1", stepped=stepped,
-        )  # fmt: skip
+            state=packed({"upto": offset + len(outputs)}),
+            fingerprint="model-1",
+            stepped=stepped,
+        )
 
     def finish(self, claim: Claim, value: Any = None, *, offset: int = 0, outputs: Sequence[Any] = ()) -> str:
         self.held.pop(claim.id, None)
         item = Finish(
-            id=claim.id, execution=claim.execution, offset=offset, outputs=len(outputs),
+            id=claim.id,
+            execution=claim.execution,
+            offset=offset,
+            outputs=len(outputs),
             blob=packed([claim.epoch, offset, list(outputs)]) if outputs else b"",
-            result=pack_result(value, limit=1 << 20), seconds=0.5,
-        )  # fmt: skip
+            result=pack_result(value, limit=1 << 20),
+            seconds=0.5,
+        )
         return self.store.finish(self.incarnation, self.name, [item])[0]
 
     def fail(self, claim: Claim, kind: FailureKind = FailureKind.UNKNOWN, reason: str = "it broke") -> str:
         self.held.pop(claim.id, None)
         policy = POLICIES[kind]
         item = Failure(
-            id=claim.id, execution=claim.execution, kind=kind, reason=reason, traceback=f"Traceback\n{reason}",
-            charge=policy.charge, crash=policy.crash, loss=policy.loss, retry=policy.retry,
-        )  # fmt: skip
+            id=claim.id,
+            execution=claim.execution,
+            kind=kind,
+            reason=reason,
+            traceback=f"Traceback\n{reason}",
+            charge=policy.charge,
+            crash=policy.crash,
+            loss=policy.loss,
+            retry=policy.retry,
+        )
         return self.store.fail(self.incarnation, self.name, [item])[0]
 
     def release(self, *claims: Claim, delay: float = 0.0, fingerprints: Sequence[str] = ()) -> list[str]:

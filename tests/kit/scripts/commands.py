@@ -17,8 +17,13 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def call(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [PERDURE, *arguments], input=stdin, capture_output=True, text=True, timeout=LONG, check=False,
+        [PERDURE, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done

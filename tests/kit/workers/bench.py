@@ -77,10 +77,20 @@ class Turns(Bench):
 
     def submit_all(self, payloads: dict[str, Any], **options: Any) -> None:
         requests = [
-            NewRequest(id=name, nonce=name, queue="gpu", task=TASK, payload=pack(payload, limit=10**6, what="payload"),
-                       max_retries=3, result_ttl=600, failure_ttl=600, description=name, **options)
+            NewRequest(
+                id=name,
+                nonce=name,
+                queue="gpu",
+                task=TASK,
+                payload=pack(payload, limit=10**6, what="payload"),
+                max_retries=3,
+                result_ttl=600,
+                failure_ttl=600,
+                description=name,
+                **options,
+            )
             for name, payload in payloads.items()
-        ]  # fmt: skip
+        ]
         assert self.pool.store.enqueue(requests) == ["accepted"] * len(requests)
 
     def record(self, name: str) -> RequestRecord:

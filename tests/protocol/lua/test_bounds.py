@@ -31,9 +31,16 @@ def late_in(pool: Pool, name: str, score: int = 1) -> None:
         for queue in QUEUES:
             for number in range(100):
                 identifier = f"{queue}-{number}"
-                pipe.hset(key("job", identifier), mapping={
-                    "created_at": "x", "status": "scheduled", "task": "app.t", "origin": queue, "deadline": 1,
-                })  # fmt: skip
+                pipe.hset(
+                    key("job", identifier),
+                    mapping={
+                        "created_at": "x",
+                        "status": "scheduled",
+                        "task": "app.t",
+                        "origin": queue,
+                        "deadline": 1,
+                    },
+                )
                 pipe.zadd(key(name, queue), {identifier: score})
             pipe.sadd(key("queues"), key("queue", queue))
         pipe.execute()

@@ -76,8 +76,9 @@ def test_options_of_a_submit():
         late, missed = replace(pool.new("late"), delay=60), replace(pool.new("missed"), deadline_at=1)
         assert pool.store.enqueue([once, late, missed, pool.new("more")]) == ["accepted"] * 3 + ["full"]
         assert pool.store.enqueue([replace(once, nonce="other"), replace(once, nonce="x", digest="e")]) == [
-            "same", "conflict",
-        ]  # fmt: skip
+            "same",
+            "conflict",
+        ]
         assert pool.store.promote(["gpu"]) == 0
         assert (pool.status("missed"), pool.status("late")) == (State.FAILED, State.SCHEDULED)
         claim = hand.take("once")

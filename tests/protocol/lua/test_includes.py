@@ -136,9 +136,12 @@ def test_a_file_that_is_missing_is_named(tmp_path):
 def test_files_that_include_each_other_are_named(tmp_path):
     """The way round, without the files that only lead to it."""
     folder = lay(
-        tmp_path, end="--- @include lib/a\n", lib_a="--- @include lib/b\n", lib_b="--- @include lib/c\n",
+        tmp_path,
+        end="--- @include lib/a\n",
+        lib_a="--- @include lib/b\n",
+        lib_b="--- @include lib/c\n",
         lib_c="--- @include lib/b\n",
-    )  # fmt: skip
+    )
     with pytest.raises(IncludeError, match=r"in a circle: lib/b -> lib/c -> lib/b\. Move"):
         linked("end", folder)
 

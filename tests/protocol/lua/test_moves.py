@@ -429,10 +429,14 @@ def test_a_finished_request_leaves_nothing_but_its_answer(pool: Pool, hand: Hand
     for name in ("job", "output", "history", "results"):
         assert 990 <= connection.ttl(key(name, "a")) <= 1000
     assert set(left) - {name for name in left if name.endswith(":a")} == {
-        key("queues"), key("swept"), key("finished", "gpu"), key("beats"), key("incarnation", hand.incarnation),
+        key("queues"),
+        key("swept"),
+        key("finished", "gpu"),
+        key("beats"),
+        key("incarnation", hand.incarnation),
         key("schema"),
         key("bell", "gpu"),
-    } - ({key("bell", "gpu")} - set(left))  # fmt: skip
+    } - ({key("bell", "gpu")} - set(left))
     assert pool.store.all_outputs("a") == ["x", "y"]
 
 
@@ -845,9 +849,10 @@ def test_what_rq_canceled_while_it_ran_is_not_tried_again(pool: Pool, hand: Hand
     claim = hand.take("a")
     fetch(pool, "a").cancel()
     moves: dict[str, Callable[[], Any]] = {
-        "fail": lambda: hand.fail(claim), "release": lambda: hand.release(claim),
+        "fail": lambda: hand.fail(claim),
+        "release": lambda: hand.release(claim),
         "reap": lambda: pool.reap(hand.incarnation),
-    }  # fmt: skip
+    }
     moves[end]()
     assert pool.status("a") is State.CANCELED
     assert pool.waiting() == []
@@ -899,8 +904,9 @@ def test_the_real_rq_requeue_command_restarts_what_is_too_old(pool: Pool, hand: 
     assert "Requeueing 2 jobs" in rq(redis_url, "requeue", "--queue", "gpu", "--all")
     claims = {claim.id: claim for claim in hand.claim(2).claims}
     assert {name: (claim.epoch, claim.offset, claim.attempt) for name, claim in claims.items()} == {
-        "a": (1, 0, 1), "b": (1, 0, 1),
-    }  # fmt: skip
+        "a": (1, 0, 1),
+        "b": (1, 0, 1),
+    }
     assert pool.events("a") == ["failed", "requeued", "restart"]
 
 

@@ -239,9 +239,14 @@ def test_a_degraded_worker_fills_half_of_its_slots(pool: Pool, hand: Hand, slots
 
     def claim() -> int:
         claims = hand.store.claim(
-            incarnation=hand.incarnation, worker="w1", queues=["gpu"], task=TASK if hand.held else "",
-            free=slots - len(hand.held) if hand.held else 1, slots={TASK: slots}, known=list(hand.held),
-        )  # fmt: skip
+            incarnation=hand.incarnation,
+            worker="w1",
+            queues=["gpu"],
+            task=TASK if hand.held else "",
+            free=slots - len(hand.held) if hand.held else 1,
+            slots={TASK: slots},
+            known=list(hand.held),
+        )
         hand.held |= {item.id: item for item in claims.claims}
         assert claims.degraded is (pool.connection.exists(key("mode")) == 1)
         return len(hand.held)

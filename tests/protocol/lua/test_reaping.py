@@ -44,8 +44,10 @@ def test_evidence_reaps_at_once(pool: Pool, hand: Hand):
     hand.claim(2)
     reaped = pool.reap(hand.incarnation)
     assert [(item.outcome, item.kind) for item in reaped] == [
-        ("queued", "WORKER_LOST"), ("queued", "WORKER_LOST"), ("gone", "WORKER_LOST"),
-    ]  # fmt: skip
+        ("queued", "WORKER_LOST"),
+        ("queued", "WORKER_LOST"),
+        ("gone", "WORKER_LOST"),
+    ]
     assert {item.worker for item in reaped} == {"w1"}
     assert sorted(pool.waiting()) == ["a", "b"]
     assert beats(pool) == set()
@@ -59,8 +61,9 @@ def test_a_silent_heart_is_reaped_by_the_sweep(pool: Pool, hand: Hand):
     other.take("b")
     pool.stop_heart(hand.incarnation)
     assert {(item.id, item.incarnation, item.outcome) for item in pool.sweep().reaped} == {
-        ("a", hand.incarnation, "queued"), ("", hand.incarnation, "gone"),
-    }  # fmt: skip
+        ("a", hand.incarnation, "queued"),
+        ("", hand.incarnation, "gone"),
+    }
     assert beats(pool) == {other.incarnation}
 
 
@@ -77,9 +80,15 @@ def test_the_first_heartbeat_may_come_later(pool: Pool, hand: Hand):
     pool.submit("a")
     allowed = 1000 * pool.store.settings.heartbeat_timeout + 60_000
     hand.store.claim(
-        incarnation=hand.incarnation, worker="w1", queues=["gpu"], task="", free=1, slots={}, known=[],
+        incarnation=hand.incarnation,
+        worker="w1",
+        queues=["gpu"],
+        task="",
+        free=1,
+        slots={},
+        known=[],
         first_beat=allowed / 1000,
-    )  # fmt: skip
+    )
     now: Any = pool.connection.time()
     first: Any = pool.connection.zscore(key("beats"), hand.incarnation)
     assert 0 <= now[0] * 1000 + now[1] / 1000 + allowed - first < 50_000

@@ -259,9 +259,12 @@ def test_a_producer_that_saves_its_copy_disturbs_nothing(
     else:
         copy = queue.enqueue("app.tasks.count", n=3, job_id="a")
         plain_claim = hand.take("a")
-        assert pool.store.adopt(
-            hand.incarnation, hand.name, "a", plain_claim.execution, task=TASK, payload=packed({"n": 3})
-        ) == "ok"  # fmt: skip
+        assert (
+            pool.store.adopt(
+                hand.incarnation, hand.name, "a", plain_claim.execution, task=TASK, payload=packed({"n": 3})
+            )
+            == "ok"
+        )
         hand.held.clear()
     claim = hand.take("a")
     assert hand.step(claim, ["x"]) == "ok"

@@ -192,11 +192,19 @@ def raised(pool: Pool, hand: Hand) -> list[str]:
     """A step of all that this worker holds raises."""
     failures = [
         Failure(
-            id=claim.id, execution=claim.execution, kind=FailureKind.UNKNOWN, reason="TypeError", traceback="TypeError",
-            charge=False, crash=False, loss=False, retry=True, batch=True,
+            id=claim.id,
+            execution=claim.execution,
+            kind=FailureKind.UNKNOWN,
+            reason="TypeError",
+            traceback="TypeError",
+            charge=False,
+            crash=False,
+            loss=False,
+            retry=True,
+            batch=True,
         )
         for claim in hand.held.values()
-    ]  # fmt: skip
+    ]
     hand.held.clear()
     return pool.store.fail(hand.incarnation, hand.name, failures)
 

@@ -109,9 +109,18 @@ def check(spin: str, folder: Path, *names: str, cycles: bool = False, merged: bo
     # where every step reads the store.
     # Nor optimised: that takes gcc longer than it saves.
     run(
-        "gcc", "-O0", "-w", mode, "-DNOREDUCE", "-DVECTORSZ=2048", "-DMEMLIM=2900", "-o", "pan", "pan.c",
+        "gcc",
+        "-O0",
+        "-w",
+        mode,
+        "-DNOREDUCE",
+        "-DVECTORSZ=2048",
+        "-DMEMLIM=2900",
+        "-o",
+        "pan",
+        "pan.c",
         seconds=300,
-    )  # fmt: skip
+    )
     text = run("./pan", "-m100000", *(["-l"] if cycles else []), seconds=800)
     return Checked(text, folder)
 

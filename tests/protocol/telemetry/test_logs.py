@@ -55,8 +55,10 @@ def test_what_runs_is_what_its_lines_are_about(heard: Any):
         logger.error("of another", extra=logs.about("r2"))
     logger.error("after")
     assert [(line.get("request"), line.get("execution")) for line in lines()] == [
-        ("r1", "e1"), ("r2", "e1"), (None, None),
-    ]  # fmt: skip
+        ("r1", "e1"),
+        ("r2", "e1"),
+        (None, None),
+    ]
 
 
 def test_every_record_is_one_line(heard: Any):

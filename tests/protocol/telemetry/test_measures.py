@@ -37,9 +37,11 @@ def test_a_value_on_a_bound_belongs_to_its_bucket():
         meter.observe("queue_time", value, "gpu")
     meter.flush("i", lambda _incarnation, _number, counts: sent.update(counts))
     assert sent == {
-        "bucket:queue_time:0.3:gpu": 1, "bucket:queue_time:0.5:gpu": 1, "bucket:queue_time:inf:gpu": 1,
+        "bucket:queue_time:0.3:gpu": 1,
+        "bucket:queue_time:0.5:gpu": 1,
+        "bucket:queue_time:inf:gpu": 1,
         "sum:queue_time:gpu": 1_000_000_000_600_001,
-    }  # fmt: skip
+    }
 
 
 def test_what_was_not_answered_is_sent_again_as_it_was():
@@ -58,9 +60,10 @@ def test_what_was_not_answered_is_sent_again_as_it_was():
     for _ in range(3):
         meter.flush("second", send)
     assert sent == [
-        ("first", 1, {"checkpoints:gpu": 2}), ("first", 1, {"checkpoints:gpu": 2}),
+        ("first", 1, {"checkpoints:gpu": 2}),
+        ("first", 1, {"checkpoints:gpu": 2}),
         ("second", 2, {"checkpoints:gpu": 5}),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_bounds_grow_and_read_as_numbers():

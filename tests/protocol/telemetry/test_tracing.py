@@ -63,9 +63,13 @@ def test_a_submit_is_a_span_whose_context_travels(
     span = exporter.get_finished_spans()[0]
     assert (span.name, span.kind, span.parent) == ("send gpu", SpanKind.PRODUCER, page.get_span_context())
     assert dict(span.attributes or {}) == {
-        "messaging.system": "rq", "messaging.destination.name": "gpu", "messaging.operation.name": "send",
-        "messaging.operation.type": "send", "messaging.message.id": handle.id, "perdure.task": "app.tasks.count",
-    }  # fmt: skip
+        "messaging.system": "rq",
+        "messaging.destination.name": "gpu",
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.message.id": handle.id,
+        "perdure.task": "app.tasks.count",
+    }
     assert stored(connection, handle.id) == context_of(span)
 
 
@@ -139,8 +143,11 @@ def test_an_execution_s_span_tells_what_came_of_it(connection: redis.Redis, expo
         assert span.status.status_code is StatusCode.ERROR
     told = dict(before.attributes or {})
     assert (told["perdure.execution"], told["perdure.worker"], told["perdure.outcome"], told["error.type"]) == (
-        claim.execution, "w1", "lost", "WORKER_LOST",
-    )  # fmt: skip
+        claim.execution,
+        "w1",
+        "lost",
+        "WORKER_LOST",
+    )
     told = dict(now.attributes or {})
     assert (told["perdure.execution"], told["perdure.outputs"], told["error.type"]) == (again.execution, 1, "UNKNOWN")
     (event,) = now.events

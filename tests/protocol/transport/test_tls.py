@@ -46,10 +46,27 @@ class Secured:
 def _authority(openssl: str, folder: Path, name: str) -> tuple[Path, Path]:
     key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
     _run(
-        openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-        "-subj", f"/CN={name}", "-addext", "basicConstraints=critical,CA:TRUE",
-        "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", str(key), "-out", str(certificate),
-    )  # fmt: skip
+        openssl,
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        f"/CN={name}",
+        "-addext",
+        "basicConstraints=critical,CA:TRUE",
+        "-addext",
+        "keyUsage=critical,keyCertSign,cRLSign",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    )
     return key, certificate
 
 
@@ -65,13 +82,38 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     _, stranger = _authority(openssl, folder, "stranger")
     (folder / "names").write_text("subjectAltName=DNS:localhost\n")
     _run(
-        openssl, "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost",
-        "-keyout", str(folder / "server.key"), "-out", str(folder / "server.csr"),
-    )  # fmt: skip
+        openssl,
+        "req",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        str(folder / "server.key"),
+        "-out",
+        str(folder / "server.csr"),
+    )
     _run(
-        openssl, "x509", "-req", "-in", str(folder / "server.csr"), "-CA", str(ca), "-CAkey", str(ca_key), "-days", "2",
-        "-CAcreateserial", "-extfile", str(folder / "names"), "-out", str(folder / "server.crt"),
-    )  # fmt: skip
+        openssl,
+        "x509",
+        "-req",
+        "-in",
+        str(folder / "server.csr"),
+        "-CA",
+        str(ca),
+        "-CAkey",
+        str(ca_key),
+        "-days",
+        "2",
+        "-CAcreateserial",
+        "-extfile",
+        str(folder / "names"),
+        "-out",
+        str(folder / "server.crt"),
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

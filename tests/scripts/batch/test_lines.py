@@ -277,10 +277,13 @@ RESULT = {
 
 def test_a_result_becomes_a_completion() -> None:
     assert bodies.answer(COMPLETIONS, "i1", "m", 7, RESULT) == {
-        "id": "cmpl-i1", "object": "text_completion", "created": 7, "model": "m",
+        "id": "cmpl-i1",
+        "object": "text_completion",
+        "created": 7,
+        "model": "m",
         "choices": [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-    }  # fmt: skip
+    }
 
 
 def test_several_answers_become_choices_of_a_chat() -> None:
@@ -288,9 +291,11 @@ def test_several_answers_become_choices_of_a_chat() -> None:
     body = bodies.answer(CHAT, "i1", "", 7, {"choices": choices, "usage": RESULT["usage"]})
     assert (body["object"], body["id"], body["model"]) == ("chat.completion", "chatcmpl-i1", bodies.GENERATE)
     assert body["choices"][1] == {
-        "index": 1, "message": {"role": "assistant", "content": "t1", "refusal": None}, "logprobs": None,
+        "index": 1,
+        "message": {"role": "assistant", "content": "t1", "refusal": None},
+        "logprobs": None,
         "finish_reason": "length",
-    }  # fmt: skip
+    }
 
 
 def test_logprobs_name_tokens_by_number() -> None:
@@ -299,9 +304,11 @@ def test_logprobs_name_tokens_by_number() -> None:
     result = {**RESULT, "logprobs": scores}
     (choice,) = bodies.answer(COMPLETIONS, "i1", "m", 7, result)["choices"]
     assert choice["logprobs"] == {
-        "text_offset": None, "tokens": ["token_id:4", "token_id:5"], "token_logprobs": [-0.5, -9999.0],
+        "text_offset": None,
+        "tokens": ["token_id:4", "token_id:5"],
+        "token_logprobs": [-0.5, -9999.0],
         "top_logprobs": [{"token_id:4": -0.5, "token_id:9": -2.0}, {}],
-    }  # fmt: skip
+    }
     (choice,) = bodies.answer(CHAT, "i1", "m", 7, result)["choices"]
     first, second = choice["logprobs"]["content"]
     assert first["top_logprobs"][1] == {"token": "token_id:9", "logprob": -2.0, "bytes": None}

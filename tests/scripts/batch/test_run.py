@@ -58,23 +58,32 @@ def test_answers_and_failures_have_the_shapes_of_openai(job: Job, pool: Lab) -> 
     code says it.
     """
     job.environment["PERDURE_MAX_RETRIES"] = "0"
-    job.write({
-        "good": ("lab_tasks.many", {"n": 2}), "bad": ("lab_tasks.refuse", {"n": 0}), "worse": ("lab_tasks.boom", {}),
-    })  # fmt: skip
+    job.write(
+        {
+            "good": ("lab_tasks.many", {"n": 2}),
+            "bad": ("lab_tasks.refuse", {"n": 0}),
+            "worse": ("lab_tasks.boom", {}),
+        }
+    )
     code, summary, _ = job.run()
     assert (code, summary["lines"], summary["answered"], summary["failed"]) == (1, 3, 1, 2)
     (good,) = job.read(job.out).values()
     identifier = good["response"]["request_id"]
     assert good == {
-        "id": f"batch_req_{identifier}", "custom_id": "good", "error": None,
+        "id": f"batch_req_{identifier}",
+        "custom_id": "good",
+        "error": None,
         "response": {"status_code": 200, "request_id": identifier, "body": {"counted": 2}},
-    }  # fmt: skip
+    }
     failed = job.read(job.errors)
     assert {name: row["response"]["status_code"] for name, row in failed.items()} == {"bad": 400, "worse": 500}
     assert failed["bad"]["error"] == {"code": "INVALID_REQUEST", "message": "n must be at least 1"}
     assert failed["worse"]["response"]["body"]["error"] == {
-        "message": failed["worse"]["error"]["message"], "type": "server_error", "param": None, "code": "ERROR",
-    }  # fmt: skip
+        "message": failed["worse"]["error"]["message"],
+        "type": "server_error",
+        "param": None,
+        "code": "ERROR",
+    }
     assert "boom" in failed["worse"]["error"]["message"]
     record = pool.record(failed["worse"]["response"]["request_id"])
     assert (record.status, record.queue) == ("failed", "gpu")
@@ -103,9 +112,11 @@ def test_one_bad_line_is_one_failure(job: Job) -> None:
     assert "4 bad lines in" in said
     rows = [json.loads(row) for row in job.errors.read_bytes().splitlines()]
     assert [(row["custom_id"], row["response"]["status_code"], row["error"]["code"]) for row in rows] == [
-        (None, 400, "INVALID_REQUEST"), ("b", 400, "INVALID_REQUEST"), (None, 400, "INVALID_REQUEST"),
         (None, 400, "INVALID_REQUEST"),
-    ]  # fmt: skip
+        ("b", 400, "INVALID_REQUEST"),
+        (None, 400, "INVALID_REQUEST"),
+        (None, 400, "INVALID_REQUEST"),
+    ]
     assert [row["error"]["message"].partition(":")[0] for row in rows] == ["line 4", "line 5", "line 6", "line 7"]
     whole = job.errors.read_bytes()
     for torn in (whole, whole[:-20], whole[: whole.index(b"\n") + 1], b""):
@@ -282,9 +293,15 @@ def test_a_queue_that_nobody_serves_is_told(redis_url: str, tmp_path: Path, monk
     try:
         with Source(str(job.source), tmp_path) as source, Ledger(job.out, job.errors, source.stat()) as ledger:
             run = Run(
-                session, source, check(source, Settings(), options), ledger, Listener(),
-                in_flight=10, patience=5.0, options=options,
-            )  # fmt: skip
+                session,
+                source,
+                check(source, Settings(), options),
+                ledger,
+                Listener(),
+                in_flight=10,
+                patience=5.0,
+                options=options,
+            )
             with pytest.raises(Enough, match="no worker serves the queue gpu-low"):
                 run.go()
     finally:
@@ -309,9 +326,15 @@ def test_an_input_that_changes_under_way_stops_the_run(redis_url: str, tmp_path:
                 job.source.write_bytes(content[: len(content) // 2] if not change else content + change)
                 with Ledger(job.out, job.errors, source.stat()) as ledger:
                     run = Run(
-                        session, source, checked, ledger, Screen(terminal=False),
-                        in_flight=10, patience=5.0, options=options,
-                    )  # fmt: skip
+                        session,
+                        source,
+                        checked,
+                        ledger,
+                        Screen(terminal=False),
+                        in_flight=10,
+                        patience=5.0,
+                        options=options,
+                    )
                     with pytest.raises(UsageError, match="was changed while it was being run"):
                         run.go()
     finally:

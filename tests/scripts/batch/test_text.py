@@ -96,9 +96,14 @@ def test_the_page_shows_what_happens(lab: Lab, tmp_path: Path) -> None:
     assert shown
     for command, printed in re.findall(r"^\$ perdure (.*)\n((?:(?!\$ ).*\n)*)", "".join(shown), re.MULTILINE):
         done = subprocess.run(
-            [PERDURE, *shlex.split(command)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-            timeout=2 * LONG, check=False,
-        )  # fmt: skip
+            [PERDURE, *shlex.split(command)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=2 * LONG,
+            check=False,
+        )
         assert done.returncode == (1 if "failed" in printed else 0), done.stderr
         assert without_figures(done.stdout) == without_figures(printed)
 

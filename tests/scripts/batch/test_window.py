@@ -12,9 +12,16 @@ from perdure.scripts.batch.window import LONGEST_PAUSE, MOST_LOSSES, Ticket, Win
 
 def request(identifier: str) -> NewRequest:
     return NewRequest(
-        id=identifier, nonce="", queue="gpu", task="a.b", payload=b"", max_retries=0, result_ttl=1, failure_ttl=1,
+        id=identifier,
+        nonce="",
+        queue="gpu",
+        task="a.b",
+        payload=b"",
+        max_retries=0,
+        result_ttl=1,
+        failure_ttl=1,
         description="",
-    )  # fmt: skip
+    )
 
 
 def window(size: int, lines: int) -> Window:

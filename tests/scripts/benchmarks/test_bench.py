@@ -39,9 +39,14 @@ def bench(folder: Path, *arguments: str, timeout: float = 280) -> dict[str, Any]
             *(sys.executable, "-P", "-m", "perdure.scripts.benchmarks", *arguments),
             *("--json", str(figures), "--svg-dir", str(folder / "svg"), "--folder", str(folder / "peers")),
         ],
-        cwd=folder, env={**os.environ, "TMPDIR": str(folder), "GOMP_SPINCOUNT": "1000"}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder), "GOMP_SPINCOUNT": "1000"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        check=False,
+    )
     text = done.stdout.decode(errors="replace")
     assert done.returncode == 0, text
     found: dict[str, Any] = json.loads(figures.read_text())
@@ -120,9 +125,11 @@ def test_tables_and_pictures_show_what_is_there() -> None:
 
 def test_leaving_ends_every_process_and_what_it_has_started(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM, and a child of its own."""
-    program = "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN); " \
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
-        "open(sys.argv[1], 'w').write(str(child.pid) + ' '); time.sleep(600)"  # fmt: skip
+    program = (
+        "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "open(sys.argv[1], 'w').write(str(child.pid) + ' '); time.sleep(600)"
+    )
     note = tmp_path / "pid"
     with contextlib.suppress(KeyboardInterrupt), Crew(tmp_path) as crew:
         child = crew.start([sys.executable, "-c", program, str(note)], "", "log")

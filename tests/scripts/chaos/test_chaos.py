@@ -133,10 +133,18 @@ def request(evidence: Evidence, name: str, task: str) -> None:
     seen.ends = [{"at": 20.0, "what": "end", "id": name, "status": "finished", "result": dict(result)}]
     evidence.seen[name] = seen
     evidence.stored[name] = Stored(
-        status="finished", execution="", attempt=0, last="e3:finished", kind="", reason="", entries=["1"],
-        registries=["finished"], outputs=outputs, result=result,
+        status="finished",
+        execution="",
+        attempt=0,
+        last="e3:finished",
+        kind="",
+        reason="",
+        entries=["1"],
+        registries=["finished"],
+        outputs=outputs,
+        result=result,
         history=[event("redelivered", "e1", 3), event("released", "e2", 5, "")],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

@@ -174,9 +174,12 @@ def test_a_taken_id_is_a_usage_error(perdure: Run, client: Client) -> None:
 def started(*arguments: str, url: str) -> subprocess.Popen[str]:
     """A command that runs while the test plays the worker."""
     return subprocess.Popen(
-        [PERDURE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [PERDURE, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PERDURE_REDIS_URL": url},
-    )  # fmt: skip
+    )
 
 
 def test_submit_streams_outputs_and_waits(redis_url: str, hands: Hands) -> None:
@@ -286,9 +289,17 @@ def test_show_says_what_was_asked_for_and_what_it_waits_for(
 ) -> None:
     """Dates with their distance on the server's clock; and no lines about what was not asked for."""
     handle = client.submit(
-        PATH, {"n": 9}, priority="low", idempotency_key="k", delay=3600, deadline=7200, queue_timeout=60,
-        step_timeout=2.5, degraded={"n": 1}, meta={"user": "ä", "night": [1, None]},
-    )  # fmt: skip
+        PATH,
+        {"n": 9},
+        priority="low",
+        idempotency_key="k",
+        delay=3600,
+        deadline=7200,
+        queue_timeout=60,
+        step_timeout=2.5,
+        degraded={"n": 1},
+        meta={"user": "ä", "night": [1, None]},
+    )
     facts = json.loads(perdure("show", handle.id, "--json").stdout)
     now = connection.time()[0]
     assert [facts["due"] - now, facts["deadline"] - now, facts["queue_deadline"] - now] == pytest.approx(

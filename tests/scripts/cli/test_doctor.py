@@ -59,9 +59,18 @@ def test_a_missing_task_is_judged_per_priority() -> None:
     one = {"worker": "one", "queues": ["gpu"], "ready": True, "dead_in": 3, "unfit": "", "unable": [lack], "stale": ""}
     other = one | {"worker": "other", "queues": ["gpu-low"], "unable": []}
     found = judge_pool(
-        workers=[one, other], stock={}, queues=[], overdue=[], pulse_age=0, unfit=[], mode="", states=0, room=None,
-        reap_interval=1, heartbeat=1,
-    )  # fmt: skip
+        workers=[one, other],
+        stock={},
+        queues=[],
+        overdue=[],
+        pulse_age=0,
+        unfit=[],
+        mode="",
+        states=0,
+        room=None,
+        reap_interval=1,
+        heartbeat=1,
+    )
     assert [item.level for item in found if "could not load" in item.what] == [Level.WARN]
 
 
@@ -134,10 +143,12 @@ def test_what_stands_nowhere_is_found_among_all_jobs(connection: redis.Redis) ->
     assert [(stray.id, stray.where) for stray in find(store, ["gpu"], stuck=0)] == [("between", "intermediate")]
     assert [(stray.id, stray.where) for stray in find_everywhere(store, ["gpu"])] == [("lost", "nowhere")]
     strays = [*find(store, ["gpu"], stuck=0), *find_everywhere(store, ["gpu"])]
-    assert take_back(store, [*strays, *(Stray(id=name, queue="gpu", where="nowhere") for name in ("runs",
-     "failed"))]) == [
-        "between", "lost",
-    ]  # fmt: skip
+    assert take_back(
+        store, [*strays, *(Stray(id=name, queue="gpu", where="nowhere") for name in ("runs", "failed"))]
+    ) == [
+        "between",
+        "lost",
+    ]
     assert pool.waiting() == ["lost", "between", "waits"]
     assert connection.llen(f"{key('queue', 'gpu')}:intermediate") == 0
 
@@ -212,9 +223,17 @@ WELL: dict[str, Any] = {
 LACKS = [{"task": "app.t", "kind": "broken", "seconds": 3.0, "reason": "no weights"}]
 
 QUEUE = QueueFacts(
-    name="gpu", waiting=3, suspects=0, due_later=0, running=0, failed=0, finished=0, workers=1, oldest=1.0,
+    name="gpu",
+    waiting=3,
+    suspects=0,
+    due_later=0,
+    running=0,
+    failed=0,
+    finished=0,
+    workers=1,
+    oldest=1.0,
     counters={"submitted": 3},
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,13 @@ def test_a_pool_s_numbers_are_those_in_redis(pool: Pool):
     gpu = ("gpu",)
     assert page["perdure_requests_submitted_total"] == {gpu: 5, ("gpu-low",): 1}
     assert page["perdure_requests_finished_total"] == {
-        ("gpu", "finished"): 1, ("gpu", "failed"): 1, ("gpu", "canceled"): 0,
-        ("gpu-low", "finished"): 0, ("gpu-low", "failed"): 0, ("gpu-low", "canceled"): 0,
-    }  # fmt: skip
+        ("gpu", "finished"): 1,
+        ("gpu", "failed"): 1,
+        ("gpu", "canceled"): 0,
+        ("gpu-low", "finished"): 0,
+        ("gpu-low", "failed"): 0,
+        ("gpu-low", "canceled"): 0,
+    }
     assert page["perdure_requests_running"][gpu] == 1
     waiting = page["perdure_requests_waiting"]
     assert waiting["gpu-low", "low"] == 1

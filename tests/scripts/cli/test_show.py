@@ -43,8 +43,11 @@ def test_a_killed_request_shows_who_had_it_when(lab: Lab, tmp_path: Path) -> Non
     told: dict[str, Any] = json.loads(call("show", one, "--json", **url).stdout)
     lost, done = told["timeline"]
     assert (lost["worker"], lost["outcome"], lost["kind"], lost["lost"]) == (
-        "worker-0", "redelivered", "WORKER_LOST", True,
-    )  # fmt: skip
+        "worker-0",
+        "redelivered",
+        "WORKER_LOST",
+        True,
+    )
     assert lost["began"] < lost["stored"] <= lost["ended"] <= done["began"] + 0.001
     assert lost["seq"] >= 1
     assert lost["offset"] >= 5
@@ -134,8 +137,11 @@ def test_a_request_that_waits_is_drawn_as_waiting() -> None:
     turns = executions_of(runs, [event(5, "redelivered", kind="HANG", began=2.0)], offset=0, point=None, now=30.0)
     chart = chart_of(runs, turns, now=30.0)
     assert [(bar.lane, bar.begin, bar.end) for bar in chart.bars] == [
-        ("waiting", 1.0, 2.0), ("w1", 2.0, 5), ("waiting", 5, 10.0), ("w2", 10.0, 30.0),
-    ]  # fmt: skip
+        ("waiting", 1.0, 2.0),
+        ("w1", 2.0, 5),
+        ("waiting", 5, 10.0),
+        ("w2", 10.0, 30.0),
+    ]
     assert [(cross.at, cross.lane, cross.text) for cross in chart.crosses] == [(5, "w1", "HANG")]
     assert len(chart.links) == 1
 

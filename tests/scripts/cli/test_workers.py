@@ -73,9 +73,25 @@ def test_workers_are_listed_with_what_became_of_devices(connection: redis.Redis)
     told = json.loads(call("workers", "--json", PERDURE_REDIS_URL=_url(connection)).stdout)
     assert set(told) == {"items", "unfit_devices"}
     assert set(told["items"][0]) == {
-        "name", "incarnation", "host", "pid", "device", "ready", "leaving", "queues", "beat_age", "dead_in", "held",
-        "slots", "task", "unfit", "unable", "health", "model", "stale",
-    }  # fmt: skip
+        "name",
+        "incarnation",
+        "host",
+        "pid",
+        "device",
+        "ready",
+        "leaving",
+        "queues",
+        "beat_age",
+        "dead_in",
+        "held",
+        "slots",
+        "task",
+        "unfit",
+        "unable",
+        "health",
+        "model",
+        "stale",
+    }
     assert told["items"][1]["health"] == "http://127.0.0.1:9100"
     assert told["items"][1]["unfit"] is None
     assert all(0 <= item["beat_age"] < 60 for item in told["items"])

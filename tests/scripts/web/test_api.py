@@ -223,12 +223,14 @@ def test_only_the_token_requeues(site: Site, pool: Pool):
     fail(pool, "a", "b")
     items = [{"id": "a", "queue": "gpu"}, {"id": "b", "queue": "gpu"}]
     for answer in (
-        site.requeue(*items, token="wrong"), site.requeue(*items, token=""), site.requeue(*items, token=TOKEN + "x"),
+        site.requeue(*items, token="wrong"),
+        site.requeue(*items, token=""),
+        site.requeue(*items, token=TOKEN + "x"),
         site.ask("/api/requeue", "POST", {"items": items}),
         site.ask(f"/api/requeue?token={TOKEN}", "POST", {"items": items}),
         site.ask("/api/requeue", "POST", f"token={TOKEN}".encode(), Cookie=f"token={TOKEN}"),
         site.ask("/api/token", "POST", Authorization=f"Basic {TOKEN}"),
-    ):  # fmt: skip
+    ):
         assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert pool.waiting() == []
     assert site.ask("/api/token", "POST", Authorization=f"Bearer {TOKEN}").status == 204

@@ -63,8 +63,11 @@ def test_many_viewers_cost_as_much_as_one():
 
 def test_a_pool_that_cannot_be_seen_is_a_frame_too():
     """It says since when; an error that nobody has foreseen ends no stream."""
-    answers: list[Any] = [RedisUnavailable("gone"), ArithmeticError("a bug"),
-     {"at": 1.0, "queues": [], "server": {"memory": {"used": 1}}}]  # fmt: skip
+    answers: list[Any] = [
+        RedisUnavailable("gone"),
+        ArithmeticError("a bug"),
+        {"at": 1.0, "queues": [], "server": {"memory": {"used": 1}}},
+    ]
 
     def look() -> dict[str, Any]:
         answer = answers[0] if len(answers) == 1 else answers.pop(0)
@@ -128,8 +131,9 @@ def test_it_outlives_redis_and_ends_when_it_is_told_to(server_binary: Path, tmp_
             assert "Traceback" not in site.process.log
 
 
-def test_what_it_cannot_begin_with_is_one_line(redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
- monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+def test_what_it_cannot_begin_with_is_one_line(
+    redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """A port that is taken, a token that is too short or cannot be read: exit code 2, and no token is printed."""
     short = tmp_path / "short"
     short.write_text("s3cret\n")

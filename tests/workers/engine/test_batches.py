@@ -287,8 +287,10 @@ def test_a_worker_serves_the_priorities_of_its_queue_in_order(lab: Lab) -> None:
     lab.worker("--burst", "--max-jobs", "3").end()
     records = [lab.check(name, 1) for name in names]
     assert [record.queue for record in sorted(records, key=lambda record: record.started_at)] == [
-        "gpu-high", "gpu", "gpu-low",
-    ]  # fmt: skip
+        "gpu-high",
+        "gpu",
+        "gpu-low",
+    ]
     worker = lab.worker()
     assert lab.ready(worker.name)["queues"] == ["gpu"]  # type: ignore[index]
     for queue in ("gpu-high", "gpu", "gpu-low"):

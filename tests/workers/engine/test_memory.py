@@ -112,10 +112,15 @@ def test_exact_text_is_the_same_after_a_smaller_batch(connection: redis.Redis) -
     """Occupancy changes, shapes do not: byte for byte what each gives alone, also what the failed pass had computed."""
     settings = Settings(model="tiny", device="cpu", threads=1, slots=8)
     payloads = {
-        f"t{number}": {"prompt": "What outlives its process? " * (1 + number % 3), "max_tokens": 14 + number,
-                       "temperature": 1.0, "seed": number, "n": 1 + number % 2}
+        f"t{number}": {
+            "prompt": "What outlives its process? " * (1 + number % 3),
+            "max_tokens": 14 + number,
+            "temperature": 1.0,
+            "seed": number,
+            "n": 1 + number % 2,
+        }
         for number in range(6)
-    }  # fmt: skip
+    }
 
     class Small(Generate):
         """A device with room for three requests, once they have begun to answer."""

@@ -32,10 +32,7 @@ def test_what_is_no_exception_ends_one_request(lab: Lab, task: str, where: str) 
     worker that lives.
     """
     worker = lab.worker()
-    bad = {
-        what: lab.submit(f"raise_tasks.{task}", {"where": where, "what": what}, max_retries=0)
-        for what in NAMES
-    }  # fmt: skip
+    bad = {what: lab.submit(f"raise_tasks.{task}", {"where": where, "what": what}, max_retries=0) for what in NAMES}
     well = lab.submit(f"raise_tasks.{task}", {})
     for what, name in bad.items():
         record = lab.ended(name)

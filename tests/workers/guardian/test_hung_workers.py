@@ -50,8 +50,11 @@ def test_who_keeps_the_interpreters_lock_ends_its_worker(lab: Lab, how: str) -> 
     assert (record.attempt, lab.connection.hget(key("job", one), "crashes_total")) == (0, b"1")
     shown = subprocess.run(
         [Path(sys.executable).with_name("perdure"), "show", one, "--url", lab.url],
-        capture_output=True, text=True, timeout=60, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
     assert f"stacks of {worker.name} at its end:" in shown
     assert "in hold_the_interpreter" in shown
     assert how == "native" or "in hold_it_elsewhere" in shown

@@ -103,9 +103,11 @@ def test_a_stop_while_a_model_loads(lab: Lab) -> None:
 def test_a_stop_while_the_first_tasks_load(lab: Lab) -> None:
     """SIGTERM while PERDURE_TASKS are loaded: nothing is held, so nothing is waited for."""
     worker = lab.worker(
-        wait=False, tasks=("lab_tasks.model",), drain_timeout=600,
+        wait=False,
+        tasks=("lab_tasks.model",),
+        drain_timeout=600,
         environment={"LAB_LOAD": "600", "LAB_FOLDER": str(lab.folder)},
-    )  # fmt: skip
+    )
     eventually((lab.folder / "loading").exists)
     lab.seen.update(worker.children())
     worker.send(signal.SIGTERM)

@@ -32,8 +32,13 @@ def test_it_says_what_systemd_documents(systemd: socket.socket) -> None:
     notifier.ready()
     notifier.stopping()
     assert heard(systemd) == [
-        "STATUS=loading", "STATUS=up READY=1", "WATCHDOG=1", "WATCHDOG=1", "READY=1", "STOPPING=1",
-    ]  # fmt: skip
+        "STATUS=loading",
+        "STATUS=up READY=1",
+        "WATCHDOG=1",
+        "WATCHDOG=1",
+        "READY=1",
+        "STOPPING=1",
+    ]
 
 
 def test_a_name_in_no_folder() -> None:

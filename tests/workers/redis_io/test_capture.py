@@ -34,8 +34,21 @@ def bench(connection: redis.Redis) -> Bench:
 
 
 def new() -> Holding:
-    claim = Claim(id="a", execution="e", queue="gpu", plain=False, task=TASK, payload=b"", attempt=1, seq=0, offset=0,
-                  epoch=0, fingerprint="", client="", timeout=-1)  # fmt: skip
+    claim = Claim(
+        id="a",
+        execution="e",
+        queue="gpu",
+        plain=False,
+        task=TASK,
+        payload=b"",
+        attempt=1,
+        seq=0,
+        offset=0,
+        epoch=0,
+        fingerprint="",
+        client="",
+        timeout=-1,
+    )
     return Holding.of(claim)
 
 
@@ -189,8 +202,9 @@ def test_outputs_without_their_state_are_computed_again(
         assert held.behind_since is not None
         held.behind_since -= 1000
     output = b"x" * (module.STUCK_BYTES - 100) if how == "bytes" else 5
-    last = [Step(output=output, request_id="a", durable=how == "durable")] + [Step(output=b"y" * 200,
-     request_id="a")] * (how == "bytes")  # fmt: skip
+    last = [Step(output=output, request_id="a", durable=how == "durable")] + [
+        Step(output=b"y" * 200, request_id="a")
+    ] * (how == "bytes")
     execution = held.claim.execution
     assert bench.holdings.offer(last, {"a": execution}) == ["a"]
     bench.round()

@@ -464,9 +464,18 @@ def test_a_guardian_leaves_with_its_verdict(connection: redis.Redis, verdict: Gu
     near, far = os.pipe()
     try:
         guardian = Guardian(
-            store=pool.store, settings=pool.store.settings, incarnation=hand.incarnation, worker="w1", queues=["gpu"],
-            pid=os.getpid(), host="here", device="", fingerprints=[], ready=True, pipe=near,
-        )  # fmt: skip
+            store=pool.store,
+            settings=pool.store.settings,
+            incarnation=hand.incarnation,
+            worker="w1",
+            queues=["gpu"],
+            pid=os.getpid(),
+            host="here",
+            device="",
+            fingerprints=[],
+            ready=True,
+            pipe=near,
+        )
         assert guardian.run() == verdict.value
     finally:
         os.close(near)

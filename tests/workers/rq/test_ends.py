@@ -80,9 +80,12 @@ def test_a_lost_plain_job_with_retries_goes_on_to_repeat(lab: Lab) -> None:
     """``Retry`` runs it again, the failure callback hears of the loss, and ``Repeat`` is not forgotten by it."""
     worker = lab.worker()
     job = Queue("gpu", connection=lab.connection).enqueue(
-        "lab_tasks.second_time", str(lab.folder), retry=Retry(max=1), repeat=Repeat(times=1),
+        "lab_tasks.second_time",
+        str(lab.folder),
+        retry=Retry(max=1),
+        repeat=Repeat(times=1),
         on_failure=Callback("lab_tasks.failed"),
-    )  # fmt: skip
+    )
     eventually((lab.folder / "first").exists)
     worker.kill()
     lab.worker()
@@ -165,9 +168,14 @@ def test_what_rq_tells_of_a_requests_end(lab: Lab) -> None:
     with receiving() as receiver:
         options: dict[str, Any] = {"rate_limit": ONE, "webhooks": receiver.hooks()}
         good = queue.enqueue(
-            "lab_tasks.count", n=3, on_success=Callback("lab_tasks.succeeded"), description="three", meta={"who": "me"},
-            result_ttl=100, **options,
-        )  # fmt: skip
+            "lab_tasks.count",
+            n=3,
+            on_success=Callback("lab_tasks.succeeded"),
+            description="three",
+            meta={"who": "me"},
+            result_ttl=100,
+            **options,
+        )
         bad = queue.enqueue("lab_tasks.refuse", n=0, on_failure=Callback("lab_tasks.failed"), **options)
         chained = queue.enqueue("lab_tasks.count", n=2, depends_on=good)
         last = queue.enqueue("lab_tasks.double", 4, depends_on=[chained, Dependency(bad, allow_failure=True)])

@@ -44,8 +44,9 @@ def test_a_queue_of_any_name_is_served(lab: Lab) -> None:
     with Client(lab.url, settings=Settings()) as client:
         handles = [
             client.submit("lab_tasks.count", {"n": 2}, queue=name, priority=priority)
-            for name in NAMES for priority in ("normal", "low")
-        ]  # fmt: skip
+            for name in NAMES
+            for priority in ("normal", "low")
+        ]
         jobs = [Queue(name, connection=lab.connection).enqueue("lab_tasks.double", 4) for name in NAMES]
         assert [handle.result(timeout=60) for handle in handles] == [{"counted": 2}] * len(handles)
         eventually(lambda: [job.return_value() for job in jobs] == [8] * len(NAMES))
@@ -79,8 +80,10 @@ def test_a_queue_of_any_name_is_served(lab: Lab) -> None:
 @pytest.mark.parametrize("kind", ["job", "queue", "both"])
 def test_a_class_with_a_prefix_of_its_own_is_honoured(lab: Lab, kind: str) -> None:
     job_class, queue_class = PrefixJob if kind != "queue" else Job, PrefixQueue if kind != "job" else Queue
-    arguments = [*(["-j", "prefix_classes.PrefixJob"] if kind != "queue" else []),
-                 *(["--queue-class", "prefix_classes.PrefixQueue"] if kind != "job" else [])]  # fmt: skip
+    arguments = [
+        *(["-j", "prefix_classes.PrefixJob"] if kind != "queue" else []),
+        *(["--queue-class", "prefix_classes.PrefixQueue"] if kind != "job" else []),
+    ]
     queue = queue_class("gpu", connection=lab.connection, job_class=job_class)
     job = queue.enqueue("lab_tasks.double", 4)
     worker = lab.worker("--burst", *arguments)

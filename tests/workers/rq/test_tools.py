@@ -64,9 +64,13 @@ def served(command: list[str], folder: Path, port: int) -> Iterator[Pages]:
     log = folder / "pages.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        )
     pages = Pages(f"http://127.0.0.1:{port}")
     try:
         eventually(lambda: pages.answers() or process.poll() is not None)

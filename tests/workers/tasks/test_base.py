@@ -145,10 +145,14 @@ def test_what_no_worker_can_import_has_no_path() -> None:
     main = Task(delegating.function)
     main.__module__ = "__main__"
     for item, reason in [
-        (plain, "is not a task"), (BatchTask, "is not a task"), (42, "is not a task"), (local(), "top level"),
-        (Batch(), "no module-level name"), (main, "top level"),
+        (plain, "is not a task"),
+        (BatchTask, "is not a task"),
+        (42, "is not a task"),
+        (local(), "top level"),
+        (Batch(), "no module-level name"),
+        (main, "top level"),
         (Holder.method, r"Holder\.method is a method.* top level"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UnknownTask, match=reason):
             path_of(item)
 
