@@ -17,6 +17,7 @@ import redis
 from perdure.protocol import scripts, store
 from perdure.protocol.keys import key
 from perdure.protocol.scripts import Script
+from perdure.protocol.transitions import sweeps
 
 CLOCK = "test:clock"
 """Holds the time that the scripts see, in ms since 1970."""
@@ -87,7 +88,8 @@ def pretended_clock(changes: Mapping[str, Change] | None = None) -> Iterator[Non
         return script
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "load", load)
+        for module in (store, sweeps):
+            patch.setattr(module, "load", load)
         yield
 
 
