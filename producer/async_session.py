@@ -23,7 +23,7 @@ from ..protocol.records import RequestRecord
 from ..protocol.store import Store
 from ..protocol.transport.patience import pause
 from .lanes import LANES
-from .reading.replies import DEAF_POLL, Replies, Watch
+from .reading.replies import DEAF_POLL, Replies, ReplyWatch
 from .session import CLOSED, Session, Waiting
 
 Answer = TypeVar("Answer")
@@ -35,7 +35,7 @@ TICK: Final = 0.1
 """Seconds between the moments at which waits end that no hint has ended."""
 
 
-class LoopWatch(Watch):
+class LoopWatch(ReplyWatch):
     """A watch whose waiter is a task. Woken by other threads, awaited on its loop only."""
 
     def __init__(
@@ -56,7 +56,7 @@ class LoopWatch(Watch):
         self._future: asyncio.Future[None] | None = None
 
     async def hint(self, seconds: float) -> None:
-        """:meth:`Watch.wait` for a task."""
+        """:meth:`ReplyWatch.wait` for a task."""
         if not self._rung:
             self._future = self._loop.create_future()
             timer = self._loop.call_at(self._when(seconds), self._expire)

@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..protocol.reading.mode import Count, Mode, Tally
+from ..protocol.reading.mode import Count, Mode, ModeTally
 from ..protocol.settings import Settings
 from ..protocol.transitions.sweeps import Sweeps
 
@@ -35,7 +35,7 @@ HOLD: Final = 10_000
 """Ms, besides two heartbeat timeouts, that a pool stays degraded when nobody decides any more."""
 
 
-def judge(count: Count, *, capacity: int, timeout: int) -> Tally:
+def judge(count: Count, *, capacity: int, timeout: int) -> ModeTally:
     """The mode that follows from a count. ``capacity`` workers are expected (0: the recent maximum).
 
     ``timeout``: the heartbeat timeout in ms. It is also how long a number of workers must last before it counts as a
@@ -50,7 +50,7 @@ def judge(count: Count, *, capacity: int, timeout: int) -> Tally:
     return _hold(tally, now, timeout) if tally.degraded else replace(tally, until=0)
 
 
-def _decide(tally: Tally, now: int, dwell: int) -> Tally:
+def _decide(tally: ModeTally, now: int, dwell: int) -> ModeTally:
     if not tally.degraded:
         if not tally.seen or tally.live >= ENTER * tally.expected:
             return tally
@@ -65,13 +65,13 @@ def _decide(tally: Tally, now: int, dwell: int) -> Tally:
     return replace(tally, degraded=False, since=now, recovering=0)
 
 
-def _hold(tally: Tally, now: int, timeout: int) -> Tally:
+def _hold(tally: ModeTally, now: int, timeout: int) -> ModeTally:
     """Put off the moment at which it ends by itself; not at every count, or each would have to be written."""
     until = now + HOLD + 2 * timeout
     return replace(tally, until=until) if until - tally.until >= HOLD // 4 else tally
 
 
-def _remember(tally: Tally, count: Count, capacity: int, timeout: int) -> Tally:
+def _remember(tally: ModeTally, count: Count, capacity: int, timeout: int) -> ModeTally:
     """Enter a count, and what is expected by now."""
     now, live = count.now, count.live
     current = now // SPAN
@@ -121,7 +121,7 @@ class Degradation:
             log.warning("%s: %s again", self.name, _shown(tally))
 
 
-def _shown(tally: Tally) -> Mode:
+def _shown(tally: ModeTally) -> Mode:
     since = tally.since / 1000 if tally.degraded else None
     recovering = tally.degraded and tally.recovering > 0
     return Mode(

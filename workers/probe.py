@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .health.state import State
+from .health.state import CheckState
 
 SIZE: Final = 1024
 """Rows and columns of the matrices."""
@@ -46,7 +46,7 @@ _BUSY: Final = 46
 class Verdict:
     """What a probe found. ``unknown``: the device may be well (it is full or taken, or torch could not be loaded)."""
 
-    state: State
+    state: CheckState
     reason: str
     seconds: float
     """From the start of its process."""
@@ -75,7 +75,7 @@ def probe(
     return Verdict(state, reason, time.monotonic() - began)
 
 
-def _hear(process: subprocess.Popen[bytes], deadline: float, on_device: float) -> tuple[State, str]:
+def _hear(process: subprocess.Popen[bytes], deadline: float, on_device: float) -> tuple[CheckState, str]:
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     text, touched = b"", False
@@ -83,19 +83,19 @@ def _hear(process: subprocess.Popen[bytes], deadline: float, on_device: float) -
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([pipe], [], [], left)[0]:
             if touched:
-                return State.FAIL, "the device did not answer in time; the probe was killed"
-            return State.UNKNOWN, "torch was not loaded in time; the probe was killed"
+                return CheckState.FAIL, "the device did not answer in time; the probe was killed"
+            return CheckState.UNKNOWN, "torch was not loaded in time; the probe was killed"
         data = os.read(pipe, 65536)
         text += data
         for line in text.splitlines():
             message = _message(line)
             if "state" in message:
-                return State(message["state"]), str(message["reason"])
+                return CheckState(message["state"]), str(message["reason"])
             if "stage" in message and not touched:
                 touched = True
                 deadline = min(deadline, time.monotonic() + on_device)
         if not data:
-            return (State.FAIL if touched else State.UNKNOWN), f"the probe ended with status {process.wait()}"
+            return (CheckState.FAIL if touched else CheckState.UNKNOWN), f"the probe ended with status {process.wait()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -138,7 +138,7 @@ def answer() -> list[list[int]]:
     return [[sum(left(i, k) * right(k, j) for k in range(SIZE)) for j in range(7)] for i in range(5)]
 
 
-def compute(name: str) -> tuple[State, str]:
+def compute(name: str) -> tuple[CheckState, str]:
     """Compute and compare on a device. Imports torch."""
     import torch
 
@@ -149,22 +149,22 @@ def compute(name: str) -> tuple[State, str]:
         device = torch.device(name)
         if device.type == "cuda":
             if not torch.backends.cuda.is_built():
-                return State.UNKNOWN, f"this torch is built without CUDA; {name} was not looked at"
+                return CheckState.UNKNOWN, f"this torch is built without CUDA; {name} was not looked at"
             if not torch.cuda.is_available():
-                return State.FAIL, f"torch finds no usable GPU for {name}"
+                return CheckState.FAIL, f"torch finds no usable GPU for {name}"
             if torch.cuda.mem_get_info(device)[0] < ROOM:
                 # Libraries that find no room for themselves raise what looks like a fault.
-                return State.UNKNOWN, f"{name} has no memory left: it may be well, and is full"
+                return CheckState.UNKNOWN, f"{name} has no memory left: it may be well, and is full"
         wrong = _wrong_elements(torch, device)
     except Exception as error:
         if classify(error) is FailureKind.GPU_OOM:
-            return State.UNKNOWN, f"{name} has no memory left: it may be well, and is full"
+            return CheckState.UNKNOWN, f"{name} has no memory left: it may be well, and is full"
         if getattr(error, "error_code", None) == _BUSY:
-            return State.UNKNOWN, f"{name} is taken by another process"
-        return State.FAIL, f"{name}: {describe(error)}"
+            return CheckState.UNKNOWN, f"{name} is taken by another process"
+        return CheckState.FAIL, f"{name}: {describe(error)}"
     if wrong:
-        return State.FAIL, f"{name} computed {wrong} of {ROUNDS * SIZE * SIZE} elements wrong"
-    return State.OK, f"{name} computed {ROUNDS} known products"
+        return CheckState.FAIL, f"{name} computed {wrong} of {ROUNDS * SIZE * SIZE} elements wrong"
+    return CheckState.OK, f"{name} computed {ROUNDS} known products"
 
 
 def _wrong_elements(torch: Any, device: Any) -> int:
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
     print(json.dumps({"stage": "device"}), flush=True)  # noqa: T201
     state, reason = compute(arguments[0])
     print(json.dumps({"state": state, "reason": reason}), flush=True)  # noqa: T201
-    os._exit(0 if state is State.OK else 1)  # the end of a process that holds a broken device may hang
+    os._exit(0 if state is CheckState.OK else 1)  # the end of a process that holds a broken device may hang
 
 
 if __name__ == "__main__":

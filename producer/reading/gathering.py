@@ -19,7 +19,7 @@ from ...protocol.errors import PerdureError, RedisUnavailable, UsageError
 from ...protocol.records import RequestRecord
 from ...protocol.store import Store
 from .questions import RESULT_SILENCE
-from .replies import DEAF_POLL, Replies, Watch
+from .replies import DEAF_POLL, Replies, ReplyWatch
 
 Answer = TypeVar("Answer")
 
@@ -114,7 +114,7 @@ class Gathering:
             self._session.replies.forget(interest)
 
 
-class Interest(Watch):
+class Interest(ReplyWatch):
     """One request of a gathering."""
 
     def __init__(self, gathering: Gathering, replies: Replies, identifier: str, channel: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgpack
 
 from ...protocol.errors import OutputsLost, OutputsRestarted, PerdureError
-from ...protocol.reading.output_log import Page, Place
+from ...protocol.reading.output_log import LogPage, LogPlace
 
 _DIGEST: Final = 16
 """Bytes kept of every output that was read, to compare it when it comes again."""
@@ -36,14 +36,14 @@ class OutputReader:
         self._epoch = -1
         self._position = 0
         self._digests = bytearray()
-        self._place = Place()
+        self._place = LogPlace()
         self._known: int | None = None
         """The epoch of what Redis has lost, until one of a later epoch shows that the request began again since."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> LogPlace:
         """Where in the log to read the next page."""
-        return self._place if self._place.entry == self.entry else Place(self.entry)
+        return self._place if self._place.entry == self.entry else LogPlace(self.entry)
 
     @property
     def count(self) -> int:
@@ -69,7 +69,7 @@ class OutputReader:
         self._epoch = epoch
         return True
 
-    def take(self, page: Page) -> list[Any]:
+    def take(self, page: LogPage) -> list[Any]:
         """:meth:`feed` for a page that was read at :attr:`place`; of a lost one nothing is new, and all is read again."""
         if page.lost:
             self._lose()
@@ -80,7 +80,7 @@ class OutputReader:
         return fresh
 
     def _begin(self, epoch: int) -> None:
-        self._epoch, self.entry, self._position, self._place = epoch, 0, 0, Place()
+        self._epoch, self.entry, self._position, self._place = epoch, 0, 0, LogPlace()
 
     def _lose(self) -> None:
         """What was read is not what the log has: read it from its beginning, and compare."""
@@ -142,4 +142,4 @@ class OutputReader:
             raise (OutputsRestarted if self._known is None else OutputsLost)(self._id, self.count)
         self._digests.clear()
         self._start = self._position = self.entry = 0
-        self._place = Place()
+        self._place = LogPlace()

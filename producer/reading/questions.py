@@ -17,14 +17,14 @@ from typing import Any, Final
 import redis
 
 from ...protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
-from ...protocol.reading.output_log import Page, Place
+from ...protocol.reading.output_log import LogPage, LogPlace
 from ...protocol.records import Checkpoint, Details, Event, FailureKind, RequestRecord
 from ...protocol.settings import Settings
 from ...protocol.states import State
 from ...protocol.store import Store
 from ..arguments import DEFAULT, Default, waited
 from .outputs import OutputReader
-from .replies import Watch
+from .replies import ReplyWatch
 from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep
 from .timeline import complete
 
@@ -122,7 +122,7 @@ def outputs(identifier: str) -> Question[list[Any]]:
     found: list[Any] = []
     while True:
         place = reader.place
-        page: Page = yield Call(_page(identifier, place))
+        page: LogPage = yield Call(_page(identifier, place))
         found += reader.take(page)
         if reader.entry < place.entry or page.lost:  # it began again while we read, so do we
             reader, found = OutputReader(identifier, restarts=True), []
@@ -142,7 +142,7 @@ def ended(identifier: str, limit: Limit, ahead: Ahead | None = None) -> Question
     """Wait until it has ended. Raises ``TimeoutError`` after ``limit``. ``ahead`` as in :class:`Fetch`."""
     began = time.monotonic()
     # Who listens for its own requests already need not ask first whom to listen to.
-    own: Watch | None = yield Hear(identifier)
+    own: ReplyWatch | None = yield Hear(identifier)
     with own or nullcontext():
         if own is not None:
             own.look = False
@@ -152,14 +152,14 @@ def ended(identifier: str, limit: Limit, ahead: Ahead | None = None) -> Question
         seconds = limit.of(record)
         if own is not None and own.channel == record.client:
             return (yield from _end_of(record, own, began + seconds, seconds, ahead))
-    watch: Watch = yield Join(identifier, record.client)
+    watch: ReplyWatch = yield Join(identifier, record.client)
     with watch:
         watch.look = True
         return (yield from _end_of(record, watch, began + seconds, seconds, ahead))
 
 
 def _end_of(
-    record: RequestRecord, watch: Watch, deadline: float, seconds: float, ahead: Ahead | None
+    record: RequestRecord, watch: ReplyWatch, deadline: float, seconds: float, ahead: Ahead | None
 ) -> Question[RequestRecord]:
     """Wait for hints of an end and look; of new outputs nothing is asked."""
     overdue = Overdue(RESULT_SILENCE)
@@ -231,7 +231,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     deadline = began + limit
     reader.notice(record.epoch)
     overdue = Overdue(STREAM_SILENCE)
-    watch: Watch = yield Join(identifier, record.client, outputs=True)
+    watch: ReplyWatch = yield Join(identifier, record.client, outputs=True)
     with watch:
         while True:
             asked = time.monotonic()
@@ -298,7 +298,7 @@ def _drain(
     """Give what the log has and the reader has not; returns whether there was anything. ``check`` as for a page."""
     moved = False
     while True:
-        page: Page = yield Call(_page(identifier, reader.place, check=check), deadline)
+        page: LogPage = yield Call(_page(identifier, reader.place, check=check), deadline)
         for output in reader.take(page):
             moved = True
             yield Give(output)
@@ -320,7 +320,7 @@ def _close(reader: OutputReader, identifier: str, limit: float, deadline: float,
     return reader.complete()
 
 
-def _sleep(watch: Watch, silence: float, deadline: float) -> Question[bool]:
+def _sleep(watch: ReplyWatch, silence: float, deadline: float) -> Question[bool]:
     """Wait for a hint; False if the deadline has passed already."""
     left = deadline - time.monotonic()
     if left <= 0:
@@ -329,7 +329,7 @@ def _sleep(watch: Watch, silence: float, deadline: float) -> Question[bool]:
     return True
 
 
-def _page(identifier: str, place: Place, *, check: bool = False) -> Callable[[Store], Page]:
+def _page(identifier: str, place: LogPlace, *, check: bool = False) -> Callable[[Store], LogPage]:
     return partial(Store.output_page, identifier=identifier, place=place, check=check)
 
 

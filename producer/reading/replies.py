@@ -41,7 +41,7 @@ DEAF_POLL: Final = 0.5
 _WAKE = b"wake"
 
 
-class Watch:
+class ReplyWatch:
     """One waiter's interest in one request. A context manager: the interest ends with the block."""
 
     def __init__(self, replies: Replies, identifier: str, channel: str, *, outputs: bool = False) -> None:
@@ -111,20 +111,20 @@ class Replies:
         """Begin anew, also in a forked child: the listener stayed in the parent, perhaps with a lock held."""
         self._changed = threading.Condition()
         # Weak: an interest whose waiter an exception has ended between two instructions ends by itself.
-        self._watches: dict[str, weakref.WeakSet[Watch]] = {}
-        self._wanted: dict[str, weakref.WeakSet[Watch]] = {}
+        self._watches: dict[str, weakref.WeakSet[ReplyWatch]] = {}
+        self._wanted: dict[str, weakref.WeakSet[ReplyWatch]] = {}
         self._renewed = False
         self._heard: set[str] = set()
         self._deaf = False
         self._idle_since = self._tidied = time.monotonic()
         self._thread: threading.Thread | None = None
 
-    def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> Watch:
+    def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> ReplyWatch:
         """Hear of a request whose producer is ``channel``; returns once subscribed, or when that takes too long.
 
-        Read the keys after this: what happened before it is not told. ``outputs`` as for :class:`Watch`.
+        Read the keys after this: what happened before it is not told. ``outputs`` as for :class:`ReplyWatch`.
         """
-        watch = Watch(self, identifier, channel, outputs=outputs)
+        watch = ReplyWatch(self, identifier, channel, outputs=outputs)
         try:
             if self.register(watch):
                 self.tell()
@@ -136,18 +136,18 @@ class Replies:
             raise
         return watch
 
-    def hear(self, identifier: str) -> Watch | None:
+    def hear(self, identifier: str) -> ReplyWatch | None:
         """:meth:`watch` on the client's own channel; ``None`` if that is not listened to yet."""
         if not self.hears(self.own):
             return None
-        watch = Watch(self, identifier, self.own)
+        watch = ReplyWatch(self, identifier, self.own)
         self.register(watch)
         return watch
 
-    def register(self, watch: Watch) -> bool:
+    def register(self, watch: ReplyWatch) -> bool:
         """Take up an interest without waiting for anything; if it returns True, :meth:`tell` has to be called.
 
-        Once subscribed, :meth:`Watch.subscribed` is called, unless it is heard already: read the keys then.
+        Once subscribed, :meth:`ReplyWatch.subscribed` is called, unless it is heard already: read the keys then.
         """
         if not watch.channels:
             return False  # put there by somebody who listens to nothing
@@ -165,7 +165,7 @@ class Replies:
                 channel not in self._heard and len(self._wanted[channel]) == 1 for channel in watch.channels
             )
 
-    def forget(self, watch: Watch) -> None:
+    def forget(self, watch: ReplyWatch) -> None:
         """End an interest. The channel is left when the listener next looks around."""
         with self._changed:
             # Harmless when repeated, and after half a registration.
@@ -297,7 +297,7 @@ class Replies:
                 del sets[name]
 
 
-def _discard(sets: dict[str, weakref.WeakSet[Watch]], name: str, watch: Watch) -> None:
+def _discard(sets: dict[str, weakref.WeakSet[ReplyWatch]], name: str, watch: ReplyWatch) -> None:
     watches = sets.get(name)
     if watches is not None:
         watches.discard(watch)

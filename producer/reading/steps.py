@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...protocol.store import Store
-from .replies import Watch
+from .replies import ReplyWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`Watch`.
+    """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`ReplyWatch`.
 
     ``outputs``: also that there are new outputs, not only that it has ended.
     """
@@ -58,7 +58,7 @@ class Hear:
 class Sleep:
     """Wait for a hint, or so many seconds."""
 
-    watch: Watch
+    watch: ReplyWatch
     seconds: float
 
 

@@ -19,7 +19,7 @@ OLDEST: Final = (6, 2)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ServerProblem:
     """One thing that is wrong with a server, and the line that changes it."""
 
     problem: str
@@ -34,7 +34,7 @@ class Finding:
         return f"{self.problem}: {self.why}.{change}"
 
 
-def look_at(connection: redis.Redis) -> list[Finding]:
+def look_at(connection: redis.Redis) -> list[ServerProblem]:
     """What a person should change about this server; the worst first. Empty when all is well.
 
     A user whom an ACL forbids ``INFO`` gets one finding that says so. Raises what redis-py raises.
@@ -42,32 +42,34 @@ def look_at(connection: redis.Redis) -> list[Finding]:
     try:
         info: Any = connection.info()
     except redis.exceptions.NoPermissionError:
-        return [Finding("this user may not call INFO", "whether the server keeps requests cannot be checked", "")]
+        return [ServerProblem("this user may not call INFO", "whether the server keeps requests cannot be checked", "")]
     return judge(info)
 
 
-def judge(info: Mapping[str, Any]) -> list[Finding]:
+def judge(info: Mapping[str, Any]) -> list[ServerProblem]:
     """The findings from the fields of ``INFO``, as redis-py parses them."""
-    found: list[Finding] = []
+    found: list[ServerProblem] = []
     # Valkey says for compatibility which Redis it is; its own number is another field.
     version = str(info.get("redis_version", ""))
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST:
         need = ".".join(map(str, OLDEST))
-        found.append(Finding(f"Redis {version} is too old", f"Perdure needs {need} or later", "", fatal=True))
+        found.append(ServerProblem(f"Redis {version} is too old", f"Perdure needs {need} or later", "", fatal=True))
     if info.get("role") == "slave":
-        found.append(Finding("this server is a replica", "it refuses writes; connect to its primary", "", fatal=True))
+        found.append(
+            ServerProblem("this server is a replica", "it refuses writes; connect to its primary", "", fatal=True)
+        )
     if str(info.get("cluster_enabled", "0")) == "1" and not re.search(r"\{[^{}]+\}", PREFIX):
         why = "its scripts need all keys in one slot; start every process with RQ_KEY_PREFIX='{rq}'"
-        found.append(Finding("this server is a cluster", why, "", fatal=True))
+        found.append(ServerProblem("this server is a cluster", why, "", fatal=True))
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if int(info.get("maxmemory", 0)) and policy != "noeviction":
         why = "at its maxmemory, Redis would delete keys of waiting and running requests"
-        found.append(Finding(f"maxmemory-policy is {policy}", why, "maxmemory-policy noeviction"))
+        found.append(ServerProblem(f"maxmemory-policy is {policy}", why, "maxmemory-policy noeviction"))
     if str(info.get("aof_enabled", "1")) == "0":
         why = "requests accepted since the last snapshot are lost when the server dies"
-        found.append(Finding("the append-only file is off", why, "appendonly yes"))
+        found.append(ServerProblem("the append-only file is off", why, "appendonly yes"))
     elif str(info.get("aof_last_write_status", "ok")) != "ok":
         why = "the last write to it failed; look at its disk"
-        found.append(Finding("the append-only file cannot be written", why, ""))
+        found.append(ServerProblem("the append-only file cannot be written", why, ""))
     return found

@@ -1,7 +1,7 @@
 """The mode of a pool: normal, or degraded because it has lost too many of its workers.
 
 A pool is all workers of one Redis and one prefix. One hash holds its mode: a few fields that everybody may read
-(:class:`Mode`), and those that the next decision needs (:class:`Tally`). Reapers write it; its dates are ms since 1970
+(:class:`Mode`), and those that the next decision needs (:class:`ModeTally`). Reapers write it; its dates are ms since 1970
 by the server's clock.
 """
 
@@ -49,7 +49,7 @@ class Mode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
+class ModeTally:
     """All that a decision on the mode leaves to the next one, whoever makes that. Dates in ms; 0 is none.
 
     ``degraded`` holds from ``since`` ``until`` a moment that every decision puts off. ``recovering``: since when there are
@@ -111,4 +111,4 @@ class Count:
     judged: bool
     live: int
     version: int
-    tally: Tally
+    tally: ModeTally

@@ -37,7 +37,7 @@ SHORT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LogPlace:
     """Where a reader is in a log: after ``entry`` entries, the last of which has this mark."""
 
     entry: int = 0
@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class LogPage:
     """Some entries from a place on. ``lost``: what was read before does not stand there any more, and these are none.
 
     ``more``: there may be more behind them. ``next``: the place behind them.
@@ -59,10 +59,10 @@ class Page:
     entries: list[tuple[int, int, list[Any]]] = field(default_factory=list)
     more: bool = False
     lost: bool = False
-    next: Place = Place()
+    next: LogPlace = LogPlace()
 
     @classmethod
-    def after(cls, place: Place, raw: Sequence[bytes], limit: int) -> Self:
+    def after(cls, place: LogPlace, raw: Sequence[bytes], limit: int) -> Self:
         """The page of these entries; ``limit`` is how many are to be read next time, if there may be more."""
         more = len(raw) >= place.limit
         last = raw[-1] if raw else b""
@@ -74,7 +74,7 @@ class Page:
         return cls(entries, more, next=found)
 
 
-LOST: Final = Page(lost=True, more=True)
+LOST: Final = LogPage(lost=True, more=True)
 
 
 @dataclass(slots=True)
@@ -82,10 +82,10 @@ class Outputs:
     """All outputs of a log's newest epoch, page by page."""
 
     values: list[Any] = field(default_factory=list)
-    place: Place = Place()
+    place: LogPlace = LogPlace()
     _epoch: int = -1
 
-    def take(self, page: Page) -> bool:
+    def take(self, page: LogPage) -> bool:
         """Take the page that was read at :attr:`place`; False if it was the last."""
         if page.lost:
             self.values, self._epoch = [], -1
@@ -97,7 +97,7 @@ class Outputs:
         return page.more
 
 
-def read_page(connection: redis.Redis, identifier: str, place: Place, *, check: bool = False) -> Page:
+def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, check: bool = False) -> LogPage:
     """Read on from a place. One command for a short page.
 
     The page after an entry that is not short may be empty although another one with as many outputs stands in its place;
@@ -122,7 +122,7 @@ def read_page(connection: redis.Redis, identifier: str, place: Place, *, check: 
         if number < first:
             return LOST
         if number == first and not check and stored == b"%d" % place.count:
-            return Page(next=place)
+            return LogPage(next=place)
         # In this order, over one connection: what stands there afterwards stood there before. A log that was rolled back
         # does not get its old entries back.
         with connection.pipeline(transaction=False) as pipe:
@@ -131,10 +131,10 @@ def read_page(connection: redis.Redis, identifier: str, place: Place, *, check: 
             raw, before = pipe.execute()
         if not before or _mark(before[0]) != place.mark:
             return LOST
-    return Page.after(place, raw, _next_limit(connection, name, place, raw))
+    return LogPage.after(place, raw, _next_limit(connection, name, place, raw))
 
 
-def _next_limit(connection: redis.Redis, name: str, place: Place, raw: Sequence[bytes]) -> int:
+def _next_limit(connection: redis.Redis, name: str, place: LogPlace, raw: Sequence[bytes]) -> int:
     """How many entries to read next, so that a page stays small."""
     if len(raw) < place.limit or place.limit > FIRST:
         return place.limit

@@ -15,7 +15,7 @@ from ..keys import key, unlisted
 from ..packed_state import unpack_state
 from ..records import Checkpoint, Details, Event, RequestRecord, whole
 from .mode import DEGRADED, Mode
-from .output_log import Outputs, Page, Place, read_page
+from .output_log import LogPage, LogPlace, Outputs, read_page
 from .words import WorkerWord, read_words, trouble
 
 _FIELDS = (
@@ -204,7 +204,7 @@ class Reads:
         raw: Any = self.connection.lrange(key("output", identifier), entry, entry + limit - 1)
         return [unpack_entry(item) for item in raw]
 
-    def output_page(self, identifier: str, place: Place, *, check: bool = False) -> Page:
+    def output_page(self, identifier: str, place: LogPlace, *, check: bool = False) -> LogPage:
         """Read on in the output log: see :func:`~.output_log.read_page`."""
         return read_page(self.connection, identifier, place, check=check)
 

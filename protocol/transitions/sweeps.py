@@ -16,7 +16,7 @@ import redis
 from ..codec import pack_exception, shortened
 from ..keys import SCHEMA, key
 from ..limits import MAX_REQUESTS
-from ..reading.mode import Count, Tally
+from ..reading.mode import Count, ModeTally
 from ..reading.reads import Reads, queue_names
 from ..records import RequestRecord, whole
 from ..scripts import load
@@ -149,9 +149,9 @@ class Sweeps(Reads):
         values = {"timeout_ms": in_ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms()}
         now, judged, live, *rest = self._call("weigh", values, {})
         fields = dict(zip(rest[::2], rest[1::2], strict=True))
-        return Count(int(now), judged == "1", int(live), whole(fields.get("version")), Tally.from_redis(fields))
+        return Count(int(now), judged == "1", int(live), whole(fields.get("version")), ModeTally.from_redis(fields))
 
-    def declare(self, count: Count, tally: Tally) -> bool:
+    def declare(self, count: Count, tally: ModeTally) -> bool:
         """Declare the mode that was decided by ``count``; False if somebody else has declared meanwhile."""
         values = {"version": count.version, "weighed_ms": count.now, **tally.to_redis()}
         return bool(self._call("declare", values, {}) == "ok")

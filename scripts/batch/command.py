@@ -21,8 +21,8 @@ from ..present.console import json_option, print_json, read_settings, url_option
 from .ledger import Ledger
 from .lines import Source, check, pages, refuse_bad
 from .models import served_models
-from .progress import Screen, duration
-from .run import Run
+from .progress import ProgressScreen, duration
+from .run import BatchRun
 from .tally import Tally
 
 EPILOG = """\b
@@ -104,9 +104,9 @@ def run(
             checked = check(opened, settings, options, name=name, models=models)
             if strict:
                 refuse_bad(checked)
-            with Ledger(answers, failures, opened.stat()) as ledger, Screen() as screen:
+            with Ledger(answers, failures, opened.stat()) as ledger, ProgressScreen() as screen:
                 began = time.monotonic()
-                batch_run = Run(
+                batch_run = BatchRun(
                     session, opened, checked, ledger, screen, in_flight=in_flight, patience=patience, options=options
                 )
                 try:

@@ -49,7 +49,7 @@ _PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """One request of the file; ``number`` counts from 1, ``offset`` is where it begins."""
 
     number: int
@@ -69,7 +69,7 @@ class Bad:
     reason: str
 
 
-def parse(raw: bytes, number: int, offset: int = 0) -> Line:
+def parse(raw: bytes, number: int, offset: int = 0) -> BatchLine:
     """Read one line. Raises :class:`InvalidRequest`, saying what is wrong with it."""
     if len(raw) > LONGEST:
         raise InvalidRequest(f"more than {LONGEST:,} bytes")
@@ -104,7 +104,7 @@ def parse(raw: bytes, number: int, offset: int = 0) -> Line:
         raise InvalidRequest("there is no body", "body")
     task, payload = bodies.asked(url, value["body"])
     model = value["body"].get("model") or "" if task == bodies.GENERATE and url != task else ""
-    return Line(number, offset, custom_id, url, task, payload, model)
+    return BatchLine(number, offset, custom_id, url, task, payload, model)
 
 
 def custom_id_of(raw: bytes) -> str:
@@ -310,7 +310,7 @@ def refuse_bad(checked: Checked) -> None:
     raise refusal
 
 
-def made(line: Line, identity: str, settings: Settings, options: dict[str, Any]) -> NewRequest:
+def made(line: BatchLine, identity: str, settings: Settings, options: dict[str, Any]) -> NewRequest:
     """The request of a line, as it is stored. Raises :class:`UsageError` for what it cannot have."""
     identifier = request_id(identity, line.custom_id)
     payload = line.payload

@@ -28,7 +28,7 @@ WAITING: Final = {
 }
 
 
-class Screen:
+class ProgressScreen:
     """Shows a tally while it grows."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:

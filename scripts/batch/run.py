@@ -44,7 +44,7 @@ PAGE: Final = 32
 """Results that are read at once: each may have several MiB."""
 
 
-class Progress(Protocol):
+class Watcher(Protocol):
     """Who watches. Called often; draws as often as it likes."""
 
     def show(self, tally: Tally) -> None: ...
@@ -53,7 +53,7 @@ class Progress(Protocol):
         """Something that a person should know of."""
 
 
-class Run:
+class BatchRun:
     """One run over a checked file.
 
     :meth:`go` returns when every line is on disk in one of the two files. It can be ended at any moment, by anything: what is on disk
@@ -61,7 +61,7 @@ class Run:
     """
 
     def __init__(
-        self, session: Session, source: Source, checked: Checked, ledger: Ledger, progress: Progress,
+        self, session: Session, source: Source, checked: Checked, ledger: Ledger, progress: Watcher,
         *, in_flight: int, patience: float, options: dict[str, Any],
     ) -> None:  # fmt: skip
         """``patience``: seconds that one outage of Redis is waited out. ``options`` are those of a submit."""

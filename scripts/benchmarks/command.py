@@ -17,7 +17,7 @@ from ..pool.server import Server
 from .environments import NODE
 from .machine import describe, describe_server, one_line
 from .pages import keep, refill_pages
-from .parts import RUNNERS, Options, say
+from .parts import RUNNERS, BenchOptions, say
 from .processes import Crew
 from .stage import Stage
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; print the tables; write JSON, Markdown and pictures where asked. 1 if a part failed."""
     given = command_line().parse_args(arguments)
     names = tuple(name.strip() for name in given.systems.split(",") if name.strip())
-    options = Options(
+    options = BenchOptions(
         given.folder.absolute(), given.quick, given.smoke, given.rounds, given.requests, names, given.budget
     )
     chosen = [part for part in RUNNERS if given.part in (part, "all")]
@@ -74,7 +74,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _run(
-    options: Options,
+    options: BenchOptions,
     chosen: Sequence[str],
     json_file: Path | None,
     markdown: Path | None,

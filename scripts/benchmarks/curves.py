@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .drawing import Line, bars, curves
+from .drawing import Curve, bars, curves
 from .measures.goodput import from_zero, resumed
 from .reports import Pictures, ratio_table
 from .tables import Table
@@ -72,8 +72,8 @@ def goodput_pictures(found: Mapping[str, Any], note: str) -> Pictures:
         delay = sum(point["delay_ms"] for point in points) / max(1, len(points)) / 1000
         form = resumed if resume else from_zero
         grid = [10 ** (0.7 + 1.5 * place / 60) for place in range(61)]
-        lines.append(Line(f"{name}, closed form", [(mtbf, work / form(scale / mtbf, work, delay)) for mtbf in grid]))
-        lines.append(Line(f"{name}, measured", [(point["mtbf"], point["goodput"]) for point in points], marks=True))
+        lines.append(Curve(f"{name}, closed form", [(mtbf, work / form(scale / mtbf, work, delay)) for mtbf in grid]))
+        lines.append(Curve(f"{name}, measured", [(point["mtbf"], point["goodput"]) for point in points], marks=True))
     return {
         "goodput.svg": curves(
             f"Goodput of requests of {sizes['work']:g} s", "mean time between failures of a worker, s", "goodput",

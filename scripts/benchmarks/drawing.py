@@ -18,7 +18,7 @@ _BAR = 22
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Curve:
     """Points ``(x, y)`` under one name: joined, or as marks when ``marks`` is set."""
 
     name: str
@@ -44,7 +44,14 @@ def bars(
 
 
 def curves(
-    title: str, across: str, up: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False, note: str = ""
+    title: str,
+    across: str,
+    up: str,
+    lines: Sequence[Curve],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    note: str = "",
 ) -> str:
     """Lines and points over two axes; a logarithmic one leaves out what is not above zero."""
     height, bottom = 420, 370

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .processes import Child, environment
+from .processes import BenchProcess, environment
 from .systems import PEERS
 
 NODE = "bullmq"
@@ -57,7 +57,7 @@ def interpreter_of(name: str, folder: Path, say: Callable[[str], None]) -> str:
 
 
 def _run(command: Sequence[str], home: Path) -> None:
-    child = Child(command, environment(""), home / "install.log", folder=home)
+    child = BenchProcess(command, environment(""), home / "install.log", folder=home)
     try:
         status = child.process.wait(_TIMEOUT)
     except subprocess.TimeoutExpired:

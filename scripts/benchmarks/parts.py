@@ -29,7 +29,7 @@ from .tables import Table
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BenchOptions:
     """What the command line says."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PartResult:
     """What a part has found: figures for the JSON file, tables, and pictures by their file names."""
 
     figures: dict[str, Any]
@@ -50,7 +50,7 @@ class Finding:
     pictures: Pictures
 
 
-Part = Callable[[Options, Stage, Crew, str], Finding]
+Part = Callable[[BenchOptions, Stage, Crew, str], PartResult]
 
 
 def say(text: str) -> None:
@@ -58,12 +58,12 @@ def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def queue(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """No-op requests, ours beside those of others."""
-    from .measures.queueing import QUICK, SMOKE, QueueBenchmark, Sizes, ratios
+    from .measures.queueing import QUICK, SMOKE, QueueBenchmark, QueueSizes, ratios
     from .systems import OWN, PEERS_OF_THE_QUEUE
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else QueueSizes()
     sizes = replace(
         sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests,
         budget=options.budget or sizes.budget,
@@ -75,15 +75,15 @@ def queue(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     found = benchmark.run()
     found["problems"] |= missing
     found["ratios"] = ratios(benchmark.series)
-    return Finding(found, queue_tables(found), queue_pictures(found, note))
+    return PartResult(found, queue_tables(found), queue_pictures(found, note))
 
 
-def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def recovery(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """Kills, ours beside those of others."""
-    from .measures.recovery import QUICK, SMOKE, RecoveryBenchmark, Sizes
+    from .measures.recovery import QUICK, SMOKE, RecoveryBenchmark, RecoverySizes
     from .scenarios import OWN, PEERS_OF_RECOVERY
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else RecoverySizes()
     sizes = replace(sizes, kills=options.rounds or sizes.kills)
     few = options.quick or options.smoke
     chosen = OWN[: 1 if options.smoke else 2] if few else (*OWN, *PEERS_OF_RECOVERY)
@@ -96,25 +96,25 @@ def recovery(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
         if name.startswith("perdure")
         for figure in ("p50_ms", "p99_ms", "repeated_most")
     }
-    return Finding(found, recovery_tables(found), recovery_pictures(found, note))
+    return PartResult(found, recovery_tables(found), recovery_pictures(found, note))
 
 
-def checkpoints(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def checkpoints(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """What storing while generating costs."""
-    from .measures.checkpointing import QUICK, SMOKE, CheckpointBenchmark, Sizes, ratios
+    from .measures.checkpointing import QUICK, SMOKE, CheckpointBenchmark, CheckpointSizes, ratios
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else CheckpointSizes()
     benchmark = CheckpointBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say)
     found = benchmark.run()
     found["ratios"] = ratios(benchmark.series, found["windows"])
-    return Finding(found, checkpoint_tables(found), checkpoint_pictures(found, note))
+    return PartResult(found, checkpoint_tables(found), checkpoint_pictures(found, note))
 
 
-def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def scale(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """What operations cost beside many requests."""
-    from .measures.scale import QUICK, SMOKE, ScaleBenchmark, Sizes
+    from .measures.scale import QUICK, SMOKE, ScaleBenchmark, ScaleSizes
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else ScaleSizes()
     if options.requests:
         sizes = replace(sizes, queued=tuple(number for number in sizes.queued if number <= options.requests))
     found = ScaleBenchmark(stage, sizes, say).run()
@@ -126,24 +126,24 @@ def scale(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
             last["costs"]["claim 32"]["redis_us"], found["rows"][0]["costs"]["claim 32"]["redis_us"]
         ),
     }
-    return Finding(found, scale_tables(found), scale_pictures(found, note))
+    return PartResult(found, scale_tables(found), scale_pictures(found, note))
 
 
-def saturation(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def saturation(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """More requests than Redis can checkpoint at the usual interval."""
-    from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, Sizes
+    from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, SaturationSizes
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else SaturationSizes()
     found = SaturationBenchmark(stage, crew, sizes, say).run()
-    return Finding(found, saturation_tables(found), {})
+    return PartResult(found, saturation_tables(found), {})
 
 
-def engine(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def engine(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """The engine against transformers, which is taken from here if nothing may be installed."""
-    from .measures.engine import QUICK, SMOKE, EngineBenchmark, Sizes, own_interpreter, ratios
+    from .measures.engine import QUICK, SMOKE, EngineBenchmark, EngineSizes, own_interpreter, ratios
 
     few = options.quick or options.smoke
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else EngineSizes()
     try:
         python = own_interpreter() if few else interpreter_of("transformers", options.folder, say)
     except Missing as error:
@@ -153,20 +153,20 @@ def engine(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
     benchmark = EngineBenchmark(crew, replace(sizes, rounds=options.rounds or sizes.rounds), python, say)
     found = benchmark.run()
     found["ratios"] = ratios(benchmark.series)
-    return Finding(found, engine_tables(found), engine_pictures(found, note))
+    return PartResult(found, engine_tables(found), engine_pictures(found, note))
 
 
-def goodput(options: Options, stage: Stage, crew: Crew, note: str) -> Finding:
+def goodput(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
     """What is left of the workers' time when they die."""
-    from .measures.goodput import QUICK, SMOKE, GoodputBenchmark, Sizes
+    from .measures.goodput import QUICK, SMOKE, GoodputBenchmark, GoodputSizes
 
-    sizes = SMOKE if options.smoke else QUICK if options.quick else Sizes()
+    sizes = SMOKE if options.smoke else QUICK if options.quick else GoodputSizes()
     found = GoodputBenchmark(stage, crew, sizes, say).run()
     found["ratios"] = {
         f"goodput_{'resumed' if point['resume'] else 'from_zero'}_mtbf_{point['mtbf']:g}": point["goodput"]
         for point in found["points"]
     }
-    return Finding(found, goodput_tables(found), goodput_pictures(found, note))
+    return PartResult(found, goodput_tables(found), goodput_pictures(found, note))
 
 
 class Subject(Protocol):
@@ -181,7 +181,9 @@ class Subject(Protocol):
 Chosen = TypeVar("Chosen", bound=Subject)
 
 
-def _with_interpreters(chosen: Sequence[Chosen], options: Options) -> tuple[list[tuple[Chosen, str]], dict[str, str]]:
+def _with_interpreters(
+    chosen: Sequence[Chosen], options: BenchOptions
+) -> tuple[list[tuple[Chosen, str]], dict[str, str]]:
     """The systems that can be measured here with their interpreters, and of the others why not."""
     systems: list[tuple[Chosen, str]] = []
     missing: dict[str, str] = {}

@@ -28,7 +28,7 @@ class BenchmarkFailed(PerdureError):
     """A measurement could not be carried through; the message says which, and ends with the log."""
 
 
-class Child:
+class BenchProcess:
     """One process, the leader of a session of its own; what it starts is ended with it."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Child:
             return ""
 
 
-class Agent(Child):
+class PeerProcess(BenchProcess):
     """A producer of ``peers/``: takes commands, gives figures."""
 
     def ask(self, timeout: float, **command: Any) -> dict[str, Any]:
@@ -114,22 +114,24 @@ class Crew:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.children: list[Child] = []
+        self.children: list[BenchProcess] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, command: Sequence[str], url: str, log: str, **variables: str) -> Child:
+    def start(self, command: Sequence[str], url: str, log: str, **variables: str) -> BenchProcess:
         """A worker, a reaper or the like."""
-        child = Child(command, environment(url, variables), self.folder / f"{log}.log", folder=self.folder)
+        child = BenchProcess(command, environment(url, variables), self.folder / f"{log}.log", folder=self.folder)
         self.children.append(child)
         return child
 
-    def agent(self, command: Sequence[str], url: str, log: str, **variables: str) -> Agent:
+    def agent(self, command: Sequence[str], url: str, log: str, **variables: str) -> PeerProcess:
         """A producer."""
-        agent = Agent(command, environment(url, variables), self.folder / f"{log}.log", folder=self.folder, talks=True)
+        agent = PeerProcess(
+            command, environment(url, variables), self.folder / f"{log}.log", folder=self.folder, talks=True
+        )
         self.children.append(agent)
         return agent
 
-    def stop(self, *children: Child, at_once: bool = False) -> None:
+    def stop(self, *children: BenchProcess, at_once: bool = False) -> None:
         """End these, or all. SIGTERM goes to all before any is waited for."""
         ending = list(children) or list(self.children)
         if not at_once:
@@ -159,7 +161,7 @@ def environment(url: str, variables: Mapping[str, str] | None = None) -> dict[st
     return kept | dict(variables or {})
 
 
-def wait_for(what: str, question: Callable[[], bool], timeout: float, children: Sequence[Child] = ()) -> None:
+def wait_for(what: str, question: Callable[[], bool], timeout: float, children: Sequence[BenchProcess] = ()) -> None:
     """Ask until it is true. Raises :class:`BenchmarkFailed` when time is over or one of the children has ended."""
     deadline = time.monotonic() + timeout
     while not question():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .drawing import Line, bars, curves
+from .drawing import Curve, bars, curves
 from .tables import Table
 
 Pictures = dict[str, str]
@@ -163,7 +163,9 @@ def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
 def scale_pictures(found: Mapping[str, Any], note: str) -> Pictures:
     """Curves: what each operation costs the server against the number of those that wait."""
     rows = found["rows"]
-    lines = [Line(name, [(row["queued"], row["costs"][name]["redis_us"]) for row in rows]) for name in rows[0]["costs"]]
+    lines = [
+        Curve(name, [(row["queued"], row["costs"][name]["redis_us"]) for row in rows]) for name in rows[0]["costs"]
+    ]
     picture = curves(
         "What an operation costs Redis, beside so many waiting requests", "requests that wait", "µs", lines,
         log_x=True, log_y=True, note=note,

@@ -14,7 +14,7 @@ from ..pool.server import Server
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ServerSample:
     """The server at one moment. ``reads`` counts packets of requests that came in: the round trips of all clients."""
 
     at: float
@@ -41,11 +41,11 @@ class Stage:
         info: dict[str, Any] = self.connection.info("memory")
         return int(info["used_memory"]) - int(info["mem_clients_normal"]) - int(info.get("mem_aof_buffer", 0))
 
-    def sample(self, count: Callable[[redis.Redis], int] | None = None) -> Sample:
+    def sample(self, count: Callable[[redis.Redis], int] | None = None) -> ServerSample:
         """How it stands; one count and one INFO."""
         done = count(self.connection) if count is not None else 0
         info: dict[str, Any] = self.connection.info("cpu", "stats")
-        return Sample(
+        return ServerSample(
             time.monotonic(),
             done,
             float(info["used_cpu_user"]) + float(info["used_cpu_sys"]),

@@ -20,7 +20,7 @@ from ...protocol.errors import SettingsError, UsageError
 from ...protocol.settings import Settings
 
 if TYPE_CHECKING:
-    from .conductor import Options
+    from .conductor import ChaosOptions
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -107,14 +107,16 @@ def chaos(
     text = importlib.util.find_spec("torch") is not None
     if not text:
         click.echo("perdure chaos: torch is not installed; no text is generated", err=True)
-    from .conductor import Options
+    from .conductor import ChaosOptions
 
     folder = Path(tempfile.mkdtemp(prefix="perdure-chaos-"))
     click.echo(f"perdure chaos: seed {seed}, {len(planned)} faults planned, {seconds:g} s", err=True)
-    _run(Options(seed, seconds, settings, planned, names, folder, url or "", text), scale, json_file, svg_file, keep)
+    _run(
+        ChaosOptions(seed, seconds, settings, planned, names, folder, url or "", text), scale, json_file, svg_file, keep
+    )
 
 
-def _run(options: Options, scale: float, json_file: Path | None, svg_file: Path | None, keep: bool) -> NoReturn:
+def _run(options: ChaosOptions, scale: float, json_file: Path | None, svg_file: Path | None, keep: bool) -> NoReturn:
     from rich.console import Console
 
     from .conductor import Conductor

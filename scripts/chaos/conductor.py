@@ -34,7 +34,7 @@ from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ..pool.children import environment_for
 from ..pool.server import Server
-from .crew import Crew
+from .crew import ChaosProcesses
 from .evidence import QUEUES, Evidence, delete_all, read_journals, read_requests, read_samples, strangers_and_leaks
 from .faults import CLASSES
 from .journal import Journal
@@ -42,7 +42,7 @@ from .load import words
 from .outages import RedisKill, RedisStop, with_a_clock, write_through
 from .proxy import Proxy
 from .schedule import NAMES, Planned
-from .stage import Fault, Stage
+from .stage import Fault, FaultTargets
 
 TICK: Final = 0.05
 TEND: Final = 0.2
@@ -68,7 +68,7 @@ GATHERING: Final = 1 / 20
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ChaosOptions:
     """One run. ``url`` is empty for a server of our own."""
 
     seed: int
@@ -85,7 +85,7 @@ class Options:
 class Conductor:
     """Runs once. ``say`` gets a line for people at every turn."""
 
-    options: Options
+    options: ChaosOptions
     say: Callable[[str], None]
     interrupted: bool = False
     evidence: Evidence = field(default_factory=Evidence)
@@ -109,10 +109,10 @@ class Conductor:
             url = server.url if server is not None else options.url
             connection = stack.enter_context(connect(url, timeout=2.0, name="perdure-chaos"))
             proxy, far_url = _proxied(url)
-            crew = Crew(options.folder, options.settings, url, far_url, options.seed, options.text)
+            crew = ChaosProcesses(options.folder, options.settings, url, far_url, options.seed, options.text)
             client = stack.enter_context(Client(url, settings=options.settings, patience=1.0))
             journal = Journal(options.folder / "traps.0.jsonl")
-            stage = Stage(
+            stage = FaultTargets(
                 crew, Store(connection, options.settings), client, journal, server, proxy, options.settings,
                 options.folder,
             )  # fmt: skip
@@ -151,7 +151,7 @@ class Conductor:
 
     # --- faults --------------------------------------------------------------------------------------
 
-    def _perform(self, stage: Stage) -> None:
+    def _perform(self, stage: FaultTargets) -> None:
         # What a long run leaves behind takes longer to read.
         end = self.options.seconds - max(1.0, 0.02 * self.options.seconds)
         while self.elapsed < end:
@@ -159,7 +159,7 @@ class Conductor:
             self._turn(stage, calm=self.elapsed > end - CALM)
             time.sleep(TICK)  # the schedule is made of times
 
-    def _turn(self, stage: Stage, *, calm: bool = False) -> None:
+    def _turn(self, stage: FaultTargets, *, calm: bool = False) -> None:
         """One look at everything. ``calm``: nothing new, not even what is late."""
         for fault in list(self._active):
             assert fault.fired is not None
@@ -187,7 +187,7 @@ class Conductor:
     def _alone(self) -> bool:
         return any(NAMES[fault.planned.kind].alone for fault in self._active)
 
-    def _fire(self, stage: Stage, fault: Fault) -> None:
+    def _fire(self, stage: FaultTargets, fault: Fault) -> None:
         try:
             if not fault.fire(stage):
                 return
@@ -199,7 +199,7 @@ class Conductor:
         held = f", holding {len(fault.fired.held)}" if fault.fired.held else ""
         self.say(f"{self.elapsed:7.1f} s  {fault.planned.kind:15} {fault.fired.note}{held}")
 
-    def _heal(self, stage: Stage, fault: Fault) -> None:
+    def _heal(self, stage: FaultTargets, fault: Fault) -> None:
         assert fault.fired is not None
         try:
             if not fault.heal(stage):
@@ -211,7 +211,7 @@ class Conductor:
             fault.fired.healed = time.monotonic()
             self.evidence.fired.append(fault.fired)
 
-    def _undo(self, stage: Stage) -> None:
+    def _undo(self, stage: FaultTargets) -> None:
         """Whatever is still wrong is put right."""
         for fault in self._active:
             with contextlib.suppress(redis.RedisError, psutil.Error):
@@ -220,7 +220,7 @@ class Conductor:
 
     # --- the end -------------------------------------------------------------------------------------
 
-    def _quiet(self, stage: Stage) -> None:
+    def _quiet(self, stage: FaultTargets) -> None:
         """No fault, no submit: everything may end."""
         for fault in list(self._active):
             self._heal(stage, fault)
@@ -233,7 +233,7 @@ class Conductor:
             self._turn(stage)
             time.sleep(TICK)
 
-    def _ended(self, stage: Stage) -> bool:
+    def _ended(self, stage: FaultTargets) -> bool:
         """Whether nothing waits or runs, and nothing of it is left, as Redis has it."""
         connection = stage.store.connection
         with contextlib.suppress(redis.RedisError):
@@ -248,7 +248,7 @@ class Conductor:
             return not any("TTL" not in leak for leak in leaks)
         return False
 
-    def _gather(self, stage: Stage, golden: subprocess.Popen[bytes] | None) -> None:
+    def _gather(self, stage: FaultTargets, golden: subprocess.Popen[bytes] | None) -> None:
         evidence, connection = self.evidence, stage.store.connection
         evidence.ended = time.monotonic()
         evidence.broken = list(dict.fromkeys(stage.crew.broken))
@@ -261,7 +261,7 @@ class Conductor:
         if self.options.url:
             delete_all(connection)
 
-    def _start_golden(self, crew: Crew) -> subprocess.Popen[bytes] | None:
+    def _start_golden(self, crew: ChaosProcesses) -> subprocess.Popen[bytes] | None:
         """The answers of text generation that nothing disturbs: made beside everything else, without Redis."""
         if not self.options.text:
             return None
@@ -289,7 +289,7 @@ def _proxied(url: str) -> tuple[Proxy | None, str]:
     return proxy, urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}"))
 
 
-def _give_up(crew: Crew) -> None:
+def _give_up(crew: ChaosProcesses) -> None:
     """The last resort: nothing stays behind, whatever the main thread is doing."""
     sys.stderr.write("perdure chaos: the run did not end in time; killed\n")
     for process in crew.all().values():

@@ -32,7 +32,7 @@ STOP_TIMEOUT: Final = 2.5
 
 
 @dataclass(slots=True)
-class Member:
+class ChaosProcess:
     """A place in the crew that is filled again when its process dies."""
 
     name: str
@@ -59,7 +59,7 @@ class Target:
 
 
 @dataclass(slots=True)
-class Crew:
+class ChaosProcesses:
     """Everything that this run has started, but the server."""
 
     folder: Path
@@ -70,9 +70,9 @@ class Crew:
     seed: int
     text: bool
     """Whether some workers load the tiny model."""
-    supervisors: list[Member] = field(default_factory=list)
-    producers: list[Member] = field(default_factory=list)
-    guests: list[Member] = field(default_factory=list)
+    supervisors: list[ChaosProcess] = field(default_factory=list)
+    producers: list[ChaosProcess] = field(default_factory=list)
+    guests: list[ChaosProcess] = field(default_factory=list)
     kept: set[int] = field(default_factory=set)
     """Children that somebody else waits for: the server, a process that makes the golden answers."""
     ending: bool = False
@@ -97,7 +97,7 @@ class Crew:
             command = [sys.executable, "-P", "-m", "perdure.scripts.chaos.load", str(config)]
             self.producers.append(self._member(name, command, plain, url))
 
-    def invite(self, name: str, command: list[str], more: dict[str, str] | None = None) -> Member:
+    def invite(self, name: str, command: list[str], more: dict[str, str] | None = None) -> ChaosProcess:
         """A process beside the others, which is not replaced; ``more`` goes to its environment."""
         member = self._member(name, command, self.settings, self.url, more)
         self.guests.append(member)
@@ -181,9 +181,9 @@ class Crew:
 
     def _member(
         self, name: str, command: list[str], settings: Settings, url: str, more: dict[str, str] | None = None
-    ) -> Member:
+    ) -> ChaosProcess:
         environment = environment_for(url, settings) | {"GOMP_SPINCOUNT": "1000"} | (more or {})
-        return Member(name, command, environment, launch(command, environment, self.folder / f"{name}.log"))
+        return ChaosProcess(name, command, environment, launch(command, environment, self.folder / f"{name}.log"))
 
     def _bury_orphans(self) -> None:
         """Take the exit status of processes that became ours when their parent died."""

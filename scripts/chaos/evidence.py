@@ -52,7 +52,7 @@ class Seen:
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredRequest:
     """One request as Redis has it; ``entries`` are the types in RQ's result stream, one for each end."""
 
     status: str
@@ -86,7 +86,7 @@ class Evidence:
     """Everything that the judge is given."""
 
     seen: dict[str, Seen] = field(default_factory=dict)
-    stored: dict[str, Stored] = field(default_factory=dict)
+    stored: dict[str, StoredRequest] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)
     """Requests in Redis that nobody meant to submit."""
     leaks: list[str] = field(default_factory=list)
@@ -126,10 +126,10 @@ def _life(path: Path) -> tuple[str, int]:
     return producer, int(life)
 
 
-def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, Stored]:
+def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, StoredRequest]:
     """What Redis holds of these requests; those that it does not have are left out."""
     registries = _registries(connection)
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredRequest] = {}
     fields = ("status", "execution", "attempt", "last", "error_kind", "error_reason")
     for start in range(0, len(names), BATCH):
         part = names[start : start + BATCH]
@@ -146,7 +146,7 @@ def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, St
                 continue
             status, execution, attempt, last, kind, reason = [(value or b"").decode(errors="replace") for value in job]
             values = [item[b"return_value"] for _, item in ends if b"return_value" in item]
-            stored[name] = Stored(
+            stored[name] = StoredRequest(
                 status=status, execution=execution, attempt=int(attempt or 0), last=last, kind=kind, reason=reason,
                 entries=[item[b"type"].decode() for _, item in ends], registries=registries[name],
                 outputs=_outputs(log), result=unpack_result(values[-1]) if values else None,

@@ -15,19 +15,19 @@ import redis
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
-from .crew import Member, Target
+from .crew import ChaosProcess, Target
 from .journal import WITHDRAWN
 from .load import BLEND, STEPS, TEXTS, WALK, Order, submit
 from .outages import Busy, ClientKill, ClockStep, Full, Network, NoReplicas, RedisKill, RedisStop, ScriptFlush
 from .schedule import Planned
-from .stage import Fault, Stage
+from .stage import Fault, FaultTargets
 from .tasks import LACKS, MODEL, OTHER
 
 
 class KillWorker(Fault):
     """SIGKILL of the worker alone: its guardian sees it."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         target = stage.victim(self.planned.choice)
         if target is None:
             return False
@@ -51,7 +51,7 @@ class KillTree(KillWorker):
 
 
 class KillGuardian(Fault):
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         target = stage.victim(self.planned.choice)
         if target is None or not target.guardians:
             return False
@@ -63,7 +63,7 @@ class KillGuardian(Fault):
 class KillMember(Fault):
     """SIGKILL of a supervisor or a producer; the crew starts another."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         crew = stage.crew
         members = crew.producers
         if self.planned.kind == "kill_supervisor":
@@ -76,7 +76,7 @@ class KillMember(Fault):
 
 
 class KillReaper(Fault):
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         reapers = stage.crew.reapers()
         if not reapers:
             return False
@@ -91,11 +91,11 @@ class Freeze(Fault):
         super().__init__(planned, number)
         self._frozen: list[psutil.Process] = []
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         self.undo(stage)
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         for process in self._frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
@@ -110,7 +110,7 @@ class Freeze(Fault):
 class Zombie(Freeze):
     """A worker and its guardian stand still until others have all that it held; then it wakes and goes on writing."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         target = stage.victim(self.planned.choice)
         if target is None:
             return False
@@ -122,7 +122,7 @@ class Zombie(Freeze):
 class NoReaper(Freeze):
     """All reapers stand still, so that supervisors start no others; a worker is lost with its tree meanwhile."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         target = stage.victim(self.planned.choice)
         if target is None:
             return False
@@ -142,7 +142,7 @@ class Trap(Fault):
         self._mark: Path | None = None
         self._name = ""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         if self._mark is None:
             self._mark = stage.folder / f"sprung-{self.number}"
             order = self._order(stage, self._mark)
@@ -160,7 +160,7 @@ class Trap(Fault):
                     held = stage.executions(target)
         return self._fired(held)
 
-    def _order(self, stage: Stage, mark: Path) -> Order:
+    def _order(self, stage: FaultTargets, mark: Path) -> Order:
         kind = {"hang": "hang", "hang_gil": "gil", "crash": "crash"}[self.planned.kind]
         trap = {"at": 3, "kind": kind, "seconds": self.planned.lasts, "mark": str(mark)}
         payload = {"seed": int(self.planned.choice * 10**9), "n": 12, "sleep": 0.005, "trap": trap}
@@ -170,7 +170,7 @@ class Trap(Fault):
 class Poison(Trap):
     """A request that does harm each time it runs, and so must end as failed; what runs beside it must not."""
 
-    def _order(self, stage: Stage, mark: Path) -> Order:
+    def _order(self, stage: FaultTargets, mark: Path) -> Order:
         seed, kind = int(self.planned.choice * 10**9), self.planned.kind.removeprefix("poison_")
         payload = {"seed": seed, "n": 12, "sleep": 0.005, "poison": {"kind": kind, "mark": str(mark)}}
         # A generator's exception is its own; in a batch it comes out of the step of all.
@@ -184,7 +184,7 @@ class Reuse(Fault):
         super().__init__(planned, number)
         self._old = 0.0
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         name, now = f"reuse-{self.number}", time.monotonic()
         if not self._old:
             if submit(stage.client, stage.journal, self._order(name, 0)):
@@ -222,14 +222,14 @@ class Visit(Fault):
 
     def __init__(self, planned: Planned, number: int) -> None:
         super().__init__(planned, number)
-        self._guests: list[Member] = []
+        self._guests: list[ChaosProcess] = []
         self._name = f"{planned.kind}-{number}"
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         self._guests = self._invite(stage)
         return self._fired(note=self._name)
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         if not self._begun(stage):
             if not any(guest.running for guest in self._guests):
                 # Ended by another fault before it had begun; RQ may still know its name.
@@ -239,12 +239,12 @@ class Visit(Fault):
         self.undo(stage)
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         for guest in self._guests:
             if guest.running:
                 guest.process.terminate()
 
-    def _invite(self, stage: Stage) -> list[Member]:
+    def _invite(self, stage: FaultTargets) -> list[ChaosProcess]:
         crew, kind = stage.crew, self.planned.kind
         command = crew.worker(self._name)
         if kind == "second_reaper":
@@ -259,7 +259,7 @@ class Visit(Fault):
         # A step of the wall clock is what happens to hosts; the monotonic clock never steps.
         return [crew.invite(self._name, [*wrapper, *command], {"FAKETIME_DONT_FAKE_MONOTONIC": "1"})]
 
-    def _begun(self, stage: Stage) -> bool:
+    def _begun(self, stage: FaultTargets) -> bool:
         """From what they print: another fault may have ended them since."""
         logs = [stage.folder / f"{guest.name}.log" for guest in self._guests]
         texts = [log.read_text(errors="replace") for log in logs if log.exists()]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from .evidence import Evidence, Sample, Seen, Stored
+from .evidence import Evidence, Sample, Seen, StoredRequest
 from .load import BLEND, WALK, WORDS
 from .schedule import NAMES
 from .tasks import FIRST, OTHER, first, golden
@@ -36,7 +36,7 @@ SHOWN: Final = 20
 
 
 @dataclass(slots=True)
-class Verdict:
+class ChaosVerdict:
     """All counts. ``problems`` is empty if everything promised was kept."""
 
     attempted: int = 0
@@ -72,9 +72,9 @@ class Verdict:
             self.problems.append(f"{sort.replace('_', ' ')}: and more of this")
 
 
-def judge(evidence: Evidence) -> Verdict:
+def judge(evidence: Evidence) -> ChaosVerdict:
     """Count, and name everything that is not as promised."""
-    verdict = Verdict(attempted=len(evidence.seen))
+    verdict = ChaosVerdict(attempted=len(evidence.seen))
     answers = {_frozen(payload): answer for payload, answer in evidence.words}
     for name, seen in evidence.seen.items():
         stored = evidence.stored.get(name)
@@ -94,7 +94,7 @@ def judge(evidence: Evidence) -> Verdict:
     return verdict
 
 
-def _request(verdict: Verdict, seen: Seen, stored: Stored, answers: dict[Any, dict[str, Any]]) -> None:
+def _request(verdict: ChaosVerdict, seen: Seen, stored: StoredRequest, answers: dict[Any, dict[str, Any]]) -> None:
     name, refused = seen.id, bool(seen.payload.get("refuse"))
     restarts = sum(event.event == "restart" for event in stored.history)
     verdict.restarted += restarts > 0
@@ -138,7 +138,7 @@ def _request(verdict: Verdict, seen: Seen, stored: Stored, answers: dict[Any, di
         _owners(verdict, name, stored)
 
 
-def _values(verdict: Verdict, seen: Seen, stored: Stored, restarts: int) -> None:
+def _values(verdict: ChaosVerdict, seen: Seen, stored: StoredRequest, restarts: int) -> None:
     """The outputs of ``walk`` and ``Blend``, in Redis and as they were streamed."""
     name, number = seen.id, seen.payload["n"]
     result = stored.result if isinstance(stored.result, dict) else {}
@@ -161,7 +161,7 @@ def _values(verdict: Verdict, seen: Seen, stored: Stored, restarts: int) -> None
     )  # fmt: skip
 
 
-def _text(verdict: Verdict, seen: Seen, stored: Stored, answer: dict[str, Any] | None) -> None:
+def _text(verdict: ChaosVerdict, seen: Seen, stored: StoredRequest, answer: dict[str, Any] | None) -> None:
     """The outputs of text generation."""
     if answer is None:
         verdict.find("wrong_outputs", f"{seen.id}: there is no golden answer to compare it with")
@@ -175,7 +175,7 @@ def _text(verdict: Verdict, seen: Seen, stored: Stored, answer: dict[str, Any] |
     _streamed(verdict, seen, len(expected), 0, lambda index, output: output == expected[index])
 
 
-def _streamed(verdict: Verdict, seen: Seen, number: int, restarts: int, valid: Any) -> None:
+def _streamed(verdict: ChaosVerdict, seen: Seen, number: int, restarts: int, valid: Any) -> None:
     """Gapless, in order, each once; a stream begins again only where the request did."""
     due = 0
     for _, index, output in seen.outputs:
@@ -196,7 +196,7 @@ def _streamed(verdict: Verdict, seen: Seen, number: int, restarts: int, valid: A
         verdict.find("wrong_outputs", f"{seen.id}: its stream ended after {due} of {number} outputs")
 
 
-def _owners(verdict: Verdict, name: str, stored: Stored) -> None:
+def _owners(verdict: ChaosVerdict, name: str, stored: StoredRequest) -> None:
     owners: list[str] = []
     for event in stored.history:
         if event.event == "restart":
@@ -210,7 +210,7 @@ def _owners(verdict: Verdict, name: str, stored: Stored) -> None:
             verdict.find("stale_writes", f"{name}: output {place} is of execution {output[2]}, but {owner} held it")
 
 
-def _samples(verdict: Verdict, evidence: Evidence) -> None:
+def _samples(verdict: ChaosVerdict, evidence: Evidence) -> None:
     """Every checkpoint that was read is a prefix of the answer, and none is shorter than one before it."""
     longest: dict[tuple[str, int], Sample] = {}
     for sample in evidence.samples:
@@ -233,7 +233,7 @@ def _samples(verdict: Verdict, evidence: Evidence) -> None:
                 )
 
 
-def _faults(verdict: Verdict, evidence: Evidence) -> None:
+def _faults(verdict: ChaosVerdict, evidence: Evidence) -> None:
     for kind in evidence.enabled:
         if not any(fired.kind == kind for fired in evidence.fired):
             verdict.say("faults", f"the fault {kind} ({NAMES[kind].text}) was asked for and has not happened once")
@@ -243,7 +243,7 @@ def _faults(verdict: Verdict, evidence: Evidence) -> None:
         verdict.say("faults", "no request was accepted: nothing was tested")
 
 
-def _resumed(stored: Stored) -> bool:
+def _resumed(stored: StoredRequest) -> bool:
     """Whether it went on from a checkpoint with outputs."""
     found = False
     for event in stored.history:
@@ -263,7 +263,7 @@ def _frozen(payload: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(payload.items()))
 
 
-def _past(stored: Stored) -> str:
+def _past(stored: StoredRequest) -> str:
     return ", ".join(f"{event.event} {event.kind}".strip() for event in stored.history[-6:]) or "without a history"
 
 

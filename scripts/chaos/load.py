@@ -94,7 +94,7 @@ def texts(name: str, process: int, seed: int) -> Iterator[Order]:
 
 
 @dataclass(slots=True)
-class Producer:
+class ChaosProducer:
     """Some threads, each with one request under way."""
 
     client: Client
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
         if config["text"]:
             lanes.append(texts(name, process, config["seed"]))
         log = journal.Journal(folder / f"{name}.{process}.jsonl")
-        producer = Producer(client, log, lanes, left_over(earlier), stop)
+        producer = ChaosProducer(client, log, lanes, left_over(earlier), stop)
         producer.run()
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ...protocol.connection import connect
 from ..pool.executable import find_binary
 from ..pool.server import Server
-from .stage import Fault, Stage
+from .stage import Fault, FaultTargets
 
 
 def write_through(server: Server) -> None:
@@ -27,16 +27,16 @@ def write_through(server: Server) -> None:
 
 
 class RedisKill(Fault):
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         assert stage.server is not None
         stage.server.kill()
         return self._fired()
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         self.undo(stage)
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         assert stage.server is not None
         if not stage.server.running:
             stage.crew.kept.discard(stage.server.pid)
@@ -46,16 +46,16 @@ class RedisKill(Fault):
 
 
 class RedisStop(Fault):
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         assert stage.server is not None
         os.kill(stage.server.pid, signal.SIGSTOP)
         return self._fired()
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         self.undo(stage)
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         assert stage.server is not None
         os.kill(stage.server.pid, signal.SIGCONT)
 
@@ -66,12 +66,12 @@ class Refusal(Fault):
     word = ""
     """With what its answers begin."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         self._before = self._refusals(stage)
         self._begin(stage)
         return self._fired()
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         number = self._refusals(stage) - self._before
         if number == 0:
             self._again(stage)
@@ -81,13 +81,13 @@ class Refusal(Fault):
         self.fired.note = f"{number} calls refused"
         return super().heal(stage)
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: FaultTargets) -> None:
         raise NotImplementedError
 
-    def _again(self, stage: Stage) -> None:
+    def _again(self, stage: FaultTargets) -> None:
         """Nothing has been refused yet."""
 
-    def _refusals(self, stage: Stage) -> int:
+    def _refusals(self, stage: FaultTargets) -> int:
         errors: Any = stage.store.connection.info("errorstats")
         return int(errors.get(f"errorstat_{self.word}", {"count": 0})["count"])
 
@@ -97,11 +97,11 @@ class Full(Refusal):
 
     word = "OOM"
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: FaultTargets) -> None:
         used: Any = stage.store.connection.info("memory")
         stage.store.connection.config_set("maxmemory", int(used["used_memory"] * 0.9))
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         stage.store.connection.config_set("maxmemory", 0)
 
 
@@ -110,10 +110,10 @@ class NoReplicas(Refusal):
 
     word = "NOREPLICAS"
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: FaultTargets) -> None:
         stage.store.connection.config_set("min-replicas-to-write", 1)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         stage.store.connection.config_set("min-replicas-to-write", 0)
 
 
@@ -124,17 +124,17 @@ class Busy(Refusal):
     LIMIT_MS: Final = 20
     SCRIPT: Final = "local over = os.clock() + tonumber(ARGV[1]) while os.clock() < over do end return 1"
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: FaultTargets) -> None:
         stage.store.connection.config_set("lua-time-limit", self.LIMIT_MS)
         self._again(stage)
 
-    def _again(self, stage: Stage) -> None:
+    def _again(self, stage: FaultTargets) -> None:
         """Sent over a connection of its own, whose answer nobody waits for."""
         assert stage.server is not None
         self._connection = connect(stage.server.url, name="perdure-chaos-busy").connection_pool.get_connection()
         self._connection.send_command("EVAL", self.SCRIPT, 0, f"{self.planned.lasts:.2f}")  # type: ignore[no-untyped-call]
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         """Once the script has ended: before, even this is refused."""
         stage.store.connection.config_set("lua-time-limit", 5000)
         self._connection.disconnect()  # type: ignore[no-untyped-call]
@@ -162,24 +162,24 @@ def with_a_clock(folder: Path) -> Path:
 class ClockStep(Fault):
     """It has happened once the server has said so."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         step = "+3600" if self.planned.choice < 0.5 else "-3600"
         (stage.folder / CLOCK).write_text(step)
         return self._fired(note=f"{step} s")
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         seconds, _ = stage.store.connection.time()
         if abs(seconds - time.time()) < 1800:
             return False
         self.undo(stage)
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         (stage.folder / CLOCK).write_text("+0")
 
 
 class ScriptFlush(Fault):
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         stage.store.connection.script_flush()
         return self._fired()
 
@@ -187,7 +187,7 @@ class ScriptFlush(Fault):
 class ClientKill(Fault):
     """Every connection but this one: ordinary ones, and those that are subscribed."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         number = 0
         for kind in ("normal", "pubsub"):
             number += stage.store.connection.client_kill_filter(_type=kind, skipme=True)
@@ -197,7 +197,7 @@ class ClientKill(Fault):
 class Network(Fault):
     """Something goes wrong on the proxy, until it has happened and the time is over."""
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         assert stage.proxy is not None
         proxy, kind = stage.proxy, self.planned.kind
         self._before = proxy.happened[kind]
@@ -211,7 +211,7 @@ class Network(Fault):
             proxy.delay = 0.02 + 0.03 * self.planned.choice
         return self._fired()
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         assert stage.proxy is not None
         proxy, kind = stage.proxy, self.planned.kind
         number = proxy.happened[kind] - self._before
@@ -222,7 +222,7 @@ class Network(Fault):
         self.fired.note = f"{number} times"
         return super().heal(stage)
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         assert stage.proxy is not None
         proxy, kind = stage.proxy, self.planned.kind
         if kind == "cut":

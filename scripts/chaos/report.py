@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .conductor import Options
+from .conductor import ChaosOptions
 from .evidence import Evidence
-from .judge import Verdict, recoveries
+from .judge import ChaosVerdict, recoveries
 from .schedule import NAMES
 
 COUNTS = ("lost", "duplicated", "unexpected", "stale_writes", "wrong_outputs", "charged", "leaked_keys")
 """What must be zero."""
 
 
-def figures(options: Options, evidence: Evidence, verdict: Verdict, scale: float) -> dict[str, Any]:
+def figures(options: ChaosOptions, evidence: Evidence, verdict: ChaosVerdict, scale: float) -> dict[str, Any]:
     """Everything that was counted; times in seconds."""
     times = recoveries(evidence)
     fired = Counter(item.kind for item in evidence.fired)

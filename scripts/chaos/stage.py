@@ -16,17 +16,17 @@ from ...protocol.keys import key
 from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ..pool.server import Server
-from .crew import Crew, Target
+from .crew import ChaosProcesses, Target
 from .journal import Journal
 from .proxy import Proxy
 from .schedule import NAMES, Planned
 
 
 @dataclass(slots=True)
-class Stage:
+class FaultTargets:
     """What faults act upon. ``server`` and ``proxy`` are ``None`` where this run may not touch them."""
 
-    crew: Crew
+    crew: ChaosProcesses
     store: Store
     client: Client
     journal: Journal
@@ -80,16 +80,16 @@ class Fault:
         self.fired: Fired | None = None
         self.happened = False
 
-    def fire(self, stage: Stage) -> bool:
+    def fire(self, stage: FaultTargets) -> bool:
         """Do it; False if it is not possible now."""
         raise NotImplementedError
 
-    def heal(self, stage: Stage) -> bool:
+    def heal(self, stage: FaultTargets) -> bool:
         """Undo it; False to be asked again. Most need no healing."""
         self.happened = True
         return True
 
-    def undo(self, stage: Stage) -> None:
+    def undo(self, stage: FaultTargets) -> None:
         """At the end of the run, whatever has come of it."""
 
     def _fired(self, held: dict[str, str] | None = None, note: str = "") -> bool:

@@ -35,10 +35,10 @@ class MetricsServer(BoundedServer):
 
     def __init__(self, registry: CollectorRegistry, bind: str, port: int) -> None:
         self.registry = registry
-        super().__init__(_Handler, bind, port)
+        super().__init__(_MetricsHandler, bind, port)
 
 
-class _Handler(Answers):
+class _MetricsHandler(Answers):
     server: MetricsServer
 
     def do_GET(self) -> None:

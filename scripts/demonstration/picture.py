@@ -7,8 +7,8 @@ from typing import Final
 
 from ..present.drawing import Bar, Chart, Cross, Link
 from ..present.timeline import executions_of, seconds
-from .run import Kill, Record
-from .verdict import Verdict
+from .run import DemoKill, Record
+from .verdict import DemoVerdict
 
 TOGETHER: Final = 0.005
 """Seconds: outputs that a client gets closer together than this were stored by one checkpoint."""
@@ -16,7 +16,7 @@ TOGETHER: Final = 0.005
 KINDS: Final = {"worker": "kill -9", "tree": "kill -9 of its whole process tree"}
 
 
-def picture(record: Record, verdict: Verdict) -> Chart:
+def picture(record: Record, verdict: DemoVerdict) -> Chart:
     """Lanes are workers, bars are executions; an execution that was killed ends with its kill."""
     title = f"kill -9 in the middle of {len(record.answers)} generations"
     chart = Chart(title=title, subtitle=_subtitle(verdict), origin=0.0, end=0.0)
@@ -35,7 +35,9 @@ def picture(record: Record, verdict: Verdict) -> Chart:
     return chart
 
 
-def _add(chart: Chart, record: Record, kills: dict[str, Kill], number: int, name: str, times: Sequence[float]) -> None:
+def _add(
+    chart: Chart, record: Record, kills: dict[str, DemoKill], number: int, name: str, times: Sequence[float]
+) -> None:
     end = record.ends[name]
     previous: Bar | None = None
     first = 0
@@ -73,7 +75,7 @@ def _lane(record: Record, worker: str) -> str:
     return f"worker {letter}" if letter else worker
 
 
-def _subtitle(verdict: Verdict) -> str:
+def _subtitle(verdict: DemoVerdict) -> str:
     recovered = " and ".join(
         f"{kill['recovery_ms']:,.0f} ms" for kill in verdict.kills if kill["recovery_ms"] is not None
     )

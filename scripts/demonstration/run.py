@@ -75,7 +75,7 @@ class Answer:
 
 
 @dataclass(slots=True, kw_only=True)
-class Kill:
+class DemoKill:
     """One kill: what was killed, when (monotonic seconds), and what it held."""
 
     kind: str
@@ -91,7 +91,7 @@ class Record:
 
     settings: Settings
     answers: list[Answer] = field(default_factory=list)
-    kills: list[Kill] = field(default_factory=list)
+    kills: list[DemoKill] = field(default_factory=list)
     histories: dict[str, list[Event]] = field(default_factory=dict)
     logs: dict[str, list[Any]] = field(default_factory=dict)
     """The output log in Redis, read after the end."""
@@ -305,7 +305,7 @@ class Demonstration:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         held = list(worker["held"])
-        self.record.kills.append(Kill(kind=kind, worker=worker["worker"], pid=worker["pid"], at=at, held=held))
+        self.record.kills.append(DemoKill(kind=kind, worker=worker["worker"], pid=worker["pid"], at=at, held=held))
         what = "alone" if kind == "worker" else f"and its whole process tree ({len(pids)} processes)"
         name = self.record.workers[worker["pid"]]
         self._say(f"kill -9 {worker['pid']}: worker {name} {what}, holding {len(worker['held'])} requests")

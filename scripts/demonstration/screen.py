@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .run import Answer, Record
-from .verdict import Verdict
+from .verdict import DemoVerdict
 
 KINDS = {"worker": "kill -9 of a worker alone", "tree": "kill -9 of a worker and its whole process tree"}
 
@@ -66,7 +66,7 @@ class Screen:
                 self._drawn = time.monotonic()
                 self._live.update(_answers(record, self.console.width), refresh=True)
 
-    def report(self, verdict: Verdict, seconds: float) -> None:
+    def report(self, verdict: DemoVerdict, seconds: float) -> None:
         """The figures, then the problems or the sentence that there is none."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("request", "workers", "tokens", "computed twice", "equal"):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from .run import INTERRUPTED, SLACK, Answer, Kill, Record, most_within
+from .run import INTERRUPTED, SLACK, Answer, DemoKill, Record, most_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Verdict:
+class DemoVerdict:
     """All figures. ``problems`` is empty if everything promised was shown."""
 
     rows: list[Row] = field(default_factory=list)
@@ -71,9 +71,9 @@ class Verdict:
         }  # fmt: skip
 
 
-def judge(record: Record) -> Verdict:
+def judge(record: Record) -> DemoVerdict:
     """Count, and name everything that is not as promised."""
-    verdict = Verdict()
+    verdict = DemoVerdict()
     for number, answer in enumerate(record.answers):
         golden = record.golden[number] if number < len(record.golden) else None
         verdict.rows.append(_row(record, answer, golden))
@@ -122,7 +122,7 @@ def _sampled(record: Record, name: str) -> tuple[dict[int, int], list[int]]:
     return dict(counts), list(pids)
 
 
-def _interruptions(record: Record, name: str) -> list[tuple[Kill, int]]:
+def _interruptions(record: Record, name: str) -> list[tuple[DemoKill, int]]:
     """The kills that took this request from its worker, with the outputs that were stored by then."""
     lost = [event for event in record.histories.get(name, []) if event.kind == "WORKER_LOST"]
     return [
@@ -133,7 +133,7 @@ def _interruptions(record: Record, name: str) -> list[tuple[Kill, int]]:
     ]
 
 
-def _kill(record: Record, kill: Kill) -> dict[str, Any]:
+def _kill(record: Record, kill: DemoKill) -> dict[str, Any]:
     """One kill: what it interrupted, and the time until the first and the last of these went on elsewhere."""
     delays = []
     interrupted = 0
@@ -156,7 +156,7 @@ def _kill(record: Record, kill: Kill) -> dict[str, Any]:
     }
 
 
-def _problems(verdict: Verdict) -> list[str]:
+def _problems(verdict: DemoVerdict) -> list[str]:
     problems = []
     for row in verdict.rows:
         if row.lost:

@@ -83,7 +83,7 @@ def signal_group(pid: int, number: int) -> None:
         pass  # a member has become another user's
 
 
-class Relay:
+class OutputRelay:
     """Prints what children print, each line with the name of its place (:mod:`perdure.workers.pool.relay`)."""
 
     def __init__(self) -> None:

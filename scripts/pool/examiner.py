@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...workers.pool.gpus import Devices, is_orphan, open_devices
+from ...workers.pool.gpus import DeviceQueries, is_orphan, open_devices
 
 log = logging.getLogger("perdure.pool")
 
@@ -43,7 +43,7 @@ class Examiner:
         self._questions.put(None)
 
     def _run(self) -> None:
-        devices: Devices | None = None
+        devices: DeviceQueries | None = None
         while (question := self._questions.get()) is not None:
             place, device = question
             action, occupied = "", False

@@ -31,7 +31,7 @@ from ...workers.pool.gpus import Gpu
 from ...workers.pool.notify import Notifier
 from ...workers.pool.places import INCARNATION, Action, Ask, Examine, Kill, Phase, Place, Role, Say, Start, Tell
 from ...workers.pool.supervisor import Supervisor
-from .children import Relay, Undertaker, ended, environment_for, launch, signal_group
+from .children import OutputRelay, Undertaker, ended, environment_for, launch, signal_group
 from .examiner import Examiner
 from .sight import Sight
 
@@ -88,7 +88,7 @@ class Pool:
     _sight: Sight = field(init=False)
     _examiner: Examiner = field(init=False)
     _undertaker: Undertaker = field(init=False)
-    _relay: Relay | None = None
+    _relay: OutputRelay | None = None
     _thread: threading.Thread | None = None
     _up: bool = False
 
@@ -138,7 +138,7 @@ class Pool:
         self._selector.register(self._bell[0], selectors.EVENT_READ)
         self._sight.start()
         if self.named and self.output is None:
-            self._relay = Relay()
+            self._relay = OutputRelay()
         self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
 

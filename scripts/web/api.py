@@ -36,8 +36,8 @@ from ...protocol.errors import InvalidRequest, PerdureError, UnknownRequest, Usa
 from ..present.reading import Rates
 from .access import Access, App, guarded
 from .files import Files
-from .looks import PAGE, Looks, NotAllowed
-from .stream import EventStream, Watch
+from .looks import PAGE, NotAllowed, WebQueries
+from .stream import Broadcast, EventStream
 
 log = logging.getLogger("perdure.web")
 
@@ -90,7 +90,7 @@ def _failed(task: asyncio.Task[Any]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 
-def application(looks: Looks, watch: Watch, access: Access) -> App:
+def application(looks: WebQueries, watch: Broadcast, access: Access) -> App:
     """The ASGI application."""
     pages = _Pages(looks, watch, access)
     routes = [
@@ -115,7 +115,7 @@ def application(looks: Looks, watch: Watch, access: Access) -> App:
 
 
 class _Pages:
-    def __init__(self, looks: Looks, watch: Watch, access: Access) -> None:
+    def __init__(self, looks: WebQueries, watch: Broadcast, access: Access) -> None:
         self._looks = looks
         self._watch = watch
         self._access = access

@@ -23,8 +23,8 @@ from ..present.console import read_settings, url_option
 from ..present.reading import Rates
 from .access import Access, read_token
 from .api import application
-from .looks import Looks
-from .stream import Watch
+from .looks import WebQueries
+from .stream import Broadcast
 
 log = logging.getLogger("perdure.web")
 
@@ -87,12 +87,12 @@ def web(
             f"cannot listen on {host} port {port}: {reason}; choose another with --host or --port"
         ) from None
     logs.configure(settings.log_format)
-    with listening, Looks(settings, address) as looks:
+    with listening, WebQueries(settings, address) as looks:
         where = listening.getsockname()
         local = is_loopback(where[0])
         if not local:
             log.warning("everybody who can connect to %s can read the page; let a firewall or a proxy decide who", host)
-        watch = Watch(partial(looks.frame, Rates()), every)
+        watch = Broadcast(partial(looks.frame, Rates()), every)
         app = application(looks, watch, Access(token, allowed, local=local))
         shown = f"[{where[0]}]" if ":" in where[0] else where[0]
         log.info(
@@ -121,7 +121,7 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def serve(app: Any, watch: Watch, listening: socket.socket) -> None:
+def serve(app: Any, watch: Broadcast, listening: socket.socket) -> None:
     """Until SIGTERM or SIGINT."""
     config = uvicorn.Config(
         app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
@@ -137,7 +137,7 @@ def serve(app: Any, watch: Watch, listening: socket.socket) -> None:
 class _Server(uvicorn.Server):
     """Ends the streams first, which would never end by themselves."""
 
-    def __init__(self, config: uvicorn.Config, watch: Watch) -> None:
+    def __init__(self, config: uvicorn.Config, watch: Broadcast) -> None:
         super().__init__(config)
         self._watch = watch
 

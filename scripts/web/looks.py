@@ -58,7 +58,7 @@ class NotAllowed(PerdureError):
     """The Redis user of this server has no permission to do that."""
 
 
-class Looks:
+class WebQueries:
     """A pool, to be looked at over a few connections that are kept."""
 
     def __init__(self, settings: Settings, address: str) -> None:

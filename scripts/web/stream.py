@@ -33,7 +33,7 @@ KEPT: Final = 120
 """Frames of which a newcomer gets the figures, for its curves."""
 
 
-class Watch:
+class Broadcast:
     """Looks while somebody watches, and tells all viewers the same. To be used on one event loop.
 
     ``look`` takes a frame; it blocks, and is called in a thread. A frame that cannot be had is one too: it says since
@@ -143,7 +143,7 @@ def point(frame: dict[str, Any]) -> list[float | None]:
 class EventStream:
     """The answer that streams to one viewer until it leaves, stalls, or the server ends."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Broadcast) -> None:
         self._watch = watch
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -23,7 +23,7 @@ import pytest
 from perdure.producer import AsyncClient
 from perdure.protocol.tasks import is_task
 from perdure.scripts.demonstration.screen import Screen
-from perdure.scripts.demonstration.verdict import Row, Verdict
+from perdure.scripts.demonstration.verdict import DemoVerdict, Row
 from tests.kit.docs.pages import blocks, commands
 from tests.kit.lab import Lab, eventually
 from tests.kit.places import ROOT
@@ -141,7 +141,7 @@ def test_the_last_lines_of_the_demonstration_are_its_own(capsys: pytest.CaptureF
         duplicated=0,
         text="",
     )
-    report = Verdict([replace(row, tokens=tokens), *[row] * (requests - 1)], kills)
+    report = DemoVerdict([replace(row, tokens=tokens), *[row] * (requests - 1)], kills)
     Screen(1.0).report(report, seconds)
     assert capsys.readouterr().out.splitlines()[-len(lines) :] == lines
 

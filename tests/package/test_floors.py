@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,19 @@ def test_a_long_file_is_seen(tmp_path: Path) -> None:
     assert long_files(tmp_path) == {}
     file.write_text("#\n" * (LONGEST + 1), encoding="utf-8")
     assert long_files(tmp_path) == {"docs/long.py": LONGEST + 1}
+
+
+def classes(root: Path) -> dict[str, list[str]]:
+    """Name of a class -> the modules below ``root`` that define one of this name."""
+    found: dict[str, list[str]] = {}
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(str(path.relative_to(root)))
+    return found
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    found = classes(ROOT)
+    assert len(found) > 200
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

@@ -41,7 +41,7 @@ from perdure.protocol.errors import (
     UnknownRequest,
 )
 from perdure.protocol.keys import key
-from perdure.protocol.reading.output_log import FIRST, LOST, MOST, Outputs, Place
+from perdure.protocol.reading.output_log import FIRST, LOST, MOST, LogPlace, Outputs
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
 from perdure.scripts.pool.server import Server
@@ -489,7 +489,7 @@ def test_a_log_is_read_in_pages_that_are_bounded(client: Client, hands: Hands, c
     connections[1].delete(key("output", handle.id))
     assert hands.store.output_page(handle.id, whole.place) is LOST
     assert whole.take(LOST)
-    assert (whole.values, whole.place) == ([], Place())
+    assert (whole.values, whole.place) == ([], LogPlace())
 
 
 def log(epoch: int, *outputs: Any, size: int = 1) -> list[tuple[int, int, list[Any]]]:

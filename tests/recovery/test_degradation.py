@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perdure.protocol.keys import key
-from perdure.protocol.reading.mode import Count, Mode, Tally
+from perdure.protocol.reading.mode import Count, Mode, ModeTally
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
 from perdure.recovery.degradation import ENTER, HOLD, LEAVE, SPAN, SPANS, Degradation, judge
@@ -29,9 +29,9 @@ START = 1_800_000_000_000
 HOUR = SPAN * SPANS
 
 
-def told(history: list[tuple[float, int]], capacity: int = 0, tally: Tally | None = None) -> list[Tally]:
+def told(history: list[tuple[float, int]], capacity: int = 0, tally: ModeTally | None = None) -> list[ModeTally]:
     """What is decided, one after the other, when so many workers are counted at these seconds."""
-    decided = [tally or Tally()]
+    decided = [tally or ModeTally()]
     for second, live in history:
         count = Count(START + round(second * 1000), True, live, 0, decided[-1])
         decided.append(judge(count, capacity=capacity, timeout=TIMEOUT))
@@ -95,7 +95,7 @@ def test_whatever_is_counted_the_rules_hold(steps: list[tuple[float, int]], capa
         at += seconds
         history.append((at, live))
     tallies = told(history, capacity)
-    for (second, live), before, after in zip(history, [Tally(), *tallies], tallies, strict=False):
+    for (second, live), before, after in zip(history, [ModeTally(), *tallies], tallies, strict=False):
         now = START + round(second * 1000)
         if after.degraded and not (before.degraded and before.since == after.since):
             assert live < ENTER * after.expected
@@ -166,9 +166,12 @@ def test_a_stored_state_comes_back_and_damage_is_nothing() -> None:
     tally = told([(0, 1)], capacity=9, tally=SETTLED)[-1]
     raw = {name: str(value) for name, value in tally.to_redis().items()}
     raw["until"] = raw.pop("until_ms")
-    assert Tally.from_redis(raw) == tally
-    assert Tally.from_redis(dict.fromkeys(raw, "1e999\x00") | {"peaks": "a:b 12345678901234567890:1 ١:٢"}) == Tally()
-    assert Tally.from_redis({}) == Tally()
+    assert ModeTally.from_redis(raw) == tally
+    assert (
+        ModeTally.from_redis(dict.fromkeys(raw, "1e999\x00") | {"peaks": "a:b 12345678901234567890:1 ١:٢"})
+        == ModeTally()
+    )
+    assert ModeTally.from_redis({}) == ModeTally()
 
 
 # --- by the scripts ------------------------------------------------------------------------------
@@ -372,12 +375,12 @@ def test_a_declaration_is_heard_once(pool: Pool, clock: Clock) -> None:
     count = pool.store.weigh()
     assert count.tally == tally
     crowd.leave()
-    assert not pool.store.declare(count, Tally()), "it has not seen that one worker is expected no longer"
+    assert not pool.store.declare(count, ModeTally()), "it has not seen that one worker is expected no longer"
     count = pool.store.weigh()
     clock.advance(6)
-    assert not pool.store.declare(count, Tally())
+    assert not pool.store.declare(count, ModeTally())
     clock.advance(-12)
-    assert not pool.store.declare(count, Tally())
+    assert not pool.store.declare(count, ModeTally())
     assert crowd.mode.degraded
 
 

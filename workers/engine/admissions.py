@@ -24,9 +24,9 @@ from ..tasks.forks import foreign
 from ..tasks.members import Members
 from ..tasks.unfit import Unfit
 from .device_memory import does_not_fit, empty_caches, forget, free_bytes
-from .engines import Engine, Waiting
+from .engines import Engine, WaitingRequest
 from .fitness import Fitness
-from .room import Verdict
+from .room import RoomVerdict
 
 
 @dataclass(slots=True)
@@ -99,12 +99,12 @@ class Admissions:
             places = None
         self.holdings.capacity.limit("room", places)
 
-    def _admit_next(self, engine: Engine, entry: Waiting) -> bool:
+    def _admit_next(self, engine: Engine, entry: WaitingRequest) -> bool:
         """Admit the request that has waited longest; False if nothing more is admitted now."""
         claim = entry.claim
         failed: BaseException | None = None
         needed: int | None = None
-        verdict = Verdict.ADMIT
+        verdict = RoomVerdict.ADMIT
         self.before(engine, claim)
         try:
             with foreign:
@@ -114,9 +114,9 @@ class Admissions:
                 except RAISED as error:
                     raise self._refusal(engine, entry, error) from None
                 verdict = engine.judge(needed)
-            if verdict is Verdict.WAIT:
+            if verdict is RoomVerdict.WAIT:
                 return False
-            if verdict is Verdict.ADMIT:
+            if verdict is RoomVerdict.ADMIT:
                 with logs.running(claim.id, claim.execution), foreign:
                     engine.batch.admit(entry.request)
         except RAISED as error:
@@ -125,7 +125,7 @@ class Admissions:
         engine.changed = True
         if failed is not None:
             self._fail(engine, claim, failed, needed)
-        elif verdict is Verdict.NEVER:
+        elif verdict is RoomVerdict.NEVER:
             too_large = does_not_fit(needed, engine.room.most)
             self.holdings.fail(claim.id, claim.execution, too_large, kind=FailureKind.GPU_OOM)
         else:
@@ -135,7 +135,7 @@ class Admissions:
             self.holdings.accept(claim, engine.fingerprint)
         return not self.fitness.left
 
-    def _refusal(self, engine: Engine, entry: Waiting, error: BaseException) -> BaseException:
+    def _refusal(self, engine: Engine, entry: WaitingRequest, error: BaseException) -> BaseException:
         """Why a request is not admitted whose memory could not be told: it may be one that the task itself refuses."""
         if classify(error) is not FailureKind.ERROR or isinstance(error, Unfit):
             return error

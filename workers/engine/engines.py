@@ -14,7 +14,7 @@ from ..tasks.base import AnyTask, BatchTask, Request, Task
 from ..tasks.generators import GeneratorBatch
 from ..tasks.threads import ThreadBatch
 from .batch_size import BatchSize
-from .room import Room, Verdict
+from .room import Room, RoomVerdict
 from .soundness import Soundness
 
 PATIENCE = 1.0
@@ -35,7 +35,7 @@ def as_batch(task: AnyTask, news: Callable[[], None] = lambda: None) -> BatchTas
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingRequest:
     """A claimed request for which there is no room yet."""
 
     claim: Claim
@@ -52,7 +52,7 @@ class Engine:
     fingerprint: str
     admitted: dict[str, str] = field(default_factory=dict)
     """Request id -> the execution for which it was admitted: it may come again while an old step still runs."""
-    waiting: dict[str, Waiting] = field(default_factory=dict)
+    waiting: dict[str, WaitingRequest] = field(default_factory=dict)
     """In the order in which they will be admitted."""
     needed: dict[str, int | None] = field(default_factory=dict)
     """Request id -> bytes, of those admitted."""
@@ -69,11 +69,11 @@ class Engine:
         """Seconds that one step of its requests may take."""
         return self.batch.step_timeout or settings.step_timeout
 
-    def judge(self, needed: int | None) -> Verdict:
+    def judge(self, needed: int | None) -> RoomVerdict:
         """Whether a request that needs so many bytes is admitted now."""
         verdict = self.room.judge(needed, self.batch.memory_free() if needed is not None else None, len(self.admitted))
         full = len(self.admitted) >= self.size.limit
-        return Verdict.WAIT if verdict is Verdict.ADMIT and full else verdict
+        return RoomVerdict.WAIT if verdict is RoomVerdict.ADMIT and full else verdict
 
     def took(self, claim: Claim, needed: int | None) -> None:
         """A request was admitted."""
@@ -93,7 +93,7 @@ class Engine:
             return []
         return self.take_waiting(behind)
 
-    def take_waiting(self, entries: list[Waiting] | None = None) -> list[tuple[str, str]]:
+    def take_waiting(self, entries: list[WaitingRequest] | None = None) -> list[tuple[str, str]]:
         """Take these, or all, out of what waits: ids and executions, in their order."""
         taken = list(self.waiting.values()) if entries is None else entries
         for entry in taken:

@@ -17,14 +17,14 @@ from ...protocol.tensors import CannotRead
 from ...protocol.transitions.calls import Claim
 from ..guardian.watchdog import WAIT, Watchdog
 from ..leases.holdings import NO_CHECKPOINT, Holdings
-from ..leases.mailbox import Admission, Drop, Letter, News, Stop, Stored
+from ..leases.mailbox import Admission, Drop, Letter, News, OutputsStored, Stop
 from ..pool.statuses import HUNG
 from ..tasks.base import RAISED, AnyTask, Request, Step
 from ..tasks.forks import foreign
 from ..tasks.members import Members
 from ..tasks.unfit import Unfit
 from .admissions import Admissions
-from .engines import Engine, Waiting
+from .engines import Engine, WaitingRequest
 from .fitness import Fitness
 from .loading import Engines
 from .outcomes import Outcomes
@@ -171,7 +171,7 @@ class EngineLoop:
                 self._stopped = True
             case Drop():
                 self._drop(letter.id)
-            case Stored():
+            case OutputsStored():
                 engine = self._engines.current
                 if engine and isinstance(engine.batch, Members) and engine.admitted.get(letter.id) == letter.execution:
                     engine.batch.release([letter.id])
@@ -218,7 +218,7 @@ class EngineLoop:
             reason = f"the checkpoint cannot be read: {error}"
             self.holdings.hand_back(claim, reason=reason, delay=0.0, fingerprint=NO_CHECKPOINT)
             return
-        engine.waiting[claim.id] = Waiting(claim, request)
+        engine.waiting[claim.id] = WaitingRequest(claim, request)
         engine.changed = True
 
     def _run_plain(self, claim: Claim) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 
-class Verdict(Enum):
+class RoomVerdict(Enum):
     """What becomes of a request that asks to be taken in."""
 
     ADMIT = auto()
@@ -29,18 +29,18 @@ class Room:
     newest: int | None = None
     """Bytes that the newest request needs; ``None`` before the first."""
 
-    def judge(self, needed: int | None, free: int | None, admitted: int) -> Verdict:
+    def judge(self, needed: int | None, free: int | None, admitted: int) -> RoomVerdict:
         """About a request that needs so much, where ``admitted`` others are. ``None`` is unknown."""
         if needed is None or free is None:
-            return Verdict.ADMIT
+            return RoomVerdict.ADMIT
         if admitted == 0:
             self.most = free
         self.newest = needed
         if needed <= free:
-            return Verdict.ADMIT
+            return RoomVerdict.ADMIT
         if admitted == 0 or (self.most is not None and needed > self.most):
-            return Verdict.NEVER
-        return Verdict.WAIT
+            return RoomVerdict.NEVER
+        return RoomVerdict.WAIT
 
     def places(self, free: int | None, admitted: int, waiting: int) -> int | None:
         """How many requests the worker should hold, by the size of the newest one; ``None`` for any number.

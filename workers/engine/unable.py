@@ -24,7 +24,7 @@ BROKEN: Final = "broken"
 
 
 @dataclass(frozen=True, slots=True)
-class Inability:
+class UnloadedTask:
     """One task that could not be loaded. ``since`` and ``until`` in monotonic seconds, which all processes of a host share."""
 
     task: str
@@ -41,14 +41,14 @@ class Unable:
 
     told: Callable[[list[dict[str, Any]]], None] = lambda rows: None
     """Called with what is to be said of them, when that has changed."""
-    found: dict[str, Inability] = field(default_factory=dict)
+    found: dict[str, UnloadedTask] = field(default_factory=dict)
 
-    def failed(self, task: str, error: BaseException) -> Inability:
+    def failed(self, task: str, error: BaseException) -> UnloadedTask:
         """A task could not be loaded."""
         now, before = time.monotonic(), self.found.get(task)
         tries = before.tries + 1 if before else 1
         wait = min(LONGEST, FIRST * 2.0 ** min(tries - 1, 30))
-        now_unable = Inability(
+        now_unable = UnloadedTask(
             task, _kind(task, error), describe(error), before.since if before else now, now + wait, tries
         )
         self._become({**self.found, task: now_unable})
@@ -64,7 +64,7 @@ class Unable:
         now = time.monotonic()
         return [name for name, item in self.found.items() if now < item.until]
 
-    def _become(self, found: dict[str, Inability]) -> None:
+    def _become(self, found: dict[str, UnloadedTask]) -> None:
         self.found = found
         rows = [
             {"task": item.task, "kind": item.kind, "reason": item.reason, "since": item.since}

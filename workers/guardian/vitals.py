@@ -11,7 +11,7 @@ from typing import Self
 import redis
 
 from ...protocol.settings import Settings
-from ..health.checks import Memory, Server, disk
+from ..health.checks import Memory, RedisCheck, disk
 from ..health.device_watch import DeviceWatch, wanted
 from ..health.state import Check, Health, Watched
 from .companion import private_connection
@@ -69,7 +69,7 @@ class Vitals:
 
 def _checks(settings: Settings, connection: redis.Redis, pid: int) -> list[Watched]:
     timeout = settings.heartbeat_timeout / 2
-    server = Server(private_connection(connection, timeout=timeout), slow=SLOW * settings.heartbeat_timeout)
+    server = RedisCheck(private_connection(connection, timeout=timeout), slow=SLOW * settings.heartbeat_timeout)
     folder = Path(settings.health_folder or settings.trace or tempfile.gettempdir())
     return [
         Check("network", server.look, deadline=4 * timeout),

@@ -60,7 +60,7 @@ _SIZE: Final = 32
 """Bytes that are shared: for each of the two, count and allowed milliseconds."""
 
 
-class Reading(NamedTuple):
+class CounterReading(NamedTuple):
     """A counter as it stands: how often it was ticked, and the seconds until the next tick (0: it is not judged)."""
 
     ticks: int
@@ -89,9 +89,9 @@ class Counter:
         """Tick memory of one's own from now on, which nobody reads."""
         self._words = memoryview(bytearray(_SIZE)).cast("Q")
 
-    def read(self) -> Reading:
+    def read(self) -> CounterReading:
         """How it stands."""
-        return Reading(self._words[self._at], self._words[self._at + 1] / 1000)
+        return CounterReading(self._words[self._at], self._words[self._at + 1] / 1000)
 
 
 class Page:
@@ -134,11 +134,11 @@ class Watch:
     stopped_at: float = -math.inf
     """When the guardian was last stopped itself, by the clock of :meth:`look`."""
     _looked: float | None = None
-    _seen: list[Reading] = field(default_factory=lambda: [Reading(0, 0)] * 2)
+    _seen: list[CounterReading] = field(default_factory=lambda: [CounterReading(0, 0)] * 2)
     _still: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Seconds for which each of the two has been seen to stand still."""
 
-    def look(self, now: float, loop: Reading, courier: Reading) -> str:
+    def look(self, now: float, loop: CounterReading, courier: CounterReading) -> str:
         """Who stands still for too long, as a sentence about "its …"; an empty text for nobody. ``now`` in seconds."""
         passed = 0.0 if self._looked is None else now - self._looked
         self._looked = now

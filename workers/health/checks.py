@@ -17,7 +17,7 @@ from typing import Final
 
 import redis
 
-from .state import Reading, State, worst
+from .state import CheckState, Reading, worst
 
 GIB: Final = 2**30
 
@@ -54,7 +54,9 @@ class Memory:
         used, limit, whose = max(found, key=lambda item: item[0] / item[1])
         share = used / limit
         text = f"{share:.0%} of {limit / GIB:.1f} GiB in use ({whose})"
-        return Reading(State.FAIL if share >= GONE else State.DEGRADED if share >= SCARCE else State.OK, text)
+        return Reading(
+            CheckState.FAIL if share >= GONE else CheckState.DEGRADED if share >= SCARCE else CheckState.OK, text
+        )
 
     def _host(self) -> tuple[int, int, str]:
         facts = {}
@@ -76,7 +78,7 @@ class Memory:
                 values = dict(pair.split("=") for pair in pairs)
                 percent = float(values["avg10"])
                 if word == "full" and percent >= STALLED:
-                    state = State.FAIL if percent >= STUCK else State.DEGRADED
+                    state = CheckState.FAIL if percent >= STUCK else CheckState.DEGRADED
                     yield Reading(state, f"everybody waited for memory in {percent:.0f} % of the last 10 s")
             return
 
@@ -87,7 +89,9 @@ class Memory:
         self._kills = kills
         if now - self._killed < OOM_MEMORY:
             ago = now - self._killed
-            yield Reading(State.DEGRADED, f"{ago:.0f} s ago the kernel killed a process of this cgroup for its memory")
+            yield Reading(
+                CheckState.DEGRADED, f"{ago:.0f} s ago the kernel killed a process of this cgroup for its memory"
+            )
 
     def _count_kills(self) -> int:
         for folder in self._folders[:1]:
@@ -154,18 +158,18 @@ def disk(folder: Path) -> Reading:
         why = {errno.ENOSPC: "no space or no inode is left", errno.EROFS: "it is mounted read-only",
                errno.EDQUOT: "the quota is used up", errno.ENOENT: "it is not there"}  # fmt: skip
         text = why.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-        return Reading(State.FAIL, f"cannot write to {folder}: {text}")
+        return Reading(CheckState.FAIL, f"cannot write to {folder}: {text}")
     took = time.monotonic() - began
     free, total = facts.f_bavail * facts.f_frsize, max(1, facts.f_blocks * facts.f_frsize)
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free in {folder}; a synced write took {took * 1000:.0f} ms"
     if free < min(FLOOR, total / 2):
-        return Reading(State.FAIL, text)
+        return Reading(CheckState.FAIL, text)
     if free / total < LOW:
-        return Reading(State.DEGRADED, text)
+        return Reading(CheckState.DEGRADED, text)
     # Some file systems make inodes as they need them, and say 0.
     if facts.f_files and facts.f_favail / facts.f_files < LOW:
-        return Reading(State.DEGRADED, f"{facts.f_favail:,} of {facts.f_files:,} inodes free in {folder}")
-    return Reading(State.OK, text)
+        return Reading(CheckState.DEGRADED, f"{facts.f_favail:,} of {facts.f_files:,} inodes free in {folder}")
+    return Reading(CheckState.OK, text)
 
 
 def _write(folder: Path) -> None:
@@ -188,7 +192,7 @@ APART: Final = 1.0
 
 
 @dataclass(slots=True)
-class Server:
+class RedisCheck:
     """Redis: whether it answers, how fast, and how far its clock is from ours.
 
     The connection is this check's own. ``slow``: seconds of a round trip from which it is degraded.
@@ -205,13 +209,13 @@ class Server:
             took = time.monotonic() - began
         except redis.RedisError as error:
             self.connection.connection_pool.disconnect()
-            return Reading(State.FAIL, f"Redis does not answer: {type(error).__name__}: {error}")
+            return Reading(CheckState.FAIL, f"Redis does not answer: {type(error).__name__}: {error}")
         offset = seconds + micros / 1e6 - (before + took / 2)
         text = f"a round trip took {took * 1000:.1f} ms"
         if took >= self.slow:
-            return Reading(State.DEGRADED, text)
+            return Reading(CheckState.DEGRADED, text)
         if abs(offset) - took / 2 > APART:
             side = "behind" if offset > 0 else "ahead of"
             # Nothing is decided by it: all deadlines are the server's.
-            return Reading(State.DEGRADED, f"this host's clock is {abs(offset):.1f} s {side} the server's")
-        return Reading(State.OK, text)
+            return Reading(CheckState.DEGRADED, f"this host's clock is {abs(offset):.1f} s {side} the server's")
+        return Reading(CheckState.OK, text)

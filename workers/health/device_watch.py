@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from .nvml import Counts, Devices, RecoveryAction, located
-from .state import Reading, Shown, Standing, State
+from .state import CheckState, Reading, Shown, Standing
 
 MODULE: Final = "perdure.workers.health.device_watch"
 
@@ -80,10 +80,10 @@ class Judge:
         after = f"; the last error was Xid {self._xid[0]}, {now - self._xid[1]:.0f} s ago" if self._xid else ""
         who = look.identity or "the device"
         if look.action.unfit:
-            return Reading(State.FAIL, f"{who}: the driver asks for {look.action}{after}", certain=True)
+            return Reading(CheckState.FAIL, f"{who}: the driver asks for {look.action}{after}", certain=True)
         if look.counts.failed:
             text = f"{who}: a row of its memory could not be replaced; exchange the device{after}"
-            return Reading(State.FAIL, text, certain=True)
+            return Reading(CheckState.FAIL, text, certain=True)
         found = [
             "the driver does not say whether it needs a repair" if look.action is RecoveryAction.UNKNOWN else "",
             f"the driver asks for {look.action}"
@@ -96,7 +96,7 @@ class Judge:
         ]
         told = "; ".join(part for part in found if part)
         # A driver without a verdict is no news, and cannot take back one that it gave.
-        state = State.DEGRADED if any(found[1:]) else State.OK
+        state = CheckState.DEGRADED if any(found[1:]) else CheckState.OK
         return Reading(
             state, f"{who}: {told or 'nothing to repair'}", certain=look.action is not RecoveryAction.UNKNOWN
         )
@@ -177,7 +177,7 @@ class DeviceWatch:
     def _tell(self, reason: str) -> None:
         with self._lock:
             self._heard = time.monotonic()
-            self._standing.hear(Reading(State.UNKNOWN, reason), time.time())
+            self._standing.hear(Reading(CheckState.UNKNOWN, reason), time.time())
 
 
 # --- the process -----------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class DeviceEvent:
     """Something that the driver reported by itself."""
 
     xid: int | None
@@ -177,7 +177,7 @@ class Devices:
         info = self._of(index, self._nvml.nvmlDeviceGetMemoryInfo, None)
         return (0, 0) if info is None else (int(info.free), int(info.total))
 
-    def wait(self, indexes: tuple[int, ...], seconds: float) -> Event | None:
+    def wait(self, indexes: tuple[int, ...], seconds: float) -> DeviceEvent | None:
         """Wait for the next Xid or change of the recovery action, for so many seconds; ``None`` if none came.
 
         Raises ``NotImplementedError`` where the driver reports nothing by itself. ``indexes`` are those of the first
@@ -196,7 +196,7 @@ class Devices:
             raise NotImplementedError(f"waiting for events failed: {error}") from None
         uuid = self._ask(lambda: nvml.nvmlDeviceGetUUID(data.device), "")
         index = next((index for index in indexes if uuid and self.uuid(index) == uuid), None)
-        return Event(int(data.eventData) if data.eventType == nvml.nvmlEventTypeXidCriticalError else None, index)
+        return DeviceEvent(int(data.eventData) if data.eventType == nvml.nvmlEventTypeXidCriticalError else None, index)
 
     # --- within ----------------------------------------------------------------------------------
 

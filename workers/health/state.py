@@ -30,7 +30,7 @@ UNFIT_SIGNAL: Final = signal.SIGUSR2
 """Tells a worker to drain and to leave with ``UNFIT_DEVICE``: its device is not to be used."""
 
 
-class State(StrEnum):
+class CheckState(StrEnum):
     """How a check stands."""
 
     OK = "ok"
@@ -41,14 +41,14 @@ class State(StrEnum):
     """The check could not tell: it hangs, or what it would look at is not there."""
 
 
-_SEVERITY: Final = {State.OK: 0, State.DEGRADED: 1, State.FAIL: 2}
+_SEVERITY: Final = {CheckState.OK: 0, CheckState.DEGRADED: 1, CheckState.FAIL: 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What one look has found."""
 
-    state: State
+    state: CheckState
     reason: str
     certain: bool = False
     """Said by the device's driver, not measured: it counts at once, and only such a reading ends such a failure."""
@@ -58,7 +58,7 @@ class Reading:
 class Shown:
     """How a check stands, as it is told. ``at``: seconds since 1970 of the last look, 0 before the first."""
 
-    state: State
+    state: CheckState
     reason: str
     at: float
 
@@ -87,23 +87,23 @@ class Standing:
     def hear(self, reading: Reading, at: float) -> None:
         """Take in one reading; ``at`` in seconds since 1970."""
         self._at = at
-        if reading.state is State.UNKNOWN:
+        if reading.state is CheckState.UNKNOWN:
             self._silence = reading.reason
             return
         self._silence = ""
         if reading.certain:
-            self._latched = reading if reading.state is State.FAIL else None
+            self._latched = reading if reading.state is CheckState.FAIL else None
             self._readings.clear()  # measured before the driver spoke
         self._readings.append(reading)
 
     def shown(self, silence: str = "") -> Shown:
         """How it stands now; ``silence`` says why no reading comes, if one is overdue."""
         if self._latched is not None:
-            return Shown(State.FAIL, self._latched.reason, self._at)
+            return Shown(CheckState.FAIL, self._latched.reason, self._at)
         found = self._agreed()
         silence = silence or self._silence
-        if found is None or (silence and found.state is not State.FAIL):
-            return Shown(State.UNKNOWN, silence, self._at)
+        if found is None or (silence and found.state is not CheckState.FAIL):
+            return Shown(CheckState.UNKNOWN, silence, self._at)
         return Shown(found.state, found.reason, self._at)
 
     def _agreed(self) -> Reading | None:
@@ -161,7 +161,7 @@ class Check:
         try:
             reading = self._look()
         except Exception as error:  # a mistake in one check is no reason to lose all of them
-            reading = Reading(State.UNKNOWN, f"the check failed: {type(error).__name__}: {error}")
+            reading = Reading(CheckState.UNKNOWN, f"the check failed: {type(error).__name__}: {error}")
         with self._lock:
             self._since = None
             self._standing.hear(reading, time.time())
@@ -214,7 +214,7 @@ class Health:
         now = time.time()
         shown = {"worker": self._worker(now), **{check.name: check.shown() for check in self.checks}}
         return {
-            "healthy": all(item.state is not State.FAIL for item in shown.values()),
+            "healthy": all(item.state is not CheckState.FAIL for item in shown.values()),
             "checks": {name: item.as_dict() for name, item in shown.items()},
             "timestamp": round(now, 3),
         }
@@ -222,13 +222,13 @@ class Health:
     def _worker(self, now: float) -> Shown:
         dead = self.live()
         if dead or self._signalled:
-            return Shown(State.FAIL, dead or "it leaves because of its device", now)
+            return Shown(CheckState.FAIL, dead or "it leaves because of its device", now)
         if not self.claims:
-            return Shown(State.FAIL, "it claims nothing: it still loads, or is leaving", now)
+            return Shown(CheckState.FAIL, "it claims nothing: it still loads, or is leaving", now)
         if self.unable:
             said = "; ".join(f"{row['task']}: {row['reason']}" for row in self.unable)
-            return Shown(State.DEGRADED, f"it claims, but leaves to others what it could not load: {said}", now)
-        return Shown(State.OK, "it claims", now)
+            return Shown(CheckState.DEGRADED, f"it claims, but leaves to others what it could not load: {said}", now)
+        return Shown(CheckState.OK, "it claims", now)
 
     def _gone(self) -> bool:
         if self._pidfd is not None:

@@ -20,7 +20,7 @@ from ...recovery.failures import POLICIES, classify
 from ..tasks.base import NOTHING, RAISED, Step
 from .capacity import Capacity
 from .holding import Handback, Holding
-from .mailbox import Drop, Mailbox, Stop, Stored
+from .mailbox import Drop, Mailbox, OutputsStored, Stop
 
 MAX_BUFFER = 32 * 1024 * 1024
 """Bytes of unsent outputs after which the engine loop pauses."""
@@ -237,7 +237,7 @@ class Holdings:
             )
 
     def watch_stored(self, executions: Mapping[str, str]) -> None:
-        """Have a ``Stored`` put into the mailbox for each of these once all that it has put out is in Redis."""
+        """Have a ``OutputsStored`` put into the mailbox for each of these once all that it has put out is in Redis."""
         with self.lock:
             self.storing.update(executions)
             self._hasten()
@@ -323,7 +323,7 @@ class Holdings:
             holding = self.current(name, execution)
             if holding is None or not holding.unsent:
                 del self.storing[name]
-                self.mailbox.put(Stored(name, execution))
+                self.mailbox.put(OutputsStored(name, execution))
 
     def let_go(self, identifier: str) -> None:
         """The request is not this worker's any more."""

@@ -26,7 +26,7 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class OutputsStored:
     """All that this request had put out is in Redis; it was waited for."""
 
     id: str
@@ -43,7 +43,7 @@ class Stop:
     """No more steps."""
 
 
-Letter = Admission | Drop | Stored | News | Stop
+Letter = Admission | Drop | OutputsStored | News | Stop
 
 
 class Mailbox:

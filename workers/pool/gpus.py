@@ -20,7 +20,7 @@ COUNT_TIMEOUT: Final = 120.0
 """Seconds for a process that imports torch and counts devices."""
 
 
-class Devices(Protocol):
+class DeviceQueries(Protocol):
     """What is asked of NVML."""
 
     def count(self) -> int: ...
@@ -48,20 +48,20 @@ class Gpu:
         return {"CUDA_VISIBLE_DEVICES": self.token} | ({} if self.index is None else {"CUDA_DEVICE_ORDER": ORDER})
 
 
-def open_devices() -> Devices | None:
+def open_devices() -> DeviceQueries | None:
     """NVML, or ``None`` where it or its package is not installed."""
     try:
         module = importlib.import_module("..health.nvml", __package__)
     except ImportError:
         return None
-    found: Devices | None = module.Devices.open()
+    found: DeviceQueries | None = module.Devices.open()
     return found
 
 
 def choose(
     wanted: str,
     *,
-    devices: Devices | None,
+    devices: DeviceQueries | None,
     environment: Mapping[str, str] | None = None,
     count: Callable[[], int] | None = None,
 ) -> list[Gpu]:
@@ -125,7 +125,7 @@ def _numbers(wanted: str) -> list[int]:
 
 
 def _visible(
-    visible: str, numbers: list[int] | None, devices: Devices | None, environment: Mapping[str, str]
+    visible: str, numbers: list[int] | None, devices: DeviceQueries | None, environment: Mapping[str, str]
 ) -> list[Gpu]:
     """What CUDA itself would see of this list: up to the first entry that is none."""
     tokens: list[str] = []
@@ -149,7 +149,7 @@ def _whole(token: str) -> int | None:
     return int(token) if token.isdecimal() else None
 
 
-def _index(token: str, devices: Devices | None) -> int | None:
+def _index(token: str, devices: DeviceQueries | None) -> int | None:
     if token.isdecimal():
         return int(token)
     if devices is None or not token.startswith("GPU-"):

@@ -19,7 +19,7 @@ LONGEST = 64 * 1024
 
 
 @dataclass(slots=True)
-class Source:
+class Pipe:
     """One pipe, and the beginning of a line whose end has not come."""
 
     name: bytes
@@ -48,7 +48,7 @@ def main() -> int:
             if key.data is None:
                 name, descriptors, _, _ = socket.recv_fds(pool, 1024, 2)
                 for target, descriptor in enumerate(descriptors, 1):
-                    selector.register(descriptor, selectors.EVENT_READ, Source(name, target))
+                    selector.register(descriptor, selectors.EVENT_READ, Pipe(name, target))
                 if not name:
                     selector.unregister(pool)
                 continue

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .membership import Report, ending
+from .membership import RankReport, ending
 from .wire import Wire
 
 log: Final = logging.getLogger("rq.worker")
@@ -183,19 +183,19 @@ class Followers:
             self._stepping = False
             self._news.notify_all()
 
-    def reports(self, seconds: float) -> tuple[dict[int, Report | None], dict[int, str]]:
+    def reports(self, seconds: float) -> tuple[dict[int, RankReport | None], dict[int, str]]:
         """How each came out of the step, waited for; ``None`` for one that says nothing, and how those ended that are gone."""
         number = self.wait_answers(seconds)
-        reports: dict[int, Report | None] = {}
+        reports: dict[int, RankReport | None] = {}
         gone = {}
         for rank, follower in self.everyone.items():
             match follower.answer(number):
                 case "stepped", value:
-                    reports[rank] = Report(digest=value)
+                    reports[rank] = RankReport(digest=value)
                 case "raised", error:
-                    reports[rank] = Report(error=error)
+                    reports[rank] = RankReport(error=error)
                 case "aborted", what:
-                    reports[rank] = Report(broken=what)
+                    reports[rank] = RankReport(broken=what)
                 case _:
                     reports[rank] = None
                     if follower.gone and not follower.killed:

@@ -29,7 +29,7 @@ from ..tasks.collectives import CollectiveFailed, Collectives, serve
 from ..tasks.forks import foreign
 from ..tasks.unfit import Unfit
 from .followers import LINGER, Followers
-from .membership import Membership, Outcome, Report, Verdict, judge
+from .membership import LossVerdict, Membership, Outcome, RankReport, judge
 from .rank import digest
 
 log: Final = logging.getLogger("rq.worker")
@@ -142,20 +142,20 @@ class Group(BatchTask):
         changes, self._changes = self._changes, []
         whole = self.followers.step(changes)
         steps: list[Step] = []
-        leader = Report()
+        leader = RankReport()
         try:
             if whole:
                 with foreign:
                     steps = list(self.batch.step())
-                leader = Report(digest=digest(steps))
+                leader = RankReport(digest=digest(steps))
         except CollectiveFailed as error:
-            leader = Report(broken=str(error))
+            leader = RankReport(broken=str(error))
         except RAISED as error:
-            leader = Report(error=error)
+            leader = RankReport(error=error)
         finally:
             self.followers.stepped()
         if self.collectives.broken:  # also if the task has caught it
-            leader = Report(broken=self.collectives.broken)
+            leader = RankReport(broken=self.collectives.broken)
         outcome = self._judged(leader)
         if outcome.lost:
             self._lose(outcome.lost)
@@ -181,7 +181,7 @@ class Group(BatchTask):
 
     # --- a step ----------------------------------------------------------------------------------------
 
-    def _judged(self, leader: Report) -> Outcome:
+    def _judged(self, leader: RankReport) -> Outcome:
         """All ranks' reports of a step, waited for, and what they come to."""
         well = not leader.error and not leader.broken
         if leader.broken:
@@ -218,7 +218,7 @@ class Group(BatchTask):
             "%s: %s; epoch %d is over, %d request(s) go on from what they have put out (loss %d of %d)",
             self.path, why, over, len(self._kept), self.membership.losses, self.membership.attempts,
         )  # fmt: skip
-        if verdict is Verdict.GIVE_UP:
+        if verdict is LossVerdict.GIVE_UP:
             self.close()
             raise Unfit(f"the ranks of {self.path} were lost {self.membership.losses} times; the last time, {why}")
         self.followers.order_anew("abandon")

@@ -15,7 +15,7 @@ QUIET: Final = 60.0
 """Seconds that an epoch must have lasted for the losses before it to be forgotten."""
 
 
-class Verdict(Enum):
+class LossVerdict(Enum):
     """What follows from the loss of an epoch."""
 
     REBUILD = "rebuild"
@@ -49,17 +49,17 @@ class Membership:
         """All ranks are in the epoch; ``now`` in monotonic seconds."""
         self._since = now
 
-    def lost(self, now: float) -> Verdict:
+    def lost(self, now: float) -> LossVerdict:
         """The epoch is over."""
         if self._since is not None and now - self._since >= self.quiet:
             self.losses = 0
         self._since = None
         self.losses += 1
-        return Verdict.GIVE_UP if self.losses > self.attempts else Verdict.REBUILD
+        return LossVerdict.GIVE_UP if self.losses > self.attempts else LossVerdict.REBUILD
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class RankReport:
     """How one rank came out of a step: the digest of what it put out, or what it raised.
 
     ``broken``: a collective failed in it, which says nothing about its cause.
@@ -86,7 +86,7 @@ class Outcome:
     error: BaseException | None = None
 
 
-def judge(leader: Report, followers: Mapping[int, Report | None], gone: Mapping[int, str]) -> Outcome:
+def judge(leader: RankReport, followers: Mapping[int, RankReport | None], gone: Mapping[int, str]) -> Outcome:
     """Judge a step by the reports of all ranks; ``None`` for one that gave none in time, ``gone`` for how ranks ended.
 
     A rank's own error is evidence and fails the requests, as it does without a group. A rank that is gone, or silent,

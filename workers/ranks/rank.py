@@ -52,7 +52,7 @@ def _packed(value: Any) -> bytes:
 
 
 @dataclass(slots=True)
-class Follower:
+class Rank:
     """Does what the leader orders, in its order, and says how it came out."""
 
     wire: Wire
@@ -158,7 +158,7 @@ def main() -> int:
     if not isinstance(batch, BatchTask):
         raise TypeError(f"{hello['task']} is not a BatchTask")
     group = Collectives(hello["rank"], hello["world"], hello["timeout"])
-    Follower(wire, batch, group).run(orders)
+    Rank(wire, batch, group).run(orders)
     return 0
 
 

@@ -22,7 +22,7 @@ from ..leases.holding import Handback, Holding
 from ..leases.holdings import NO_CHECKPOINT, Holdings
 from ..leases.mailbox import Admission
 from ..tasks.base import Request
-from .ledger import Ledger
+from .ledger import Measurements
 
 FIRST_BEAT: Final = 5.0
 """Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it may
@@ -58,7 +58,7 @@ class Claimer:
     """Whether nothing is left to tell of what has ended: a burst does not leave before."""
     between: Callable[[], None] = lambda: None
     """Called now and then while a long log or state is read: it does for all others what is due."""
-    ledger: Ledger | None = None
+    ledger: Measurements | None = None
     _idle_since: float = field(default_factory=time.monotonic)
     _degraded: bool = False
 

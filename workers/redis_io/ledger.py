@@ -19,7 +19,7 @@ from ..leases.holding import Holding
 
 
 @dataclass(slots=True)
-class Ledger:
+class Measurements:
     """For the courier's thread. ``interval``: seconds between two calls; ``worker``: its name."""
 
     interval: float

@@ -21,7 +21,7 @@ from ...recovery.failures import failure
 from ..leases.holding import Handback, Holding
 from ..leases.holdings import Holdings
 from ..leases.mailbox import Drop
-from .ledger import Ledger
+from .ledger import Measurements
 from .pace import Pace
 
 REFUSALS = 5
@@ -48,12 +48,12 @@ class Line:
     holdings: Holdings
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
-    ledger: Ledger = field(init=False)
+    ledger: Measurements = field(init=False)
     pace: Pace = field(default_factory=Pace)
     _silent_until: float = 0.0
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.holdings.settings.heartbeat, self.worker)
+        self.ledger = Measurements(self.holdings.settings.heartbeat, self.worker)
 
     def ask(self, keys: Keys, call: Callable[[Keys], list[str]]) -> None:
         """Ask about requests, as many at a time as one call takes, and act upon the answers."""

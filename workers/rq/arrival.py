@@ -19,7 +19,7 @@ from rq.version import VERSION
 from ...protocol.errors import PerdureError, ProtocolMismatch, RedisUnavailable
 from ...protocol.keys import check_queue
 from ...protocol.packed_state import check_compression
-from ...protocol.queries.deployment import Finding, look_at
+from ...protocol.queries.deployment import ServerProblem, look_at
 from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ...protocol.transport.explaining import url_of
@@ -34,7 +34,7 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger("rq.worker")
 
 
-def begin(connection: redis.Redis, queues: Iterable[str]) -> tuple[Settings, Store, list[Finding]]:
+def begin(connection: redis.Redis, queues: Iterable[str]) -> tuple[Settings, Store, list[ServerProblem]]:
     """The settings, a store of the worker's own, and what it should be warned of.
 
     Exits the process with status 1 and a message when a worker cannot begin.

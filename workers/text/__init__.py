@@ -17,7 +17,7 @@ from ..tasks.base import BatchTask, Request, Step
 from .parameters import Parameters, check_size, complete
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine import TextEngine
     from .model.llama import Llama
     from .tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ class Generate(BatchTask):
     def __init__(self, settings: Settings | None = None) -> None:
         """``settings``: those of the environment, read when first needed, unless given."""
         self._given = settings
-        self._engine: Engine | None = None
+        self._engine: TextEngine | None = None
         self._tokenizer: Tokenizer | None = None
         self._context = 0
         self._threads = 0
@@ -137,7 +137,7 @@ class Generate(BatchTask):
 
     def _begin(self) -> None:
         """An empty engine, and the proof of what it computes with."""
-        from .engine import Engine
+        from .engine import TextEngine
         from .model.exactness import self_check
         from .model.key_memory import KeyMemory
         from .model.trace import Trace
@@ -152,7 +152,7 @@ class Generate(BatchTask):
         memory = KeyMemory.measured(
             self._llama.device, settings.kv_memory
         )  # the self-check has made the largest exact passes
-        self._engine = Engine(self._llama, trace, self._fingerprint, settings.max_state, memory)
+        self._engine = TextEngine(self._llama, trace, self._fingerprint, settings.max_state, memory)
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
@@ -264,7 +264,7 @@ class Generate(BatchTask):
             self._given = Settings.from_environment()
         return self._given
 
-    def _loaded(self) -> tuple[Engine, Tokenizer]:
+    def _loaded(self) -> tuple[TextEngine, Tokenizer]:
         if self._engine is None or self._tokenizer is None:
             raise RuntimeError("load() comes first")
         return self._engine, self._tokenizer

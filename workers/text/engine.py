@@ -29,7 +29,7 @@ PREFILLS: Final = 2
 """Chunks of prompts between two decode passes, or one block: a long prompt slows the others, and stops nobody."""
 
 
-class Engine:
+class TextEngine:
     """The requests in flight.
 
     1. :meth:`admit` takes one in, with the outputs it already has.

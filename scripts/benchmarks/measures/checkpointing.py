@@ -26,7 +26,7 @@ from ....producer import Client
 from ....protocol.settings import Settings
 from ...demonstration.run import read_trace
 from ..figures import Series, median
-from ..processes import BenchmarkFailed, Child, Crew
+from ..processes import BenchmarkFailed, BenchProcess, Crew
 from ..stage import Stage
 from .latency import SlowRoad
 from .switching import NOTES, OFF, WINDOW, Pass, compare, read_switches
@@ -40,7 +40,7 @@ FAR = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class CheckpointSizes:
     """``tokens`` are those of each answer; ``slots`` answers are generated at once."""
 
     rounds: int = 15
@@ -55,8 +55,8 @@ class Sizes:
     """Seconds with checkpoints, and as many without."""
 
 
-QUICK = Sizes(rounds=3, tokens=300, model="tiny", generations=1, long=900, window=0.25)
-SMOKE = Sizes(rounds=1, tokens=60, model="tiny", ways=1, generations=1, window=0.1)
+QUICK = CheckpointSizes(rounds=3, tokens=300, model="tiny", generations=1, long=900, window=0.25)
+SMOKE = CheckpointSizes(rounds=1, tokens=60, model="tiny", ways=1, generations=1, window=0.1)
 
 Figures = dict[str, float | None]
 
@@ -64,7 +64,7 @@ Figures = dict[str, float | None]
 class CheckpointBenchmark:
     """All ways, in rounds that alternate."""
 
-    def __init__(self, stage: Stage, crew: Crew, sizes: Sizes, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, crew: Crew, sizes: CheckpointSizes, say: Callable[[str], None]) -> None:
         self.stage, self.crew, self.sizes, self.say = stage, crew, sizes, say
         self.series = Series()
         self.traces: dict[str, Path] = {}
@@ -122,7 +122,7 @@ class CheckpointBenchmark:
     def _start(
         self, name: str, interval: float, url: str, worker: str = "perdure.workers.Worker",
         variables: Mapping[str, str] | None = None,
-    ) -> Child:  # fmt: skip
+    ) -> BenchProcess:  # fmt: skip
         queue = _queue(name)
         self.traces[name] = self.crew.folder / f"trace-{queue}"
         settings = Settings(

@@ -9,8 +9,8 @@ from typing import Final
 
 import redis
 
-from ..processes import BenchmarkFailed, Child
-from ..stage import Sample, Stage
+from ..processes import BenchmarkFailed, BenchProcess
+from ..stage import ServerSample, Stage
 
 INTERVAL: Final = 0.02
 """Seconds between two samples; each costs the server about 0.1 ms."""
@@ -28,7 +28,7 @@ STILL: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
+class DrainFigures:
     """Figures of one drain. ``done`` are all that ended; the rest is per request of the timed part."""
 
     done: int
@@ -42,8 +42,8 @@ def watch(
     count: Callable[[redis.Redis], int],
     submitted: int,
     limit: float,
-    workers: Sequence[Child],
-) -> list[Sample]:
+    workers: Sequence[BenchProcess],
+) -> list[ServerSample]:
     """Sample until all have ended, or for ``limit`` seconds after the first has. Raises :class:`BenchmarkFailed`."""
     samples = [stage.sample(count)]
     began = moved = time.monotonic()
@@ -70,7 +70,7 @@ def watch(
     return samples
 
 
-def judge(samples: Sequence[Sample]) -> Drain:
+def judge(samples: Sequence[ServerSample]) -> DrainFigures:
     """The rate between the first quarter and the end; the samples' own calls are taken off the round trips."""
     last = samples[-1]
     first = next((place for place, sample in enumerate(samples) if sample.done >= BEGIN * last.done), 0)
@@ -81,7 +81,7 @@ def judge(samples: Sequence[Sample]) -> Drain:
     begin, until = samples[first], samples[end]
     number = until.done - begin.done
     own = 2 * (end - first)
-    return Drain(
+    return DrainFigures(
         last.done,
         number / (until.at - begin.at),
         (until.cpu - begin.cpu) / number * 1e6,

@@ -22,14 +22,14 @@ from ....protocol.settings import Settings
 from ....workers.tasks.base import NOTHING, Request
 from ....workers.text import Generate
 from ..figures import Series, median
-from ..processes import Agent, BenchmarkFailed, Crew
+from ..processes import BenchmarkFailed, Crew, PeerProcess
 from ..systems import PEERS
 
 Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class EngineSizes:
     """``prompt`` and ``new`` are tokens of each request."""
 
     rounds: int = 5
@@ -40,14 +40,14 @@ class Sizes:
     dtype: str = "float32"
 
 
-QUICK = Sizes(rounds=3, batches=(8,), new=32)
-SMOKE = Sizes(rounds=1, batches=(2,), prompt=16, new=8, model="tiny")
+QUICK = EngineSizes(rounds=3, batches=(8,), new=32)
+SMOKE = EngineSizes(rounds=1, batches=(2,), prompt=16, new=8, model="tiny")
 
 
 class EngineBenchmark:
     """Ours in this process, transformers in one of its own; never both at work."""
 
-    def __init__(self, crew: Crew, sizes: Sizes, python: str, say: Callable[[str], None]) -> None:
+    def __init__(self, crew: Crew, sizes: EngineSizes, python: str, say: Callable[[str], None]) -> None:
         self.crew, self.sizes, self.python, self.say = crew, sizes, python, say
         self.series = Series()
         self.threads = len(os.sched_getaffinity(0))
@@ -75,7 +75,7 @@ class EngineBenchmark:
             "equal_tokens": self.equal, **self.series.to_json(),
         }  # fmt: skip
 
-    def _round(self, task: Generate, other: Agent, batch: int, vocabulary: int) -> None:
+    def _round(self, task: Generate, other: PeerProcess, batch: int, vocabulary: int) -> None:
         prompts = [prompt_of(place, self.sizes.prompt, vocabulary) for place in range(batch)]
         theirs = other.ask(600, do="generate", prompts=prompts, new=self.sizes.new)
         tokens = batch * self.sizes.prompt

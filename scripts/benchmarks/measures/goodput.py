@@ -25,7 +25,7 @@ from typing import Any
 from ....producer import Client, Handle
 from ....protocol.settings import Settings
 from ..figures import median
-from ..processes import BenchmarkFailed, Child, Crew, wait_for
+from ..processes import BenchmarkFailed, BenchProcess, Crew, wait_for
 from ..stage import Stage
 from ..systems import QUEUE
 from .recovery import Notes
@@ -44,7 +44,7 @@ _PATIENT = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class GoodputSizes:
     """``work`` and ``mtbf`` in seconds before they are divided by ``scale``; ``seconds`` is the time of one point."""
 
     scale: float = 3.0
@@ -54,8 +54,8 @@ class Sizes:
     seconds: float = 180.0
 
 
-QUICK = Sizes(scale=10.0, mtbf=(30.0,), seconds=15.0)
-SMOKE = Sizes(scale=30.0, mtbf=(30.0,), flight=1, seconds=3.0)
+QUICK = GoodputSizes(scale=10.0, mtbf=(30.0,), seconds=15.0)
+SMOKE = GoodputSizes(scale=30.0, mtbf=(30.0,), flight=1, seconds=3.0)
 
 
 def from_zero(rate: float, work: float, delay: float) -> float:
@@ -80,7 +80,7 @@ class Running:
 class GoodputBenchmark:
     """One point after another: each time between failures, with checkpoints and without."""
 
-    def __init__(self, stage: Stage, crew: Crew, sizes: Sizes, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, crew: Crew, sizes: GoodputSizes, say: Callable[[str], None]) -> None:
         self.stage, self.crew, self.sizes, self.say = stage, crew, sizes, say
         self.random = random.Random(11)
 
@@ -103,10 +103,10 @@ class GoodputBenchmark:
         notes = Notes(self.crew.folder / f"goodput-{time.monotonic_ns()}.notes")
         variables = {"BENCH_NOTES": str(notes.path), "PERDURE_RESUME": str(int(resume)), **_PATIENT}
 
-        def start(*arguments: str) -> Child:
+        def start(*arguments: str) -> BenchProcess:
             return self.crew.start([sys.executable, "-P", *arguments], self.stage.url, "goodput", **variables)
 
-        def start_worker() -> Child:
+        def start_worker() -> BenchProcess:
             return start("-m", "rq.cli", "worker", "-w", "perdure.workers.Worker", "--quiet", QUEUE)
 
         children = [start("-m", "perdure.recovery")]
@@ -161,7 +161,7 @@ class GoodputBenchmark:
             "goodput": useful / (sizes.flight * seconds), "closed_form": work / expected,
         }  # fmt: skip
 
-    def _kill(self, pid: int, workers: dict[int, Child]) -> int:
+    def _kill(self, pid: int, workers: dict[int, BenchProcess]) -> int:
         child = workers.pop(pid, None)
         if child is None:
             return 0

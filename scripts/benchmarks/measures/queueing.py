@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..figures import Series, median, percentile
-from ..processes import Agent, BenchmarkFailed, Child, Crew
+from ..processes import BenchmarkFailed, BenchProcess, Crew, PeerProcess
 from ..stage import Stage
 from ..systems import System
 from .drains import judge, watch
@@ -24,7 +24,7 @@ Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class QueueSizes:
     """How much is measured. ``limit`` and ``latency_limit`` are seconds that one drain, one series may take."""
 
     rounds: int = 5
@@ -43,11 +43,11 @@ class Sizes:
     """Seconds after which nothing more begins once the first round is complete; 0 is no limit."""
 
 
-QUICK = Sizes(
+QUICK = QueueSizes(
     rounds=5, requests=4_000, one_by_one=500, workers=(1,), limit=2.0, latencies=100, idle=0, latency_limit=1.0,
     load=0.0, stock=0, budget=24.0,
 )  # fmt: skip
-SMOKE = Sizes(
+SMOKE = QueueSizes(
     rounds=1,
     requests=300,
     one_by_one=20,
@@ -75,7 +75,12 @@ class QueueBenchmark:
     """Measures the given systems in turn; what fails in one of them is told, and leaves the others alone."""
 
     def __init__(
-        self, stage: Stage, crew: Crew, systems: Sequence[tuple[System, str]], sizes: Sizes, say: Callable[[str], None]
+        self,
+        stage: Stage,
+        crew: Crew,
+        systems: Sequence[tuple[System, str]],
+        sizes: QueueSizes,
+        say: Callable[[str], None],
     ) -> None:
         self.stage, self.crew, self.systems, self.sizes, self.say = stage, crew, systems, sizes, say
         self.series = Series()
@@ -118,7 +123,7 @@ class QueueBenchmark:
                 found |= self._on_stock(system, python, agent)
         return found
 
-    def _on_stock(self, system: System, python: str, agent: Agent) -> Figures:
+    def _on_stock(self, system: System, python: str, agent: PeerProcess) -> Figures:
         """Memory of a request on a server as it comes: each entry of a stream, which is how RQ keeps results, takes 4 KB,
         and a hash with a longer value is none that is compact.
         """
@@ -140,13 +145,13 @@ class QueueBenchmark:
             for name, own in before.items():
                 ask.config_set(name, own)
 
-    def _one_by_one(self, agent: Agent) -> Figures:
+    def _one_by_one(self, agent: PeerProcess) -> Figures:
         if not self._open(agent):
             return {}  # the drain's submits will tell
         count = self.sizes.one_by_one
         return {"submit": count / agent.ask(600, do="submit", number=count)["seconds"]}
 
-    def _throughput(self, system: System, python: str, agent: Agent, number: int) -> Figures:
+    def _throughput(self, system: System, python: str, agent: PeerProcess, number: int) -> Figures:
         bulk = self._open(agent)
         found: Figures = {}
         empty = self.stage.memory()
@@ -180,7 +185,7 @@ class QueueBenchmark:
                 found |= self._latencies(system, python, agent, drain.rate)
         return found
 
-    def _latencies(self, system: System, python: str, agent: Agent, capacity: float) -> Figures:
+    def _latencies(self, system: System, python: str, agent: PeerProcess, capacity: float) -> Figures:
         found: Figures = {}
         limit = self.sizes.latency_limit
         # The first one may wait for the worker to start.
@@ -204,13 +209,13 @@ class QueueBenchmark:
 
     # --- processes -------------------------------------------------------------------------------------
 
-    def _open(self, agent: Agent) -> bool:
+    def _open(self, agent: PeerProcess) -> bool:
         """A producer on an empty server, which knows nothing of what was cleared away. Has it a call for many?"""
         self.stage.clear()
         return bool(agent.ask(60, do="open", url=self.stage.url)["bulk"])
 
     @contextmanager
-    def _producer(self, system: System, python: str) -> Iterator[Agent]:
+    def _producer(self, system: System, python: str) -> Iterator[PeerProcess]:
         agent = self.crew.agent([python, *system.producer], self.stage.url, _slug(system), **system.variables)
         try:
             yield agent
@@ -218,7 +223,7 @@ class QueueBenchmark:
             self.crew.stop(agent, at_once=True)
 
     @contextmanager
-    def _workers(self, system: System, python: str, number: int) -> Iterator[list[Child]]:
+    def _workers(self, system: System, python: str, number: int) -> Iterator[list[BenchProcess]]:
         children = [
             self.crew.start([python, *system.worker], self.stage.url, _slug(system), **system.variables)
             for _ in range(number)

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from ..figures import median, percentile
-from ..processes import Agent, BenchmarkFailed, Child, Crew, wait_for
+from ..processes import BenchmarkFailed, BenchProcess, Crew, PeerProcess, wait_for
 from ..stage import Stage
 
 STEP = 0.02
@@ -30,7 +30,7 @@ WARM_UP_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class RecoverySizes:
     """``at``: the step of a kill, give or take ``around``; ``seconds``: after which no further kill begins."""
 
     kills: int = 50
@@ -41,8 +41,8 @@ class Sizes:
     patience: float = 120.0
 
 
-QUICK = Sizes(kills=5, at=20, around=5, rest=10, seconds=40.0, patience=20.0)
-SMOKE = Sizes(kills=1, at=10, around=2, rest=10, seconds=1.0, patience=20.0)
+QUICK = RecoverySizes(kills=5, at=20, around=5, rest=10, seconds=40.0, patience=20.0)
+SMOKE = RecoverySizes(kills=1, at=10, around=2, rest=10, seconds=1.0, patience=20.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class Scenario:
 
 
 @dataclass(slots=True)
-class Kill:
+class KillFigures:
     """One kill: seconds until the next step elsewhere, and steps that were taken more than once."""
 
     seconds: float
@@ -92,7 +92,7 @@ class Notes:
 class RecoveryBenchmark:
     """One scenario after another; a failure in one leaves the others alone."""
 
-    def __init__(self, stage: Stage, crew: Crew, sizes: Sizes, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, crew: Crew, sizes: RecoverySizes, say: Callable[[str], None]) -> None:
         self.stage, self.crew, self.sizes, self.say = stage, crew, sizes, say
         self.random = random.Random(7)
 
@@ -125,21 +125,21 @@ class RecoveryBenchmark:
             "problems": problems,
         }
 
-    def measure(self, scenario: Scenario, python: str) -> list[Kill]:
+    def measure(self, scenario: Scenario, python: str) -> list[KillFigures]:
         """All kills of one scenario."""
         self.stage.clear()
         place = "".join(letter if letter.isalnum() else "-" for letter in scenario.name)
         notes = Notes(self.crew.folder / f"{place}.notes")
         variables = {**scenario.variables, "BENCH_NOTES": str(notes.path)}
 
-        def start(arguments: Sequence[str]) -> Child:
+        def start(arguments: Sequence[str]) -> BenchProcess:
             return self.crew.start([python, *arguments], self.stage.url, place, **variables)
 
         agent = self.crew.agent([python, *scenario.producer], self.stage.url, place, **variables)
         agent.ask(60, do="open", url=self.stage.url)
         reapers = [start(scenario.reaper)] if scenario.reaper else []
         workers = [start(scenario.worker) for _ in range(2)]
-        kills: list[Kill] = []
+        kills: list[KillFigures] = []
         began = time.monotonic()
         number = min(self.sizes.kills, scenario.most)
         try:
@@ -152,7 +152,7 @@ class RecoveryBenchmark:
             self.crew.stop(agent, *reapers, *workers, at_once=True)
         return kills
 
-    def _warm(self, agent: Agent, notes: Notes, workers: Sequence[Child], number: int) -> None:
+    def _warm(self, agent: PeerProcess, notes: Notes, workers: Sequence[BenchProcess], number: int) -> None:
         """Short walks, two at a time, until two processes have taken steps of them."""
         deadline = time.monotonic() + 60
         for turn in range(10_000):
@@ -164,7 +164,9 @@ class RecoveryBenchmark:
             if time.monotonic() > deadline:
                 raise BenchmarkFailed("one worker alone takes all requests")
 
-    def _kill(self, scenario: Scenario, agent: Agent, notes: Notes, workers: Sequence[Child], number: int) -> Kill:
+    def _kill(
+        self, scenario: Scenario, agent: PeerProcess, notes: Notes, workers: Sequence[BenchProcess], number: int
+    ) -> KillFigures:
         name = f"walk-{number}"
         at = self.sizes.at + self.random.randint(-self.sizes.around, self.sizes.around)
         total = at + self.sizes.rest
@@ -197,7 +199,7 @@ class RecoveryBenchmark:
         taken = [note[1] for note in notes.of(name) if note[3] == "step"]
         if sorted(set(taken)) != list(range(total)):
             raise BenchmarkFailed(f"{name}: steps are missing: {sorted(set(range(total)) - set(taken))[:5]}")
-        return Kill(following - when, len(taken) - len(set(taken)))
+        return KillFigures(following - when, len(taken) - len(set(taken)))
 
 
 def _payload(name: str, steps: int) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _done(notes: Notes, names: Sequence[str]) -> bool:
     return all(any(note[1] == WARM_UP_STEPS - 1 for note in notes.of(name)) for name in names)
 
 
-def _end(kind: str, victim: int, workers: Sequence[Child]) -> None:
+def _end(kind: str, victim: int, workers: Sequence[BenchProcess]) -> None:
     """SIGKILL: the process alone, or everything of the worker to which it belongs, the youngest first."""
     if kind == "worker":
         os.kill(victim, signal.SIGKILL)

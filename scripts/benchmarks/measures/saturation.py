@@ -31,7 +31,7 @@ from ....protocol.store import Store
 from ....protocol.transitions.calls import Claim, Progress
 from ....recovery.reaper import Reaper
 from ....workers.redis_io.pace import Pace
-from ..processes import Agent, BenchmarkFailed, Crew, wait_for
+from ..processes import BenchmarkFailed, Crew, PeerProcess, wait_for
 from ..stage import Stage
 
 TASK: Final = "app.tasks.stub"
@@ -44,7 +44,7 @@ ANSWER: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class SaturationSizes:
     """So many workers, each of which holds so many requests, begin within some seconds; watched for so many seconds."""
 
     workers: int = 400
@@ -55,14 +55,14 @@ class Sizes:
     """Seconds in which all must be held again."""
 
 
-QUICK = Sizes(workers=100, start=3.0, seconds=8.0)
-SMOKE = Sizes(workers=8, held=8, start=0.0, seconds=1.0, back=30.0)
+QUICK = SaturationSizes(workers=100, start=3.0, seconds=8.0)
+SMOKE = SaturationSizes(workers=8, held=8, start=0.0, seconds=1.0, back=30.0)
 
 
 class SaturationBenchmark:
     """A pool that is watched while it is full, and while it comes back."""
 
-    def __init__(self, stage: Stage, crew: Crew, sizes: Sizes, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, crew: Crew, sizes: SaturationSizes, say: Callable[[str], None]) -> None:
         self.stage, self.crew, self.sizes, self.say = stage, crew, sizes, say
         self.settings = Settings()
         logging.getLogger("perdure.reaper").addHandler(logging.NullHandler())  # a line for each request that it takes
@@ -128,7 +128,7 @@ class SaturationBenchmark:
                 connection.ping()
                 pings.append(time.monotonic() - began)
 
-    def _wait_held(self, agents: Sequence[Agent]) -> None:
+    def _wait_held(self, agents: Sequence[PeerProcess]) -> None:
         """Until every worker that is not dead holds all that it can."""
         expected = self.sizes.workers // PROCESSES * PROCESSES * self.sizes.held
 
@@ -147,13 +147,13 @@ class SaturationBenchmark:
                 pass
 
 
-def _ask(agents: Sequence[Agent]) -> list[dict[str, Any]]:
+def _ask(agents: Sequence[PeerProcess]) -> list[dict[str, Any]]:
     for agent in agents:
         agent.tell(figures=True)
     return [agent.hear(ANSWER) for agent in agents]
 
 
-def _figures(agents: Sequence[Agent], pings: Sequence[float], seconds: float) -> dict[str, Any]:
+def _figures(agents: Sequence[PeerProcess], pings: Sequence[float], seconds: float) -> dict[str, Any]:
     found = _ask(agents)
     if not pings:
         raise BenchmarkFailed("nobody pinged")

@@ -36,7 +36,7 @@ PART = 125
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class ScaleSizes:
     """``queued`` requests wait; a tenth as many retries, a twentieth leases, a hundredth workers stand beside them."""
 
     queued: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
@@ -46,8 +46,8 @@ class Sizes:
     """Filling up to one size ends after so long; the size that was reached is told."""
 
 
-QUICK = Sizes(queued=(1_000, 10_000), times=11, seconds=60.0)
-SMOKE = Sizes(queued=(200, 400), expired=(0, 10), times=3, seconds=20.0)
+QUICK = ScaleSizes(queued=(1_000, 10_000), times=11, seconds=60.0)
+SMOKE = ScaleSizes(queued=(200, 400), expired=(0, 10), times=3, seconds=20.0)
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Population:
 class ScaleBenchmark:
     """Fills, measures, fills on."""
 
-    def __init__(self, stage: Stage, sizes: Sizes, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, sizes: ScaleSizes, say: Callable[[str], None]) -> None:
         self.stage, self.sizes, self.say = stage, sizes, say
         connection = stage.connection
         self.patient = Store(

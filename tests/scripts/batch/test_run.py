@@ -22,8 +22,8 @@ from perdure.scripts.batch import bodies
 from perdure.scripts.batch.ledger import Ledger
 from perdure.scripts.batch.lines import Source, check
 from perdure.scripts.batch.models import served_models
-from perdure.scripts.batch.progress import Screen
-from perdure.scripts.batch.run import Run
+from perdure.scripts.batch.progress import ProgressScreen
+from perdure.scripts.batch.run import BatchRun
 from perdure.scripts.batch.tally import Tally
 from perdure.scripts.main import main
 from perdure.scripts.pool.server import Server
@@ -292,7 +292,7 @@ def test_a_queue_that_nobody_serves_is_told(redis_url: str, tmp_path: Path, monk
     options = {"queue": "gpu", "priority": "low"}
     try:
         with Source(str(job.source), tmp_path) as source, Ledger(job.out, job.errors, source.stat()) as ledger:
-            run = Run(
+            run = BatchRun(
                 session,
                 source,
                 check(source, Settings(), options),
@@ -325,12 +325,12 @@ def test_an_input_that_changes_under_way_stops_the_run(redis_url: str, tmp_path:
                 # In place: another file under the same name would not be read.
                 job.source.write_bytes(content[: len(content) // 2] if not change else content + change)
                 with Ledger(job.out, job.errors, source.stat()) as ledger:
-                    run = Run(
+                    run = BatchRun(
                         session,
                         source,
                         checked,
                         ledger,
-                        Screen(terminal=False),
+                        ProgressScreen(terminal=False),
                         in_flight=10,
                         patience=5.0,
                         options=options,

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from perdure.scripts.benchmarks.drawing import Line, bars, curves
+from perdure.scripts.benchmarks.drawing import Curve, bars, curves
 from perdure.scripts.benchmarks.figures import Series, median, percentile
 from perdure.scripts.benchmarks.measures.drains import judge
 from perdure.scripts.benchmarks.measures.goodput import from_zero, resumed
@@ -27,7 +27,7 @@ from perdure.scripts.benchmarks.measures.latency import SlowRoad
 from perdure.scripts.benchmarks.measures.queueing import ratios
 from perdure.scripts.benchmarks.measures.switching import Pass, compare
 from perdure.scripts.benchmarks.processes import BenchmarkFailed, Crew, wait_for
-from perdure.scripts.benchmarks.stage import Sample
+from perdure.scripts.benchmarks.stage import ServerSample
 from perdure.scripts.benchmarks.tables import Table
 
 
@@ -74,8 +74,13 @@ def test_queue_in_its_smoke_form(tmp_path: Path) -> None:
 
 def test_a_rate_is_that_after_the_first_quarter() -> None:
     """The start of the workers is in no figure, and neither is what the samples themselves ask."""
-    samples = [Sample(0.0, 0, 1.0, 0), Sample(5.0, 25, 1.0, 10), Sample(6.0, 65, 1.1, 40), Sample(7.0, 100, 1.2, 164)]
-    drain = judge([*samples, Sample(9.0, 100, 1.2, 166)])
+    samples = [
+        ServerSample(0.0, 0, 1.0, 0),
+        ServerSample(5.0, 25, 1.0, 10),
+        ServerSample(6.0, 65, 1.1, 40),
+        ServerSample(7.0, 100, 1.2, 164),
+    ]
+    drain = judge([*samples, ServerSample(9.0, 100, 1.2, 166)])
     assert (drain.done, drain.rate) == (100, 37.5)
     assert drain.cpu_us == pytest.approx(0.2 / 75 * 1e6)
     assert drain.round_trips == pytest.approx((154 - 4) / 75)
@@ -84,7 +89,7 @@ def test_a_rate_is_that_after_the_first_quarter() -> None:
 def test_a_drain_that_was_over_at_once_has_no_rate() -> None:
     """Better no figure than one of a single sample."""
     with pytest.raises(BenchmarkFailed, match="take more requests"):
-        judge([Sample(0.0, 0, 0.0, 0), Sample(1.0, 100, 0.1, 9)])
+        judge([ServerSample(0.0, 0, 0.0, 0), ServerSample(1.0, 100, 0.1, 9)])
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -117,8 +122,8 @@ def test_tables_and_pictures_show_what_is_there() -> None:
     assert "| z | – |" in table.markdown()
     for picture in (
         bars("B & C", "1/s", [("perdure", 3.0), ("x<y", None)]),
-        curves("C", "x", "y", [Line("a", [(1, 2), (1000, 5)]), Line("b", [(0, 1)], marks=True)], log_x=True),
-        curves("none", "x", "y", [Line("a", [])]),
+        curves("C", "x", "y", [Curve("a", [(1, 2), (1000, 5)]), Curve("b", [(0, 1)], marks=True)], log_x=True),
+        curves("none", "x", "y", [Curve("a", [])]),
     ):
         assert "svg" in ElementTree.fromstring(picture).tag
 

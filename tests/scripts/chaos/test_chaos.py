@@ -22,7 +22,7 @@ from perdure.protocol.errors import UsageError
 from perdure.protocol.records import Event
 from perdure.scripts.chaos import journal
 from perdure.scripts.chaos.command import scaled
-from perdure.scripts.chaos.evidence import Evidence, Sample, Seen, Stored, read_journals
+from perdure.scripts.chaos.evidence import Evidence, Sample, Seen, StoredRequest, read_journals
 from perdure.scripts.chaos.faults import CLASSES
 from perdure.scripts.chaos.judge import judge, recoveries
 from perdure.scripts.chaos.load import BLEND, WALK, WORDS, left_over
@@ -132,7 +132,7 @@ def request(evidence: Evidence, name: str, task: str) -> None:
     seen.outputs = [(float(i if i < 3 else i + 1), i, list(output)) for i, output in enumerate(outputs)]
     seen.ends = [{"at": 20.0, "what": "end", "id": name, "status": "finished", "result": dict(result)}]
     evidence.seen[name] = seen
-    evidence.stored[name] = Stored(
+    evidence.stored[name] = StoredRequest(
         status="finished",
         execution="",
         attempt=0,

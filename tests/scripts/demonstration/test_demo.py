@@ -15,7 +15,7 @@ import pytest
 
 from perdure.protocol.records import Event
 from perdure.protocol.settings import Settings
-from perdure.scripts.demonstration.run import Answer, Kill, Record, most_within
+from perdure.scripts.demonstration.run import Answer, DemoKill, Record, most_within
 from perdure.scripts.demonstration.verdict import judge
 
 pytest.importorskip("torch")
@@ -90,8 +90,8 @@ def record() -> Record:
     """Three requests that two kills interrupt as promised: on workers 1 → 2 → 3, at 6 and at 12 stored outputs."""
     good = Record(Settings(), workers={1: "A", 2: "B", 3: "C"})
     good.kills = [
-        Kill(kind="worker", worker="one", pid=1, at=1.0, held=["r0", "r1", "r2"]),
-        Kill(kind="tree", worker="two", pid=2, at=2.0, held=["r0", "r1", "r2"]),
+        DemoKill(kind="worker", worker="one", pid=1, at=1.0, held=["r0", "r1", "r2"]),
+        DemoKill(kind="tree", worker="two", pid=2, at=2.0, held=["r0", "r1", "r2"]),
     ]
     at = 0
     for number in range(3):

@@ -22,7 +22,7 @@ from perdure.scripts.main import main
 from perdure.scripts.pool.server import Server
 from perdure.scripts.present.reading import Rates
 from perdure.scripts.web.access import HEADERS, Access, name_of
-from perdure.scripts.web.looks import Looks
+from perdure.scripts.web.looks import WebQueries
 from tests.kit.lab import Process, eventually
 from tests.kit.places import DOCS
 from tests.kit.protocol.pool import Hand, Pool
@@ -120,7 +120,7 @@ def test_the_cost_of_a_look_does_not_grow_with_requests(pool: Pool, redis_url: s
 
     def commands() -> dict[str, int]:
         pool.connection.config_resetstat()
-        with Looks(Settings(), redis_url) as looks:
+        with WebQueries(Settings(), redis_url) as looks:
             looks.frame(Rates())
             looks.listing(20, None, status=None, queue=None, worker=None, kind=None)
         stats: Any = pool.connection.info("commandstats")

@@ -16,7 +16,7 @@ import redis
 from perdure.protocol.errors import RedisUnavailable
 from perdure.scripts.main import main
 from perdure.scripts.pool.server import Server
-from perdure.scripts.web.stream import MOST, Watch
+from perdure.scripts.web.stream import MOST, Broadcast
 from tests.kit.lab import eventually
 from tests.kit.protocol.pool import Pool
 from tests.kit.scripts.web import TOKEN, serving
@@ -33,12 +33,12 @@ def test_many_viewers_cost_as_much_as_one():
         looks += 1
         return {"at": float(looks), "queues": [], "server": {"memory": {"used": looks}}}
 
-    async def view(watch: Watch, frames: int) -> list[bytes]:
+    async def view(watch: Broadcast, frames: int) -> list[bytes]:
         async with aclosing(watch.events()) as events:
             return [await anext(events) for _ in range(frames + 1)]
 
     async def run() -> None:
-        watch = Watch(look, 0.01)
+        watch = Broadcast(look, 0.01)
         alone = await view(watch, 5)
         assert alone[0].startswith(b"retry: 2000\nevent: history\n")
         for _ in range(3):
@@ -77,7 +77,7 @@ def test_a_pool_that_cannot_be_seen_is_a_frame_too():
         return found
 
     async def run() -> list[Any]:
-        watch = Watch(look, 0.01)
+        watch = Broadcast(look, 0.01)
         async with aclosing(watch.events()) as events:
             found = [await anext(events) for _ in range(4)][1:]
         watch.close()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.workers.engine.batch_size import ENOUGH, QUIET, WINDOW, BatchSize
-from perdure.workers.engine.room import Room, Verdict
+from perdure.workers.engine.room import Room, RoomVerdict
 
 EVENTS = st.lists(
     st.tuples(
@@ -112,10 +112,10 @@ def test_a_request_is_admitted_only_into_what_is_free(events):
     for needed, free, admitted in events:
         verdict = room.judge(needed, free, admitted)
         if needed is None or free is None:
-            assert verdict is Verdict.ADMIT
+            assert verdict is RoomVerdict.ADMIT
             continue
-        assert (verdict is Verdict.ADMIT) == (needed <= free)
-        assert verdict is not Verdict.WAIT or admitted
+        assert (verdict is RoomVerdict.ADMIT) == (needed <= free)
+        assert verdict is not RoomVerdict.WAIT or admitted
         assert room.places(free, admitted, 0) >= admitted + 1
         assert room.places(free, admitted, 2) == admitted + 2
 
@@ -123,11 +123,11 @@ def test_a_request_is_admitted_only_into_what_is_free(events):
 def test_what_never_fits_is_known_as_soon_as_it_comes():
     """By what was free when nobody was there; what that was is measured again each time."""
     room = Room()
-    assert room.judge(10, 100, 0) is Verdict.ADMIT
-    assert room.judge(95, 90, 1) is Verdict.WAIT
-    assert room.judge(101, 90, 1) is Verdict.NEVER
-    assert room.judge(95, 94, 0) is Verdict.NEVER
-    assert room.judge(95, 90, 1) is Verdict.NEVER
+    assert room.judge(10, 100, 0) is RoomVerdict.ADMIT
+    assert room.judge(95, 90, 1) is RoomVerdict.WAIT
+    assert room.judge(101, 90, 1) is RoomVerdict.NEVER
+    assert room.judge(95, 94, 0) is RoomVerdict.NEVER
+    assert room.judge(95, 90, 1) is RoomVerdict.NEVER
 
 
 def test_as_many_are_claimed_as_there_is_room_for():

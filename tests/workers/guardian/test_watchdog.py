@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from perdure.workers.guardian.watchdog import GAP, LOOK, Counter, Page, Reading, Watch
+from perdure.workers.guardian.watchdog import GAP, LOOK, Counter, CounterReading, Page, Watch
 
 STEP, COURIER = 2.0, 5.0
 
@@ -118,6 +118,6 @@ def test_another_process_reads_what_was_ticked() -> None:
     page.loop.tick(20)
     page.courier.tick(0.0001)
     page.courier.tick(0.0001)
-    assert (there.loop.read(), there.courier.read()) == (Reading(1, 20), Reading(2, 0.001))
+    assert (there.loop.read(), there.courier.read()) == (CounterReading(1, 20), CounterReading(2, 0.001))
     with pytest.raises(TypeError):
         there.loop.tick(1)

@@ -18,8 +18,8 @@ from perdure.scripts.chaos.proxy import Proxy
 from perdure.scripts.pool.server import Server as RedisServer
 from perdure.workers.guardian.companion import private_connection
 from perdure.workers.health import checks
-from perdure.workers.health.checks import Memory, Server, disk
-from perdure.workers.health.state import State
+from perdure.workers.health.checks import Memory, RedisCheck, disk
+from perdure.workers.health.state import CheckState
 
 GIB = 2**30
 
@@ -60,13 +60,13 @@ def machine(tmp_path: Path) -> Machine:
 def test_without_a_limit_the_hosts_memory_counts(machine: Machine) -> None:
     reading = machine.memory().look()
     assert (reading.state, reading.reason) == (
-        State.OK,
+        CheckState.OK,
         "50% of 100.0 GiB in use (of the host; no cgroup limits it)",
     )
 
 
-@pytest.mark.parametrize(("used", "state"), [(80, State.OK), (91, State.DEGRADED), (98, State.FAIL)])
-def test_the_limit_of_its_cgroup_counts(machine: Machine, used: int, state: State) -> None:
+@pytest.mark.parametrize(("used", "state"), [(80, CheckState.OK), (91, CheckState.DEGRADED), (98, CheckState.FAIL)])
+def test_the_limit_of_its_cgroup_counts(machine: Machine, used: int, state: CheckState) -> None:
     machine.limit("pod/worker", 100 * GIB, used * GIB)
     assert machine.memory().look().state is state
 
@@ -80,24 +80,26 @@ def test_file_pages_that_can_be_dropped_do_not_count(machine: Machine) -> None:
 def test_the_tightest_limit_above_it_counts(machine: Machine) -> None:
     machine.limit("pod/worker", 10 * GIB, 2 * GIB)
     machine.limit("pod", 20 * GIB, 19 * GIB)
-    assert machine.memory().look().state is State.DEGRADED
+    assert machine.memory().look().state is CheckState.DEGRADED
 
 
 def test_a_container_sees_its_own_memory_limit(machine: Machine) -> None:
     """The name in /proc may be another namespace's; the folder that is mounted is the container's."""
     machine.write(machine.proc / "7" / "cgroup", "0::/../../kubepods/x\n")
     machine.limit(".", 4 * GIB, 4 * GIB)
-    assert machine.memory().look().state is State.FAIL
+    assert machine.memory().look().state is CheckState.FAIL
 
 
 def test_version_1_and_no_cgroups_at_all_leave_the_hosts_memory(machine: Machine) -> None:
     machine.write(machine.proc / "7" / "cgroup", "5:memory:/pod/worker\n")
     machine.limit("pod/worker", GIB, GIB)
-    assert machine.memory().look().state is State.OK
+    assert machine.memory().look().state is CheckState.OK
 
 
-@pytest.mark.parametrize(("percent", "state"), [("9.99", State.OK), ("25.00", State.DEGRADED), ("80.10", State.FAIL)])
-def test_a_cgroup_that_waits_for_memory_is_told(machine: Machine, percent: str, state: State) -> None:
+@pytest.mark.parametrize(
+    ("percent", "state"), [("9.99", CheckState.OK), ("25.00", CheckState.DEGRADED), ("80.10", CheckState.FAIL)]
+)
+def test_a_cgroup_that_waits_for_memory_is_told(machine: Machine, percent: str, state: CheckState) -> None:
     """Its own pressure, not the host's."""
     text = f"some avg10=99.00 avg60=0.00 avg300=0.00 total=1\nfull avg10={percent} avg60=0.00 avg300=0.00 total=1\n"
     machine.write(machine.cgroups / "pod/worker/memory.pressure", text)
@@ -110,14 +112,14 @@ def test_a_kill_by_the_kernel_is_told_for_a_while(machine: Machine, monkeypatch:
     events = machine.cgroups / "pod/worker/memory.events"
     machine.write(events, "low 0\noom 3\noom_kill 3\n")
     memory = machine.memory()
-    assert memory.look().state is State.OK
+    assert memory.look().state is CheckState.OK
     machine.write(events, "low 0\noom 4\noom_kill 4\n")
     reading = memory.look()
-    assert reading.state is State.DEGRADED
+    assert reading.state is CheckState.DEGRADED
     assert "killed a process of this cgroup" in reading.reason
-    assert memory.look().state is State.DEGRADED
+    assert memory.look().state is CheckState.DEGRADED
     monkeypatch.setattr(checks, "OOM_MEMORY", 0.0)
-    assert memory.look().state is State.OK
+    assert memory.look().state is CheckState.OK
 
 
 def test_this_machine_can_be_read() -> None:
@@ -133,14 +135,17 @@ def test_this_machine_can_be_read() -> None:
 
 def test_a_disk_with_room_is_well_and_nothing_is_left_on_it(tmp_path: Path) -> None:
     reading = disk(tmp_path)
-    assert reading.state in (State.OK, State.DEGRADED), reading
+    assert reading.state in (CheckState.OK, CheckState.DEGRADED), reading
     assert "GiB free in" in reading.reason or "inodes free" in reading.reason
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
     reading = disk(tmp_path / "missing")
-    assert (reading.state, reading.reason) == (State.FAIL, f"cannot write to {tmp_path / 'missing'}: it is not there")
+    assert (reading.state, reading.reason) == (
+        CheckState.FAIL,
+        f"cannot write to {tmp_path / 'missing'}: it is not there",
+    )
 
 
 MOUNTED = """
@@ -219,36 +224,36 @@ def proxy(redis_url: str) -> Iterator[Proxy]:
     proxy.stop()
 
 
-def through(proxy: Proxy, *, timeout: float = 10.0, slow: float = 30.0) -> Server:
+def through(proxy: Proxy, *, timeout: float = 10.0, slow: float = 30.0) -> RedisCheck:
     client = redis.Redis(host="127.0.0.1", port=proxy.port)
-    return Server(private_connection(client, timeout=timeout), slow=slow)
+    return RedisCheck(private_connection(client, timeout=timeout), slow=slow)
 
 
 def test_a_server_that_answers_is_well(connection: redis.Redis) -> None:
-    reading = Server(connection, slow=30.0).look()
-    assert reading.state is State.OK
+    reading = RedisCheck(connection, slow=30.0).look()
+    assert reading.state is CheckState.OK
     assert "round trip took" in reading.reason
 
 
 def test_a_slow_network_is_degraded_and_a_silent_one_fails(proxy: Proxy) -> None:
     proxy.delay = 0.03  # each way
-    assert through(proxy, slow=0.05).look().state is State.DEGRADED
+    assert through(proxy, slow=0.05).look().state is CheckState.DEGRADED
     proxy.delay, proxy.silent = 0.0, True
     check = through(proxy, timeout=0.2)
     reading = check.look()
-    assert reading.state is State.FAIL
+    assert reading.state is CheckState.FAIL
     assert "Redis does not answer: TimeoutError" in reading.reason
     proxy.silent = False
-    assert check.look().state in (State.OK, State.DEGRADED)
+    assert check.look().state in (CheckState.OK, CheckState.DEGRADED)
 
 
 def test_a_server_that_is_gone_fails_and_is_found_again(tmp_path: Path, server_binary: Path) -> None:
     with RedisServer(tmp_path, binary=server_binary, die_with_parent=True) as server:
         with connect(server.url) as client:
-            check = Server(private_connection(client, timeout=5.0), slow=30.0)
-        assert check.look().state is State.OK
+            check = RedisCheck(private_connection(client, timeout=5.0), slow=30.0)
+        assert check.look().state is CheckState.OK
     reading = check.look()
-    assert reading.state is State.FAIL
+    assert reading.state is CheckState.FAIL
     assert server.url not in reading.reason
 
 
@@ -264,8 +269,8 @@ def test_a_clock_that_is_off_is_told(
         return seconds - round(offset), micros
 
     monkeypatch.setattr(connection, "time", shifted)  # of this client alone
-    reading = Server(connection, slow=30.0).look()
-    assert reading.state is State.DEGRADED
+    reading = RedisCheck(connection, slow=30.0).look()
+    assert reading.state is CheckState.DEGRADED
     assert reading.reason.startswith("this host's clock is ")
     assert f"s {side} the server's" in reading.reason
 
@@ -277,8 +282,8 @@ def test_a_process_with_another_clock_tells_it(redis_url: str) -> None:
     code = (
         "import sys\n"
         "from perdure.protocol.connection import connect\n"
-        "from perdure.workers.health.checks import Server\n"
-        "print(Server(connect(sys.argv[1]), slow=30.0).look().reason)"
+        "from perdure.workers.health.checks import RedisCheck\n"
+        "print(RedisCheck(connect(sys.argv[1]), slow=30.0).look().reason)"
     )
     said = subprocess.check_output(["faketime", "-f", "+1h", sys.executable, "-c", code, redis_url], text=True)
     assert "s ahead of the server's" in said

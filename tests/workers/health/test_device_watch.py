@@ -21,7 +21,7 @@ import pytest
 from perdure.workers.health import device_watch
 from perdure.workers.health.device_watch import DeviceWatch, Judge, Look, wanted
 from perdure.workers.health.nvml import Counts, RecoveryAction
-from perdure.workers.health.state import State
+from perdure.workers.health.state import CheckState
 from perdure.workers.pool.statuses import UNFIT_DEVICE
 from tests.kit.lab import Lab, eventually, gone
 from tests.kit.places import TASKS
@@ -65,7 +65,7 @@ def test_the_drivers_verdict_decides_and_its_counts_explain(
     """One look a second."""
     judge = Judge()
     readings = [judge.hear(item, float(second)) for second, item in enumerate(history)]
-    assert (readings[-1].state, readings[-1].certain) == (State(state), certain)
+    assert (readings[-1].state, readings[-1].certain) == (CheckState(state), certain)
     assert reason in readings[-1].reason
     assert readings[-1].reason.startswith("NVIDIA H200 GPU-1: ")
 
@@ -113,14 +113,14 @@ def watch(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Devic
 def test_a_change_is_heard_at_once_when_the_driver_reports_it(driver: FakeDriver, watch: DeviceWatch) -> None:
     """Long before the next look is due; and the driver's word ends it again. One Xid alone condemns nobody."""
     watch.start(3600)
-    eventually(lambda: watch.shown().state is State.OK)
+    eventually(lambda: watch.shown().state is CheckState.OK)
     assert watch.identity == "NVIDIA H200 GPU-00000000"
     eventually(driver.watched.exists)
     driver.set(events=[[8, 31]])
-    eventually(lambda: watch.shown().state is State.DEGRADED)
+    eventually(lambda: watch.shown().state is CheckState.DEGRADED)
     assert watch.condemned == ""
     driver.set(action="GPU_RESET", events=[[8, 31], [32768, 1]])
-    eventually(lambda: watch.shown().state is State.FAIL)
+    eventually(lambda: watch.shown().state is CheckState.FAIL)
     assert "the driver asks for GPU_RESET; the last error was Xid 31" in watch.condemned
     driver.set(action="NONE", events=[[8, 31], [32768, 1], [32768, 0]])
     eventually(lambda: watch.condemned == "")
@@ -133,9 +133,9 @@ def test_a_driver_that_hangs_is_told_and_mends_nothing(
     monkeypatch.setattr(device_watch, "PATIENCE", 0.3)
     driver.set(old=True)
     watch.start(0.05)
-    eventually(lambda: watch.shown().state is State.OK)
+    eventually(lambda: watch.shown().state is CheckState.OK)
     driver.set(hang=600)
-    eventually(lambda: watch.shown().state is State.UNKNOWN)
+    eventually(lambda: watch.shown().state is CheckState.UNKNOWN)
     assert "has not answered for" in watch.shown().reason
     assert watch.condemned == ""
 

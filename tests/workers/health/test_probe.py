@@ -12,7 +12,7 @@ import pytest
 
 from perdure.workers import probe as module
 from perdure.workers.health.nvml import Devices
-from perdure.workers.health.state import State
+from perdure.workers.health.state import CheckState
 from perdure.workers.probe import ROUNDS, SIZE, Verdict, answer, compute, left, probe, right
 from tests.kit.lab import eventually, gone
 
@@ -41,7 +41,7 @@ def test_a_processor_that_computes_right_is_well() -> None:
     """And the command says the same by its status."""
     pytest.importorskip("torch")
     verdict = probe("cpu", 110.0, on_device=100.0)
-    assert verdict == Verdict(State.OK, f"cpu computed {ROUNDS} known products", verdict.seconds)
+    assert verdict == Verdict(CheckState.OK, f"cpu computed {ROUNDS} known products", verdict.seconds)
     assert 0 < verdict.seconds < 110
 
 
@@ -58,35 +58,35 @@ def test_one_wrong_element_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch, "mm", wrong)
-    assert compute("cpu") == (State.FAIL, f"cpu computed 1 of {ROUNDS * SIZE * SIZE} elements wrong")
+    assert compute("cpu") == (CheckState.FAIL, f"cpu computed 1 of {ROUNDS * SIZE * SIZE} elements wrong")
 
 
 def test_a_full_or_taken_device_is_not_called_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody knows; a device error, and any other, is a verdict."""
     torch = pytest.importorskip("torch")
 
-    def found(error: Exception) -> tuple[State, str]:
+    def found(error: Exception) -> tuple[CheckState, str]:
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
         monkeypatch.setattr(torch, "mm", fail)
         return compute("cpu")
 
-    assert found(torch.OutOfMemoryError("full"))[0] is State.UNKNOWN
-    for code, state in ((2, State.UNKNOWN), (46, State.UNKNOWN), (719, State.FAIL)):
+    assert found(torch.OutOfMemoryError("full"))[0] is CheckState.UNKNOWN
+    for code, state in ((2, CheckState.UNKNOWN), (46, CheckState.UNKNOWN), (719, CheckState.FAIL)):
         error = torch.AcceleratorError("CUDA error")
         error.error_code = code
         assert found(error)[0] is state, code
-    assert found(RuntimeError("cuDNN error"))[0] is State.FAIL
+    assert found(RuntimeError("cuDNN error"))[0] is CheckState.FAIL
 
 
 def test_a_torch_without_cuda_says_nothing_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert compute("cuda:0") == (State.UNKNOWN, "this torch is built without CUDA; cuda:0 was not looked at")
+    assert compute("cuda:0") == (CheckState.UNKNOWN, "this torch is built without CUDA; cuda:0 was not looked at")
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert compute("cuda:0") == (State.FAIL, "torch finds no usable GPU for cuda:0")
+    assert compute("cuda:0") == (CheckState.FAIL, "torch finds no usable GPU for cuda:0")
 
 
 # A module in place of torch, which hangs where no SIGTERM reaches it, and says with which process id.
@@ -104,14 +104,14 @@ def hang(*_):
 @pytest.mark.parametrize(
     ("where", "state", "reason"),
     [
-        ("hang()", State.UNKNOWN, "torch was not loaded in time"),
-        ("device = hang", State.FAIL, "the device did not answer in time"),
-        ("device = lambda name: os._exit(9)", State.FAIL, "the probe ended with status 9"),
-        ("os._exit(9)", State.UNKNOWN, "the probe ended with status 9"),
+        ("hang()", CheckState.UNKNOWN, "torch was not loaded in time"),
+        ("device = hang", CheckState.FAIL, "the device did not answer in time"),
+        ("device = lambda name: os._exit(9)", CheckState.FAIL, "the probe ended with status 9"),
+        ("os._exit(9)", CheckState.UNKNOWN, "the probe ended with status 9"),
     ],
 )
 def test_a_probe_that_hangs_is_killed_and_one_that_dies_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, state: State, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, state: CheckState, reason: str
 ) -> None:
     """Before it touches the device nothing is said of it; the time for the device begins with its first use."""
     (tmp_path / "torch.py").write_text(HANGS + where + "\n")
@@ -149,7 +149,7 @@ def test_a_real_gpu_is_probed_and_read() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    assert probe("cuda:0", 110.0).state in (State.OK, State.UNKNOWN)
+    assert probe("cuda:0", 110.0).state in (CheckState.OK, CheckState.UNKNOWN)
     pytest.importorskip("pynvml")
     devices = Devices.open()
     assert devices is not None

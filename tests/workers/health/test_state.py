@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.workers.health.state import Check, Health, Reading, Shown, Standing, State
+from perdure.workers.health.state import Check, CheckState, Health, Reading, Shown, Standing
 from tests.kit.lab import eventually
 
-OK, DEGRADED, FAIL, UNKNOWN = State.OK, State.DEGRADED, State.FAIL, State.UNKNOWN
+OK, DEGRADED, FAIL, UNKNOWN = CheckState.OK, CheckState.DEGRADED, CheckState.FAIL, CheckState.UNKNOWN
 
 
-def after(*history: Reading | State, silence: str = "") -> Shown:
+def after(*history: Reading | CheckState, silence: str = "") -> Shown:
     """How a check stands after these readings; a bare state is a reading whose reason is its name."""
     standing = Standing()
     for at, item in enumerate(history, 1):
@@ -48,7 +48,7 @@ def after(*history: Reading | State, silence: str = "") -> Shown:
         ((FAIL, FAIL, UNKNOWN, OK, OK), OK),
     ],
 )
-def test_two_of_three_readings_change_what_is_told(history: tuple[State, ...], state: State) -> None:
+def test_two_of_three_readings_change_what_is_told(history: tuple[CheckState, ...], state: CheckState) -> None:
     assert after(*history).state is state
 
 
@@ -79,12 +79,12 @@ MENDED = Reading(OK, "mended", certain=True)
     ],
 )
 def test_a_fault_of_the_hardware_ends_only_by_the_drivers_word(
-    history: tuple[Reading | State, ...], state: State
+    history: tuple[Reading | CheckState, ...], state: CheckState
 ) -> None:
     assert after(*history).state is state
 
 
-READINGS = st.builds(Reading, st.sampled_from(State), st.just(""), st.booleans())
+READINGS = st.builds(Reading, st.sampled_from(CheckState), st.just(""), st.booleans())
 
 
 @settings(max_examples=150, deadline=None)
@@ -173,7 +173,7 @@ def test_a_check_that_raises_is_unknown_and_looks_again() -> None:
 class Fixed:
     """A check that stands as it is told to."""
 
-    def __init__(self, name: str, state: State, condemned: str = "") -> None:
+    def __init__(self, name: str, state: CheckState, condemned: str = "") -> None:
         self.name, self.state, self.condemned = name, state, condemned
 
     def start(self, interval: float) -> None:

@@ -15,13 +15,13 @@ from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.workers.pool.statuses import UNFIT
 from perdure.workers.ranks.group import collective_timeout
-from perdure.workers.ranks.membership import Membership, RanksDisagree, Report, Verdict, ending, judge
+from perdure.workers.ranks.membership import LossVerdict, Membership, RankReport, RanksDisagree, ending, judge
 from perdure.workers.ranks.rank import digest
 from perdure.workers.ranks.wire import Wire
 from perdure.workers.tasks.base import Step
 from perdure.workers.tasks.unfit import Unfit
 
-OK = Report(digest=7)
+OK = RankReport(digest=7)
 MINE, THEIRS = ZeroDivisionError("mine"), MemoryError("theirs")
 
 
@@ -46,7 +46,7 @@ def test_a_group_begins_anew_a_bounded_number_of_times(history, verdicts):
         if lasted is not None:
             membership.formed(now)
             now += lasted
-        found += "r" if membership.lost(now) is Verdict.REBUILD else "g"
+        found += "r" if membership.lost(now) is LossVerdict.REBUILD else "g"
     assert found == verdicts
     assert epochs == list(range(1, len(history) + 1))
 
@@ -55,16 +55,22 @@ def test_a_group_begins_anew_a_bounded_number_of_times(history, verdicts):
     ("leader", "followers", "gone", "lost", "error"),
     [
         pytest.param(OK, {1: OK}, {}, "", None, id="all well"),
-        pytest.param(Report(error=MINE), {1: Report(error=MINE)}, {}, "", MINE, id="all raise: in step"),
-        pytest.param(Report(error=MINE), {1: Report(error=THEIRS)}, {}, "rank 0 alone", MINE, id="two errors"),
-        pytest.param(Report(error=MINE), {1: None}, {}, "rank 0 alone", MINE, id="the leader alone raises"),
-        pytest.param(Report(broken="x"), {1: Report(error=THEIRS)}, {}, "rank 1 alone", THEIRS, id="one raises"),
-        pytest.param(Report(broken="x"), {1: None}, {1: "died"}, "rank 1 died", None, id="killed in a collective"),
+        pytest.param(RankReport(error=MINE), {1: RankReport(error=MINE)}, {}, "", MINE, id="all raise: in step"),
+        pytest.param(RankReport(error=MINE), {1: RankReport(error=THEIRS)}, {}, "rank 0 alone", MINE, id="two errors"),
+        pytest.param(RankReport(error=MINE), {1: None}, {}, "rank 0 alone", MINE, id="the leader alone raises"),
+        pytest.param(
+            RankReport(broken="x"), {1: RankReport(error=THEIRS)}, {}, "rank 1 alone", THEIRS, id="one raises"
+        ),
+        pytest.param(RankReport(broken="x"), {1: None}, {1: "died"}, "rank 1 died", None, id="killed in a collective"),
         pytest.param(OK, {1: None}, {1: "died"}, "rank 1 died", None, id="killed after the last collective"),
-        pytest.param(Report(error=MINE), {1: None}, {1: "died"}, "rank 1 died", None, id="killed, whatever it led to"),
-        pytest.param(Report(broken="x"), {1: None}, {}, "rank 1 did not answer", None, id="stopped"),
+        pytest.param(
+            RankReport(error=MINE), {1: None}, {1: "died"}, "rank 1 died", None, id="killed, whatever it led to"
+        ),
+        pytest.param(RankReport(broken="x"), {1: None}, {}, "rank 1 did not answer", None, id="stopped"),
         pytest.param(OK, {1: None, 2: None}, {}, "ranks 1, 2 did not", None, id="two are stopped"),
-        pytest.param(Report(broken="x"), {1: OK}, {}, "collective of rank 0 failed: x", None, id="a broken connection"),
+        pytest.param(
+            RankReport(broken="x"), {1: OK}, {}, "collective of rank 0 failed: x", None, id="a broken connection"
+        ),
     ],
 )
 def test_a_step_is_judged_by_the_reports_of_all_ranks(leader, followers, gone, lost, error):
@@ -77,7 +83,7 @@ def test_a_step_is_judged_by_the_reports_of_all_ranks(leader, followers, gone, l
 
 def test_ranks_that_disagree_fail_the_step():
     """What they computed is neither's, and would be no other the next time."""
-    outcome = judge(OK, {1: OK, 2: Report(digest=8)}, {})
+    outcome = judge(OK, {1: OK, 2: RankReport(digest=8)}, {})
     assert "rank 2 put out something else" in outcome.lost
     assert isinstance(outcome.error, RanksDisagree)
 

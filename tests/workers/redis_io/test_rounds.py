@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from perdure.protocol.keys import SCHEMA, key
-from perdure.protocol.reading.output_log import Page, Place
+from perdure.protocol.reading.output_log import LogPage, LogPlace
 from perdure.protocol.settings import LEASE, Settings
 from perdure.protocol.states import State
 from perdure.protocol.store import Store
@@ -81,7 +81,7 @@ def test_long_logs_are_read_while_all_else_goes_on(bench: Bench, monkeypatch: py
     store, seen = bench.pool.store, []
     read = store.output_page
 
-    def page(identifier: str, place: Place, *, check: bool = False) -> Page:
+    def page(identifier: str, place: LogPlace, *, check: bool = False) -> LogPage:
         if identifier == "long":
             record = store.fetch("a")
             assert record is not None
@@ -169,7 +169,7 @@ def test_others_are_released_while_a_long_log_is_read(bench: Bench, monkeypatch:
     claims = {name: item.claim for name, item in bench.holdings.held.items()}
     read, seen = Store.output_page, []
 
-    def page(self: Store, identifier: str, place: Place, *, check: bool = False) -> Page:
+    def page(self: Store, identifier: str, place: LogPlace, *, check: bool = False) -> LogPage:
         if identifier == "long":
             seen.append([bench.pool.status(name) for name in "abc"])
             if len(seen) == 1:

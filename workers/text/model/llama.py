@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bundle import Bundle
-from .operators import Operators, Seen
+from .operators import Attended, Operators
 
 BUCKET: Final = 128
 """Attention sees keys in multiples of this many positions, the rest of the last one masked."""
@@ -126,7 +126,9 @@ class Llama:
                     tokens[row], places[row] = token, position
                     length = (position // BUCKET + 1) * BUCKET if exact else position + 1
                     first = self._positions - position - 1
-                    seen.append(Seen(row, run.keys, length, self._stairs[first : first + length].view(1, 1, length)))
+                    seen.append(
+                        Attended(row, run.keys, length, self._stairs[first : first + length].view(1, 1, length))
+                    )
                     row += 1
             heads = self.shape.heads
 

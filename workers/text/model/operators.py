@@ -18,7 +18,7 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Attended:
     """What one row attends to.
 
     ``keys`` is [layers, 2 K, positions, d]: K heads of keys, then K of values. The row sees
@@ -81,7 +81,7 @@ class Operators:
         swapped = x.view(rows, heads, 2, width // 2).flip(2).view(rows, heads, width)
         return x * cosine + swapped * sine
 
-    def attend(self, queries: Tensor, seen: Sequence[Seen], layer: int) -> Tensor:
+    def attend(self, queries: Tensor, seen: Sequence[Attended], layer: int) -> Tensor:
         """Attention of single rows: [rows, H, d] to [rows, H · d]; rows that see nothing stay 0."""
         rows, heads, width = queries.shape
         result = queries.new_zeros(rows, heads * width)
