@@ -11,9 +11,7 @@ import pytest
 
 from perdure.protocol import scripts, store
 from tests.kit.protocol.clock import Change, pretended_clock
-from tests.kit.protocol.machine import (
-    drive,
-)
+from tests.kit.protocol.machine import drive
 
 
 def test_nothing_is_lost_and_nothing_ends_twice(connection, monkeypatch):

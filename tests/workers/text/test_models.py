@@ -16,18 +16,7 @@ from perdure.workers.text.golden import run_alone
 from perdure.workers.text.model.llama import Llama, Run
 from perdure.workers.text.tokenizer import Tokenizer
 from perdure.workers.text.weights.models import read
-from tests.kit.workers.models import (
-    BASE,
-    EPSILON,
-    GROUPS,
-    HEADS,
-    LAYERS,
-    TOKENS,
-    D,
-    weights,
-    write_folder,
-    write_gguf,
-)
+from tests.kit.workers.models import BASE, EPSILON, GROUPS, HEADS, LAYERS, TOKENS, D, weights, write_folder, write_gguf
 
 PROMPT = [5, 80, 99, 7, 123, 200, 31, 5, 5, 64] * 4
 
