@@ -23,17 +23,18 @@ TITLE = "Failures: what is taken for what, and what follows"
 
 INTRODUCTION = """\
 An error is judged by its type, its `__cause__` and its `errno`, the end of a process by who stood still in it, by what
-faulthandler wrote, by its exit status or signal, by what the kernel counted in its cgroup, and by NVML's recovery action for
-its device. No text that a user could have written is ever looked at. Tasks choose by what they raise.
+faulthandler wrote, by its exit status or signal, by what the kernel counted in its cgroup, and by NVML's recovery
+action for its device. No text that a user could have written is ever looked at. Tasks choose by what they raise.
 """
 
 COLUMNS = """\
 - *attempt*: it counts as one; when `max_retries` further ones are used up, the request is a dead letter.
-- *crash*: it counts as one; `PERDURE_MAX_CRASHES` alone on a worker, or `PERDURE_MAX_CRASHES_TOTAL`, make a dead letter.
+- *crash*: it counts as one; `PERDURE_MAX_CRASHES` alone on a worker, or `PERDURE_MAX_CRASHES_TOTAL`, make a dead
+  letter.
 - *suspect*: whether what was in flight runs in limited company from then on.
 - *next execution*: after what delay; the first redelivery after the loss of a worker is immediate.
-- *the worker*: what its process does. One that exits is to be replaced. Only a worker that is a group of processes leaves it,
-  and only when a collective failed; any other goes on.
+- *the worker*: what its process does. One that exits is to be replaced. Only a worker that is a group of processes
+  leaves it, and only when a collective failed; any other goes on.
 """
 
 DEATHS = (
@@ -106,7 +107,8 @@ def failure_page() -> str:
     parts = [
         f"# {TITLE}\n", INTRODUCTION,
         "## What follows\n", "`from perdure.recovery import POLICIES`\n", COLUMNS,
-        "| kind | attempt | crash | suspect | next execution | the worker |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n",
+        "| kind | attempt | crash | suspect | next execution | the worker |\n|---|---|---|---|---|---|",
+        "\n".join(rows) + "\n",
         "## What is taken for what\n", "`from perdure.recovery import classify, Death`\n",
     ]  # fmt: skip
     lines = []

@@ -13,9 +13,9 @@ def script_page() -> str:
     """Every script: what it does, its arguments in order, what it returns."""
     parts = [
         "# Scripts\n",
-        "Every transition of the protocol, from the headers of `protocol/lua/*.lua`; [`protocol.md`](../protocol.md) says who calls them."
-        " `KEYS[1]` of each is `rq:perdure:schema` and only routes the call. An argument of a *row* is one of each row of that name; in front"
-        " of the rows stands their number.\n",
+        "Every transition of the protocol, from the headers of `protocol/lua/*.lua`; "
+        "[`protocol.md`](../protocol.md) says who calls them. `KEYS[1]` of each is `rq:perdure:schema` and only routes "
+        "the call. An argument of a *row* is one of each row of that name; in front of the rows stands their number.\n",
     ]
     for name in scripts.names():
         parts.append(f"## {name}\n")

@@ -38,8 +38,8 @@ CHUNK = 64 * 1024
 def count(request: Request) -> Generator[Step, None, Any]:
     """Count the characters, words and lines of a UTF-8 file.
 
-    Payload: ``path``; ``chunk``, bytes that are read at once; ``pause``, seconds to wait after each piece, so that there
-    is something to watch. An output for each piece; the result is the sum of them, and a CRC of all bytes.
+    Payload: ``path``; ``chunk``, bytes that are read at once; ``pause``, seconds to wait after each piece, so that
+    there is something to watch. An output for each piece; the result is the sum of them, and a CRC of all bytes.
     """
     path, size, pause = checked(request.payload)
     with opened(path) as file:

@@ -1,7 +1,7 @@
 """Admission: requests are sent, and what Redis says of each becomes nothing or one error.
 
-A submit is a generator of pauses: it sends when it is advanced, which blocks, and yields how many seconds to wait before it
-is advanced again. Who drives it sleeps as he can: :class:`~perdure.producer.Client` in the calling thread,
+A submit is a generator of pauses: it sends when it is advanced, which blocks, and yields how many seconds to wait
+before it is advanced again. Who drives it sleeps as he can: :class:`~perdure.producer.Client` in the calling thread,
 :class:`~perdure.producer.AsyncClient` on its loop, so that no thread is kept by what waits for a degraded pool.
 """
 

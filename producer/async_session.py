@@ -161,7 +161,7 @@ class AsyncSession:
         return await due.future
 
     def watch(self, identifier: str, channel: str, *, outputs: bool = False) -> LoopWatch:
-        """Begin to hear of a request. Unlike :meth:`Replies.watch`, it waits for nothing: a hint tells when it is so."""
+        """Begin to hear of a request. Unlike :meth:`Replies.watch`, it does not wait: a hint tells when it is so."""
         loop = self._enter()
         watch = LoopWatch(self._session.replies, identifier, channel, loop, self._phase, outputs=outputs)
         if self._session.replies.register(watch):

@@ -110,24 +110,35 @@ class Client:
         return self._session.call(Store.mode)
 
     def ping(self) -> None:
-        """Raise :class:`RedisUnavailable` unless Redis answers now, ``ProtocolMismatch`` if it speaks a newer protocol."""
+        """Raise :class:`RedisUnavailable` unless Redis answers now, ``ProtocolMismatch`` if its protocol is newer."""
         self._session.ping()
 
     def list(
-        self, *, status: str | None = None, queue: str | None = None, limit: int = 50, cursor: str | None = None,
-        worker: str | None = None, kind: str | None = None,
-    ) -> Listing:  # fmt: skip
+        self,
+        *,
+        status: str | None = None,
+        queue: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+        worker: str | None = None,
+        kind: str | None = None,
+    ) -> Listing:
         """One page of requests: running ones first, then waiting, then ended ones from the newest.
 
-        ``status``, ``queue`` (with its priorities), ``worker`` (who has it, or had it last) and ``kind`` (of its failure)
-        narrow it down; ``cursor`` is that of the page before. No snapshot: what moves
-        while you turn pages may be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
+        ``status``, ``queue`` (with its priorities), ``worker`` (who has it, or had it last) and ``kind`` (of its
+        failure) narrow it down; ``cursor`` is that of the page before. No snapshot: what moves while you turn pages may
+        be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
         """
         deadline = time.monotonic() + self._session.patience
         return read_listing(
             lambda operation: self._session.call(operation, deadline=deadline),
-            status=status, queue=queue, limit=limit, cursor=cursor, worker=worker, kind=kind,
-        )  # fmt: skip
+            status=status,
+            queue=queue,
+            limit=limit,
+            cursor=cursor,
+            worker=worker,
+            kind=kind,
+        )
 
     def close(self) -> None:
         """End the listener and the connections; handles cannot be used any more. Harmless when repeated."""

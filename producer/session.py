@@ -145,7 +145,8 @@ class Session:
             lanes.give_back(owner)
 
     def ping(self) -> None:
-        """Raise :class:`RedisUnavailable` unless Redis answers now, and ``ProtocolMismatch`` if it speaks a newer protocol.
+        """Raise :class:`RedisUnavailable` unless Redis answers now, and ``ProtocolMismatch`` if it speaks a newer
+        protocol.
 
         Nothing is tried twice.
         """

@@ -140,8 +140,8 @@ class OutputsLost(OutputsRestarted):
     def __init__(self, request_id: str, offset: int) -> None:
         PerdureError.__init__(
             self,
-            f"Redis has lost data (a failover, or a restored file?): of the {offset} outputs of request {request_id} that "
-            "were read, some are gone, and others were put out in their place; "
+            f"Redis has lost data (a failover, or a restored file?): of the {offset} outputs of request "
+            f"{request_id} that were read, some are gone, and others were put out in their place; "
             "stream(restarts=True) reads the new ones from the start",
         )
         self.request_id = request_id
@@ -177,9 +177,9 @@ class QueueFull(TryAgainLater):
 class Degraded(TryAgainLater):
     """The pool has lost more than half of its workers and takes no request of low priority.
 
-    Give it a higher priority, or send it again after ``retry_after`` seconds, which is when the pool may be normal again
-    at the earliest; ``retry_when_degraded=True`` does that for you. ``items`` are the positions of what was not stored, as
-    in :class:`QueueFull`.
+    Give it a higher priority, or send it again after ``retry_after`` seconds, which is when the pool may be normal
+    again at the earliest; ``retry_when_degraded=True`` does that for you. ``items`` are the positions of what was not
+    stored, as in :class:`QueueFull`.
     """
 
     def __init__(self, message: str, retry_after: float, items: Sequence[int] = (0,)) -> None:
@@ -191,15 +191,16 @@ class Degraded(TryAgainLater):
 
 
 class UnknownRequest(PerdureError, LookupError):
-    """There is no request with this id: none was submitted, it was deleted, its time to be kept is over, or Redis has lost it.
+    """There is no request with this id: none was submitted, it was deleted, its time to be kept is over, or Redis has
+    lost it.
 
     Check the id. One that was accepted is gone if Redis forgot its last second: submit it again.
     """
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"there is no request {request_id}: none was submitted with this id, it was deleted, it ended so long ago that "
-            "it is no longer kept, or Redis has lost it (a failover, or a restored file?)"
+            f"there is no request {request_id}: none was submitted with this id, it was deleted, "
+            "it ended so long ago that it is no longer kept, or Redis has lost it (a failover, or a restored file?)"
         )
         self.request_id = request_id
 

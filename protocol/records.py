@@ -130,9 +130,14 @@ class Interruption:
             return None
         kind, moved, ended, began, taken, execution, worker = parts
         return cls(
-            kind=kind, moved=whole(moved) / 1000, ended=whole(ended) / 1000, began=whole(began) / 1000,
-            taken=taken == "1", execution=execution, worker=worker,
-        )  # fmt: skip
+            kind=kind,
+            moved=whole(moved) / 1000,
+            ended=whole(ended) / 1000,
+            began=whole(began) / 1000,
+            taken=taken == "1",
+            execution=execution,
+            worker=worker,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +145,9 @@ class Event:
     """One line of a request's history: what happened, and when.
 
     ``at`` is in seconds since 1970 on the server's clock; ``offset`` is how many outputs were stored then. ``kind`` is
-    that of a failure, ``reason`` is for people; both may be empty. ``evidence`` is what a worker that crashed or hung left
-    behind: the stacks of its threads. What ended an execution says when that ``began`` and which checkpoint it left: its
-    number, and when it was ``stored``; ``None`` where that is not known.
+    that of a failure, ``reason`` is for people; both may be empty. ``evidence`` is what a worker that crashed or hung
+    left behind: the stacks of its threads. What ended an execution says when that ``began`` and which checkpoint it
+    left: its number, and when it was ``stored``; ``None`` where that is not known.
     """
 
     at: float
@@ -164,10 +169,18 @@ class Event:
         reason, course, evidence = [*rest.split("\t", 2), "", ""][:3]
         began, seq, stored = [*map(whole, course.split(":")), 0, 0, 0][:3]
         return cls(
-            at=whole(at) / 1000, event=event, worker=worker, execution=execution, offset=whole(offset), kind=kind,
-            reason=reason, evidence=evidence, began=began / 1000 if began else None, seq=seq or None,
+            at=whole(at) / 1000,
+            event=event,
+            worker=worker,
+            execution=execution,
+            offset=whole(offset),
+            kind=kind,
+            reason=reason,
+            evidence=evidence,
+            began=began / 1000 if began else None,
+            seq=seq or None,
             stored=stored / 1000 if stored else None,
-        )  # fmt: skip
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -194,9 +207,9 @@ class Details:
     """What a request was given at its submit, and what it waits for. Dates are seconds since 1970, ``None`` is none.
 
     ``now`` is the server's clock at the reading. ``due``: when it may enter its queue, delayed or for a retry.
-    ``queue_deadline``: until when a worker must have taken it; forgotten at its first claim. ``step_timeout`` is its own, in
-    seconds. ``degraded``: ``None`` without overrides for a degraded pool, else whether it runs, or ran, with them.
-    ``meta`` is ``None`` if somebody else has written into it what is no plain value.
+    ``queue_deadline``: until when a worker must have taken it; forgotten at its first claim. ``step_timeout`` is its
+    own, in seconds. ``degraded``: ``None`` without overrides for a degraded pool, else whether it runs, or ran, with
+    them. ``meta`` is ``None`` if somebody else has written into it what is no plain value.
     """
 
     now: float
@@ -214,10 +227,11 @@ class Details:
 class RequestRecord:
     """A request as it stands in Redis, without payload, outputs and result.
 
-    ``attempt`` counts its own failures and ``executions`` the claims so far; ``execution`` and ``worker`` say who holds it
-    now (``execution`` is empty when nobody does). ``epoch`` grows when it begins again from zero. Dates are RQ's text,
-    in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs. ``degraded``: it runs, or
-    ran, with its overrides for a degraded pool; ``stretched``: the pool was degraded at its submit, and it has twice the time.
+    ``attempt`` counts its own failures and ``executions`` the claims so far; ``execution`` and ``worker`` say who holds
+    it now (``execution`` is empty when nobody does). ``epoch`` grows when it begins again from zero. Dates are RQ's
+    text, in UTC, empty until they come. ``canceling`` is True once a cancel was asked for while it runs. ``degraded``:
+    it runs, or ran, with its overrides for a degraded pool; ``stretched``: the pool was degraded at its submit, and it
+    has twice the time.
     ``due``: the nearest of its deadlines, in seconds since 1970; 0 without one.
     """
 

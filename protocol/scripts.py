@@ -133,7 +133,7 @@ class Script:
 
 @cache
 def digest(source: str) -> str:
-    """The name under which a server knows a script. (redis-py's Script hashes the source, up to 45 KB, at every use.)"""
+    """The name under which a server knows a script. (redis-py's Script hashes up to 45 KB of source at every use.)"""
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 

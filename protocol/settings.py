@@ -260,6 +260,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     text = text.strip()
+    asked = {int: "a whole number", bool: "yes or no"}.get(kind, "a number of seconds")
     try:
         if kind is bool:
             if text.lower() not in ("", "0", "1", "true", "false", "yes", "no"):
@@ -270,9 +271,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if kind is float:
             return float(text)
     except ValueError:
-        raise SettingsError(
-            f"{name} must be {'a whole number' if kind is int else 'yes or no' if kind is bool else 'a number of seconds'}, not {text!r}"
-        ) from None
+        raise SettingsError(f"{name} must be {asked}, not {text!r}") from None
     if kind is str:
         return text
     return tuple(part.strip() for part in text.split(",") if part.strip())

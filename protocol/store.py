@@ -115,14 +115,14 @@ class Store(Sweeps):
         """Take up to ``free`` requests of ``task``, or of whatever comes first when ``task`` is empty.
 
         ``unable``: tasks that this worker leaves to others for now.
-        ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer than
-        the heartbeat timeout.
+        ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer
+        than the heartbeat timeout.
         """
         values: dict[str, str | int] = {
             "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
-            "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "lease_ms": in_ms(self.settings.lease),
-            "task": task, "free": min(free, MAX_REQUESTS), "ttl_ms": in_ms(self.settings.checkpoint_ttl),
-            "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
+            "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "task": task,
+            "lease_ms": in_ms(self.settings.lease), "ttl_ms": in_ms(self.settings.checkpoint_ttl),
+            "free": min(free, MAX_REQUESTS), "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
         }  # fmt: skip
         groups: dict[str, list[dict[str, str | int]]] = {
             "queue": [{"queue": queue} for queue in queues],
@@ -148,7 +148,7 @@ class Store(Sweeps):
         return list(self._call("progress", values, progressed(requests)))
 
     def write_chunks(self, chunks: Sequence[Chunk]) -> list[str]:
-        """Write chunks of states, at most :data:`MAX_BYTES` a call; ``progress`` commits them. ``ok`` or ``lost`` each."""
+        """Write chunks of states, at most :data:`MAX_BYTES` a call; ``progress`` commits them. ``ok`` or ``lost``."""
         rows: list[dict[str, str | bytes | int | float]] = [
             {
                 "id": item.id, "execution": item.execution, "seq": item.seq, "total": item.total,
@@ -304,7 +304,7 @@ class Store(Sweeps):
         return Pulse(status, due == "1")
 
     def measure(self, incarnation: str, number: int, counts: Mapping[str, int]) -> str:
-        """Add to the counters what a worker has measured; call ``number`` of this incarnation. ``ok`` or ``already``."""
+        """Add to the counters what a worker has measured; call ``number`` of its incarnation. ``ok``, ``already``."""
         rows = [{"name": name, "by": by} for name, by in counts.items()]
         return str(self._call("measure", {"incarnation": incarnation, "number": number}, {"count": rows}))
 

@@ -79,11 +79,12 @@ def _torch(torch: Any, value: Any) -> Tensor:
 
 def _numpy(numpy: Any, value: Any) -> Tensor:
     dtype = value.dtype.str
+    plain, other = numpy.dtype(dtype) == value.dtype, type(value) is not numpy.ndarray
     for wrong, what, instead in (
         (value.dtype.hasobject, "a numpy array of Python objects", "value.tolist()"),
-        (numpy.dtype(dtype) != value.dtype, f"a numpy array of {value.dtype}", "an array per field, or value.view() of plain numbers"),
-        (type(value) is not numpy.ndarray, f"a {type(value).__name__}", "numpy.asarray(value), and what it loses beside it"),
-    ):  # fmt: skip
+        (not plain, f"a numpy array of {value.dtype}", "an array per field, or value.view() of plain numbers"),
+        (other, f"a {type(value).__name__}", "numpy.asarray(value), and what it loses beside it"),
+    ):
         if wrong:
             raise InvalidRequest(f"is {what}, which cannot be stored; store {instead}", "state")
     return Tensor(NUMPY, dtype, value.shape, value.nbytes, lambda: memoryview(value.tobytes()))

@@ -66,10 +66,11 @@ def _refuse(error: Exception, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="perdure reaper", description="Requeue the requests of dead workers.",
+        prog="perdure reaper",
+        description="Requeue the requests of dead workers.",
         epilog="Examples:\n  perdure reaper\n  perdure reaper --url redis://localhost:6379",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     helps = {item.name: item.metadata["help"] for item in fields(Settings)}
     kinds = {item.name: type(item.default) for item in fields(Settings)}
     parser.add_argument("--redis-url", "--url", default=None, metavar="URL", help=helps["redis_url"])

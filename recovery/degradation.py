@@ -1,12 +1,13 @@
 """Degradation: a pool that has lost too many workers says so, and everybody asks less of it.
 
 Live capacity (workers whose heart beats and that are ready) is compared with the expected one: ``PERDURE_CAPACITY``, or
-the most workers that were there within the last hour. A worker that leaves in order (SIGTERM, ``--burst``) is expected no
-longer, from the moment that it is told to; one that dies is, for an hour. Below half of it the pool is degraded, and it
-is normal again once it has had more than 70 % for a heartbeat timeout.
+the most workers that were there within the last hour. A worker that leaves in order (SIGTERM, ``--burst``) is expected
+no longer, from the moment that it is told to; one that dies is, for an hour. Below half of it the pool is degraded, and
+it is normal again once it has had more than 70 % for a heartbeat timeout.
 
 :func:`judge` decides, from a count and from what the decision before has left. That lies in Redis, so that any number
-of reapers decide as one: see ``declare.lua``. What follows from the mode is up to the scripts that read it: ``enqueue`` and ``claim``.
+of reapers decide as one: see ``declare.lua``. What follows from the mode is up to the scripts that read it: ``enqueue``
+and ``claim``.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def judge(count: Count, *, capacity: int, timeout: int) -> ModeTally:
     """The mode that follows from a count. ``capacity`` workers are expected (0: the recent maximum).
 
     ``timeout``: the heartbeat timeout in ms. It is also how long a number of workers must last before it counts as a
-    maximum: until then, a dead worker's last beat may be counted beside its successor. And it is the dwell: how long there
-    must be enough workers before the pool is normal again.
+    maximum: until then, a dead worker's last beat may be counted beside its successor. And it is the dwell: how long
+    there must be enough workers before the pool is normal again.
     """
     now, tally = count.now, count.tally
     if tally.degraded and now >= tally.until:
@@ -124,6 +125,4 @@ class Degradation:
 def _shown(tally: ModeTally) -> Mode:
     since = tally.since / 1000 if tally.degraded else None
     recovering = tally.degraded and tally.recovering > 0
-    return Mode(
-        degraded=tally.degraded, live=tally.live, expected=tally.expected, since=since, recovering=recovering
-    )  # fmt: skip
+    return Mode(degraded=tally.degraded, live=tally.live, expected=tally.expected, since=since, recovering=recovering)

@@ -1,8 +1,8 @@
 """What kind of failure an error is, and what follows from it.
 
 An error is judged by its type, by what caused it and by errno, never by its text: that may be the
-user's prompt; :mod:`.deaths` judges the end of a process. What follows stands in one table, :data:`POLICIES`. Torch is looked up only if somebody
-has imported it; a worker without torch raises none of its errors.
+user's prompt; :mod:`.deaths` judges the end of a process. What follows stands in one table, :data:`POLICIES`. Torch is
+looked up only if somebody has imported it; a worker without torch raises none of its errors.
 """
 
 from __future__ import annotations
@@ -160,9 +160,13 @@ def failure(claim_id: str, execution: str, error: BaseException, kind: FailureKi
     """
     kind = kind or classify(error)
     return Failure(
-        id=claim_id, execution=execution, kind=kind, reason=describe(error), traceback=_traceback(error),
+        id=claim_id,
+        execution=execution,
+        kind=kind,
+        reason=describe(error),
+        traceback=_traceback(error),
         **POLICIES[kind].flags,
-    )  # fmt: skip
+    )
 
 
 def _links(error: BaseException) -> Iterator[tuple[BaseException, bool]]:

@@ -40,8 +40,9 @@ UNSERVED_INTERVAL: Final = 0.5
 """Seconds between two looks at what workers cannot load."""
 
 LOOKED: Final = 500
-"""Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a run
-that ended come first in them."""
+"""Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a
+run that ended come first in them.
+"""
 
 OUTAGE_BASE: Final = 0.1
 OUTAGE_CAP: Final = 2.0
@@ -153,9 +154,14 @@ class Reaper:
         if item.id:
             log.warning(
                 "%s: %s %s is now %s (execution %s of worker %s)",
-                self.name, item.kind, item.id, item.outcome, item.execution, item.worker or item.incarnation,
+                self.name,
+                item.kind,
+                item.id,
+                item.outcome,
+                item.execution,
+                item.worker or item.incarnation,
                 extra=about(item.id, item.execution, worker=item.worker),
-            )  # fmt: skip
+            )
         else:
             log.warning(
                 "%s: %s worker %s is gone (%s)",

@@ -132,7 +132,7 @@ def encode(value: Any) -> Encoded:
 
 
 def _torch_saved(item: Any) -> bytes:
-    """The bytes of ``torch.save``, if ``weights_only=True`` reads them. Raises ``TypeError`` for what is not torch's."""
+    """The bytes of ``torch.save``, if ``weights_only=True`` reads them. ``TypeError`` for what is not torch's."""
     torch = sys.modules.get("torch")
     kind = type(item)
     if torch is None or not (isinstance(item, torch.Tensor) or kind.__module__.partition(".")[0] == "torch"):

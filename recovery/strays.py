@@ -1,8 +1,8 @@
 """Requests that RQ's own worker was killed with: found by where they are missing, and taken back.
 
-A worker that was started without ``-w perdure.workers.Worker`` does not run a request: it gives it back within a second.
-Killed in that second, it leaves the request started by nobody, in RQ's intermediate list, failed by RQ, or, where it
-listened to several queues, nowhere at all. No worker of ours can see that; somebody has to look.
+A worker that was started without ``-w perdure.workers.Worker`` does not run a request: it gives it back within a
+second. Killed in that second, it leaves the request started by nobody, in RQ's intermediate list, failed by RQ, or,
+where it listened to several queues, nowhere at all. No worker of ours can see that; somebody has to look.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def take_back(store: Sweeps, strays: Sequence[Stray]) -> list[str]:
         some = strays[begin : begin + 100]
         answers = store.readmit([(stray.id, stray.execution) for stray in some], reason=REASON)
         for stray, answer in zip(some, answers, strict=True):
-            # Afterwards: were it the other way round, a death in between would lose it. RQ would fail it a minute later.
+            # Afterwards: were it the other way round, a death in between would lose it. RQ would fail it a minute
+            # later.
             if answer != "gone":
                 store.connection.lrem(f"{key('queue', stray.queue)}:intermediate", 1, stray.id)
             if answer in ("queued", "already"):

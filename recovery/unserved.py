@@ -1,8 +1,8 @@
 """Requests that no worker of their queue can load the task of: they end, with that reason, within a bounded time.
 
-A worker that cannot load a task says so with each heartbeat, and leaves its requests to others. When every living worker that
-serves a queue has said so for long enough, nobody is left to wait for. The clock starts anew when a worker joins or loads the
-task, and does not run while there is no worker at all.
+A worker that cannot load a task says so with each heartbeat, and leaves its requests to others. When every living
+worker that serves a queue has said so for long enough, nobody is left to wait for. The clock starts anew when a worker
+joins or loads the task, and does not run while there is no worker at all.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class Unserved:
 
 
 def unserved(words: Sequence[WorkerWord], now: float, *, missing: float, broken: float) -> list[Unserved]:
-    """What follows from what all living workers say; ``now`` and their dates in seconds since 1970 by the server's clock.
+    """What follows from what all living workers say; ``now`` and their dates in seconds since 1970 by the server's
+    clock.
 
-    ``missing``, ``broken``: seconds after which requests end whose module or task is not there, and whose task cannot be
-    loaded for another reason. It is the longer one as long as one worker has the module.
+    ``missing``, ``broken``: seconds after which requests end whose module or task is not there, and whose task cannot
+    be loaded for another reason. It is the longer one as long as one worker has the module.
     """
     result = []
     for queue in sorted(all_served(plain for word in words for plain in word.queues)):
@@ -50,9 +51,13 @@ def unserved(words: Sequence[WorkerWord], now: float, *, missing: float, broken:
             chosen = next((item for item in said if item.kind != MISSING), said[0])
             result.append(
                 Unserved(
-                    queue, task, FailureKind.INVALID_REQUEST if all_missing else FailureKind.ERROR,
-                    sentence(queue, task, chosen, len(theirs)), tuple(word.incarnation for word in theirs), now - since,
+                    queue,
+                    task,
+                    FailureKind.INVALID_REQUEST if all_missing else FailureKind.ERROR,
+                    sentence(queue, task, chosen, len(theirs)),
+                    tuple(word.incarnation for word in theirs),
+                    now - since,
                     now - since >= limit,
                 )
-            )  # fmt: skip
+            )
     return result

@@ -13,7 +13,10 @@ from perdure.scripts.present.reading import duration, open_store, size
 
 
 @click.command(
-    epilog="\b\nExamples:\n  perdure checkpoints\n  perdure checkpoints --newest --limit 10\n  perdure checkpoints --json"
+    epilog="\b\nExamples:\n"
+    "  perdure checkpoints\n"
+    "  perdure checkpoints --newest --limit 10\n"
+    "  perdure checkpoints --json"
 )
 @click.option("--newest", is_flag=True, help="Newest first; default: oldest first.")
 @click.option(
@@ -40,10 +43,18 @@ def checkpoints(newest: bool, limit: int, cursor: int, as_json: bool, url: str |
         return
     if items:
         rows = [
-            [item["id"], item["queue"], item["status"], item["seq"], item["offset"], size(item["bytes"]), item["chunks"] or "-",
-             duration(item["age"]) + (" STALE" if item["stale"] else "")]
+            [
+                item["id"],
+                item["queue"],
+                item["status"],
+                item["seq"],
+                item["offset"],
+                size(item["bytes"]),
+                item["chunks"] or "-",
+                duration(item["age"]) + (" STALE" if item["stale"] else ""),
+            ]
             for item in items
-        ]  # fmt: skip
+        ]
         print_table(("ID", "QUEUE", "STATUS", "SEQ", "OUTPUTS", "STATE", "CHUNKS", "AGE"), rows)
     else:
         click.echo("No checkpoint is stored here.", err=True)

@@ -1,4 +1,6 @@
-"""``perdure dead-letters``: failures grouped by error, and the way back. Also ``python scripts/inspect_dead_letters.py``."""
+"""``perdure dead-letters``: failures grouped by error, and the way back. Also ``python
+scripts/inspect_dead_letters.py``.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,27 @@ from perdure.scripts.present.reading import chosen_queues, open_store
 @click.option("--requeue", is_flag=True, help="Requeue all matching failures.")
 @click.option("--yes", is_flag=True, help="With --requeue: requeue them; without it, only count them.")
 @click.option(
-    "--limit", default=10_000, show_default=True, type=click.IntRange(1), metavar="N",
+    "--limit",
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
     help="How many of each queue's newest failures to read.",
-)  # fmt: skip
+)
 @json_option
 @url_option
 def dead_letters(
-    queue: str | None, kind: str | None, task: str | None, fingerprint: str | None, ids: bool, requeue: bool, yes: bool,
-    limit: int, as_json: bool, url: str | None,
-) -> None:  # fmt: skip
+    queue: str | None,
+    kind: str | None,
+    task: str | None,
+    fingerprint: str | None,
+    ids: bool,
+    requeue: bool,
+    yes: bool,
+    limit: int,
+    as_json: bool,
+    url: str | None,
+) -> None:
     """Group what has failed by error, the largest group first.
 
     Failures of a group share task, kind and reason; numbers, addresses and quoted words are ignored. --requeue does
@@ -87,9 +101,17 @@ def _tell(letters: list[DeadLetter], as_json: bool, *, done: bool) -> None:
 
 def _print_groups(groups: list[DeadLetters]) -> None:
     rows = [
-        [group.fingerprint, group.number, group.kind or "RQ", group.task, ",".join(sorted(group.queues)), group.last[:19], group.sample]
+        [
+            group.fingerprint,
+            group.number,
+            group.kind or "RQ",
+            group.task,
+            ",".join(sorted(group.queues)),
+            group.last[:19],
+            group.sample,
+        ]
         for group in groups
-    ]  # fmt: skip
+    ]
     print_table(("ERROR", "NUMBER", "KIND", "TASK", "QUEUES", "LAST", "FOR EXAMPLE"), rows)
     click.echo()
     for group in groups:
@@ -108,7 +130,8 @@ def as_group(group: DeadLetters) -> dict[str, Any]:
     """A group as ``--json`` prints it."""
     return {
         "error": group.fingerprint, "number": group.number, "task": group.task, "kind": group.kind or None,
-        "reason": group.reason, "queues": sorted(group.queues), "first": group.first or None, "last": group.last or None,
+        "reason": group.reason, "queues": sorted(group.queues),
+        "first": group.first or None, "last": group.last or None,
         "sample": group.sample,
     }  # fmt: skip
 

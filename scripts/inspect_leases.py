@@ -42,10 +42,15 @@ def leases(within: float | None, queue: str | None, limit: int, as_json: bool, u
         print_json({"items": items})
     elif items:
         rows = [
-            [item["id"], item["queue"], item["worker"] or "-", item["task"] or "(plain job)",
-             "overdue " + duration(-item["expires_in"]) if item["expires_in"] < 0 else duration(item["expires_in"])]
+            [
+                item["id"],
+                item["queue"],
+                item["worker"] or "-",
+                item["task"] or "(plain job)",
+                "overdue " + duration(-item["expires_in"]) if item["expires_in"] < 0 else duration(item["expires_in"]),
+            ]
             for item in items
-        ]  # fmt: skip
+        ]
         print_table(("ID", "QUEUE", "WORKER", "TASK", "EXPIRES IN"), rows)
     else:
         click.echo("Nothing is held." if within is None else f"No lease ends within {within:g} s.", err=True)

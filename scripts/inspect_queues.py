@@ -23,9 +23,13 @@ EVENTS = ("submitted", "finished", "failed")
 )
 @click.argument("queue", required=False, metavar="[QUEUE]")
 @click.option(
-    "--sample", default=1.0, show_default=True, type=click.FloatRange(0, 3600), metavar="SECONDS",
+    "--sample",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600),
+    metavar="SECONDS",
     help="Time over which rates are measured; 0 measures none.",
-)  # fmt: skip
+)
 @json_option
 @url_option
 def queues(queue: str | None, sample: float, as_json: bool, url: str | None) -> None:

@@ -46,11 +46,13 @@ def _print(facts: dict[str, Any]) -> None:
     on = {True: "on", False: "off", None: "-"}[disk["aof"]]
     _line(
         "AOF",
-        f"{on}, fsync {_or(disk['fsync'])}, last write {_or(disk['last_write'])}, delayed {_or(disk['delayed_fsyncs'])} times",
+        f"{on}, fsync {_or(disk['fsync'])}, last write {_or(disk['last_write'])}, "
+        f"delayed {_or(disk['delayed_fsyncs'])} times",
     )
     _line(
         "load",
-        f"{_or(load['commands_per_s'])} commands/s, {_or(load['clients'])} clients, {_or(load['blocked'])} of them blocked",
+        f"{_or(load['commands_per_s'])} commands/s, {_or(load['clients'])} clients, "
+        f"{_or(load['blocked'])} of them blocked",
     )
     _line("round trip", ", ".join(f"{name} {1000 * latency[name]:.2f} ms" for name in ("min", "median", "max")))
     for number, entry in enumerate(facts["slow"] or []):

@@ -25,8 +25,8 @@ NOTED = 7 * 86400
 def wrong_worker(task: str) -> Retry:
     """Put a request where no stock worker looks, note it for ours, and say how the worker should have been started.
 
-    An idle stock worker takes what is in its queue at once: back in the queue, the request would come to it again and again.
-    So it goes to RQ's scheduled registry, and into a set of ours, which the next claim looks into first.
+    An idle stock worker takes what is in its queue at once: back in the queue, the request would come to it again and
+    again. So it goes to RQ's scheduled registry, and into a set of ours, which the next claim looks into first.
     """
     logging.getLogger("rq.worker").error(
         "the request for %s needs Perdure's worker; start this one with: rq worker -w perdure.workers.Worker QUEUE",

@@ -1,11 +1,11 @@
 """The active probe: computes something whose answer is known, on one device, in a process of its own.
 
-``python -m perdure.workers.probe cuda:0`` does it and prints one line of JSON; :func:`probe` runs that with a deadline and
-kills it, since a call into a hung device never returns. It is for the moment before a device is used again (after a fault,
-before a restart); a working device is not disturbed by it, beyond some megabytes and milliseconds.
+``python -m perdure.workers.probe cuda:0`` does it and prints one line of JSON; :func:`probe` runs that with a deadline
+and kills it, since a call into a hung device never returns. It is for the moment before a device is used again (after a
+fault, before a restart); a working device is not disturbed by it, beyond some megabytes and milliseconds.
 
-The answer is known because it is computed by hand: the matrices repeat small integers with periods of 5 and 7, so that each
-element of the product is one of 35, and every partial sum is exact in float32, in whatever order it is added.
+The answer is known because it is computed by hand: the matrices repeat small integers with periods of 5 and 7, so that
+each element of the product is one of 35, and every partial sum is exact in float32, in whatever order it is added.
 """
 
 from __future__ import annotations

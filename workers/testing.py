@@ -194,9 +194,16 @@ class _Pool:
         store = Store(self.connection, self.settings)
         run = _Run(cut, checkpoint)
         request = NewRequest(
-            id=new_id(), nonce=uuid.uuid4().hex, queue=QUEUE, task=self.path, payload=self.payload, max_retries=0,
-            result_ttl=3600, failure_ttl=3600, description=self.path,
-        )  # fmt: skip
+            id=new_id(),
+            nonce=uuid.uuid4().hex,
+            queue=QUEUE,
+            task=self.path,
+            payload=self.payload,
+            max_retries=0,
+            result_ttl=3600,
+            failure_ttl=3600,
+            description=self.path,
+        )
         assert store.enqueue([request]) == ["accepted"]
         if cut:
             first = _Worker(self, request.id)

@@ -60,8 +60,8 @@ class OutputReader:
         return True
 
     def compare(self, epoch: int) -> bool:
-        """Compare with the epoch that the request's record has now. It grows; True if it was set back, as Redis has lost
-        data: then the log has to be read from its start.
+        """Compare with the epoch that the request's record has now. It grows; True if it was set back, as Redis has
+        lost data: then the log has to be read from its start.
         """
         if epoch >= self._epoch:
             return False
@@ -70,7 +70,7 @@ class OutputReader:
         return True
 
     def take(self, page: LogPage) -> list[Any]:
-        """:meth:`feed` for a page that was read at :attr:`place`; of a lost one nothing is new, and all is read again."""
+        """:meth:`feed` for a page that was read at :attr:`place`; of a lost one nothing is new; all is read again."""
         if page.lost:
             self._lose()
             return []

@@ -167,11 +167,8 @@ def _end_of(
         yield from overdue.look(record, deadline)
         while not watch.look:
             if not (yield from _sleep(watch, overdue.silence, deadline)):
-                state = yield from _state(record)
-                raise NotYet(
-                    f"request {record.id} has not ended within {seconds:g} s: it is {state}",
-                    "wait again with result(timeout=SECONDS) (None: as long as it takes)", record.id,
-                )  # fmt: skip
+                hint = "wait again with result(timeout=SECONDS) (None: as long as it takes)"
+                raise (yield from _not_yet(record, f"has not ended within {seconds:g} s", hint))
         watch.look = False
         record = yield from fetched(record.id, deadline, ahead)
         if record.ended:
@@ -251,11 +248,8 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                     continue
                 yield from overdue.look(record, deadline + limit)
             if not (yield from _sleep(watch, overdue.silence, deadline)):
-                state = yield from _state(record)
-                raise NotYet(
-                    f"request {identifier} has had no new output for {limit:g} s: it is {state}",
-                    f"read on with stream(start={reader.count}, timeout=SECONDS)", identifier,
-                )  # fmt: skip
+                hint = f"read on with stream(start={reader.count}, timeout=SECONDS)"
+                raise (yield from _not_yet(record, f"has had no new output for {limit:g} s", hint))
 
 
 class Overdue:
@@ -279,15 +273,12 @@ class Overdue:
         elif (late := time.monotonic() - self._since) < OVERDUE:
             self.silence = min(self._longest, 1.2 * (OVERDUE - late) + 0.05)
         else:
-            state = yield from _state(record)
-            raise NotYet(
-                f"request {record.id} has not ended {late:.0f} s after its deadline: it is {state}",
-                "a reaper, once there is one (perdure reaper), ends it; wait again with result()", record.id,
-            )  # fmt: skip
+            hint = "a reaper, once there is one (perdure reaper), ends it; wait again with result()"
+            raise (yield from _not_yet(record, f"has not ended {late:.0f} s after its deadline", hint))
 
 
 def _away(asked: float) -> float:
-    """Seconds for which Redis was away, if an answer to what was ``asked`` (monotonic) took so long that it must have been."""
+    """Seconds for which Redis must have been away, if an answer to what was ``asked`` (monotonic) took so long."""
     took = time.monotonic() - asked
     return took if took > STREAM_SILENCE else 0.0
 
@@ -333,8 +324,13 @@ def _page(identifier: str, place: LogPlace, *, check: bool = False) -> Callable[
     return partial(Store.output_page, identifier=identifier, place=place, check=check)
 
 
+def _not_yet(record: RequestRecord, what: str, hint: str) -> Question[NotYet]:
+    state = yield from _state(record)
+    return NotYet(f"request {record.id} {what}: it is {state}", hint, record.id)
+
+
 def _state(record: RequestRecord) -> Question[str]:
-    """Where it stands, and why nothing moves if its workers say so; for an error, so that no other one takes its place."""
+    """Where it stands, and why nothing moves if its workers say so; for an error, so that no other takes its place."""
     if record.execution:
         return f"running on {record.worker}"
 

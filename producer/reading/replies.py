@@ -45,7 +45,7 @@ class ReplyWatch:
     """One waiter's interest in one request. A context manager: the interest ends with the block."""
 
     def __init__(self, replies: Replies, identifier: str, channel: str, *, outputs: bool = False) -> None:
-        """``channel``: of the request's producer; empty if it listens to none. ``outputs``: new outputs are told as well."""
+        """``channel``: of the producer, empty if it listens to none. ``outputs``: new outputs are told as well."""
         self.identifier = identifier
         self.channel = channel
         self.channels = () if not channel else (channel, channel + OUTPUTS) if outputs else (channel,)

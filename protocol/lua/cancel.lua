@@ -48,7 +48,9 @@ for _ = 1, tonumber(arg()) do
   elseif execution == '' and job[1] and job[1] ~= '' and again ~= 'new' then
     if again then end_waiting(queue, id) end -- its second run is canceled too
     -- Once: sent again, it is the same wish.
-    if job[5] ~= '1' then history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason) end
+    if job[5] ~= '1' then
+      history(id, 'cancel', '', job[1], redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0', '', reason)
+    end
     redis.call('HSET', name, 'cancel', '1')
     answers[#answers + 1] = 'requested'
   elseif execution == '' and (ended or job[2] == 'finished' or job[2] == 'failed') and not again then

@@ -31,9 +31,9 @@
 --
 -- While the pool is degraded, a worker fills half of its slots, and at least one. What it has beyond that runs on.
 --
--- A request that failed on this worker or its device (failed_on, see lib/failure/blame) is left for 2 s, from when it was first
--- passed over (passed_at), if another living worker serves its queue (and, for a suspect, holds nothing). Meanwhile it
--- keeps its place in the queue.
+-- A request that failed on this worker or its device (failed_on, see lib/failure/blame) is left for 2 s, from when it
+-- was first passed over (passed_at), if another living worker serves its queue (and, for a suspect, holds nothing).
+-- Meanwhile it keeps its place in the queue.
 --
 -- What the caller holds and does not know was given in a reply that got lost: it is given again first, each with its
 -- execution.

@@ -16,8 +16,8 @@
 -- ARGV asked_until   ms since 1970: until when it holds
 -- ARGV peaks         the most workers that lasted, `<span>:<number>` for each span of time, with spaces between
 --
--- Returns  'ok', or 'stale': somebody else has declared meanwhile (or this is sent again), or the count is too old. Then
---          nothing is written: the next sweep counts again
+-- Returns  'ok', or 'stale': somebody else has declared meanwhile (or this is sent again), or the count is too old.
+--          Then nothing is written: the next sweep counts again
 --
 -- Any number of reapers decide at any time. One of those that went out from the same declaration is heard, so that
 -- two that think differently never undo each other's decision without having seen it.

@@ -22,7 +22,8 @@
 -- Returns  per request 'accepted', 'already' (this very submit was applied before), 'same' (another submit with
 --          the same idempotency key and body was) or 'conflict' (the id belongs to another request) or 'full'
 --          (as many wait as the limit allows; nothing was stored) or 'degraded <ms> <live> <expected>' (the pool takes
---          no low priority for at least so many ms; nothing was stored); or only 'newer' if Redis holds a newer protocol.
+--          no low priority for at least so many ms; nothing was stored); or only 'newer' if Redis holds a newer
+--          protocol.
 --
 -- While the pool is degraded, whatever counts from now takes twice as long: deadline and queue_timeout are doubled.
 -- The request remembers that it met such a pool, so that whoever waits for it waits twice as long by default.
@@ -51,7 +52,8 @@ local function refusal()
   local mode = redis.call('HMGET', KEY.mode, 'live', 'expected', 'recovering', 'dwell')
   local since, dwell = number_of(mode[3]), number_of(mode[4], 5000)
   if since == 0 or since > now_ms then since = now_ms end
-  return table.concat({ 'degraded', int(math.max(1000, since + dwell - now_ms)), int(number_of(mode[1])), int(number_of(mode[2])) }, ' ')
+  local left = int(math.max(1000, since + dwell - now_ms))
+  return table.concat({ 'degraded', left, int(number_of(mode[1])), int(number_of(mode[2])) }, ' ')
 end
 
 local function field(kind, name, value)
@@ -81,8 +83,8 @@ for _ = 1, tonumber(arg()) do
 end
 
 -- Who is let in is decided first, for all of them; then the ids enter their queues; their jobs are written last. If the
--- script stops in between, an id without a job stands in a queue, which its claim drops, and the producer, whose call has
--- failed, sends it again. In another order it would hear 'already' of a request that stands nowhere.
+-- script stops in between, an id without a job stands in a queue, which its claim drops, and the producer, whose call
+-- has failed, sends it again. In another order it would hear 'already' of a request that stands nowhere.
 local seen, new, entering, waiting = {}, {}, {}, {}
 
 -- How many wait in a queue, with those that this call puts there.
@@ -106,7 +108,8 @@ for _ = 1, tonumber(arg()) do
     KEY.spent .. id) > 0
   local stored = seen[id] or there and redis.call('EXISTS', name) == 1 and redis.call('HMGET', name, 'nonce', 'digest')
   if not stored and there and redis.call('GET', KEY.spent .. id) == nonce then
-    answers[#answers + 1] = 'already' -- it has ended, and was kept for less time than the producer took to send this again
+    -- It has ended, and was kept for less time than the producer took to send this again.
+    answers[#answers + 1] = 'already'
   elseif stored then
     local same = digest ~= '' and stored[2] == digest
     answers[#answers + 1] = stored[1] == nonce and 'already' or same and 'same' or 'conflict'
@@ -122,7 +125,9 @@ for _ = 1, tonumber(arg()) do
       redis.call('DEL', KEY.output .. id, KEY.history .. id, KEY.results .. id)
     end
     seen[id] = { nonce, digest }
-    new[#new + 1] = { id = id, nonce = nonce, kind = kind, payload = payload, digest = digest, degraded = degraded_payload }
+    new[#new + 1] = {
+      id = id, nonce = nonce, kind = kind, payload = payload, digest = digest, degraded = degraded_payload,
+    }
     if kind.delay == 0 then
       if not entering[queue] then entering[queue] = {} end
       table.insert(entering[queue], id)
@@ -144,7 +149,8 @@ for _, request in ipairs(new) do
   if request.digest ~= '' then redis.call('HSET', name, 'digest', request.digest) end
   if request.degraded ~= '' then redis.call('HSET', name, 'degraded', '0', 'payload_aside', request.degraded) end
   if short and (kind.soon > 0 or kind.queue_timeout > 0) then
-    history(id, 'stretched', '', '', '0', '', 'the pool was degraded at its submit: it has twice the time that was given')
+    history(id, 'stretched', '', '', '0', '',
+      'the pool was degraded at its submit: it has twice the time that was given')
   end
   if kind.delay > 0 then to_retries(queue, id, kind.delay / 1000) end
   if kind.queue_timeout > 0 then

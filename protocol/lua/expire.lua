@@ -6,9 +6,9 @@
 --
 -- Returns  how many checkpoints were deleted, as text
 --
--- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old, and neither does a gap in the sweeps
--- (lib/checkpoint/stale). The request starts from zero in a new epoch; its history says so. A dead letter loses its
--- checkpoint in the same way.
+-- Backoff and waiting count towards the age; a lease does not let a checkpoint grow old, and neither does a gap in the
+-- sweeps (lib/checkpoint/stale). The request starts from zero in a new epoch; its history says so. A dead letter loses
+-- its checkpoint in the same way.
 
 --- @include lib/basics/arguments
 --- @include lib/basics/never_refused
@@ -28,13 +28,16 @@ never_refused()
 
 local ttl_ms, limit = tonumber(arg()), math.min(tonumber(arg()), 128)
 local stale = 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(stale_before(ttl_ms)), 'LIMIT', 0, limit)) do
+local before = int(stale_before(ttl_ms))
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', before, 'LIMIT', 0, limit)) do
   local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'status', 'holder', 'created_at')
   if not job[5] then
     forget(id)
   elseif runs(id, job[1], job[4]) then
     redis.call('ZADD', KEY.checkpoints, int(now_ms), id)
-    if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms)) end
+    if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
+      redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))
+    end
   elseif ENDED[job[3] or ''] then
     -- It has ended. Its outputs may still be read; only going on from them is over.
     drop_checkpoint(id)
@@ -46,8 +49,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', int(sta
 end
 redis.call('ZREMRANGEBYSCORE', KEY.fingerprints, '-inf', int(now_ms - 1000 * DAY))
 
--- Of each set a page, another one each time: RQ's Job.delete and Queue.empty know nothing of ours, and RQ itself never tidies
--- its canceled registry. An id in a list stays; the claim that meets it drops it.
+-- Of each set a page, another one each time: RQ's Job.delete and Queue.empty know nothing of ours, and RQ itself never
+-- tidies its canceled registry. An id in a list stays; the claim that meets it drops it.
 local function tidy(name, queue)
   for _, id in ipairs(some_of(name .. queue, 32, 10000)) do
     local job = redis.call('HMGET', KEY.job .. id, 'created_at', 'status', 'execution', 'holder')
@@ -74,7 +77,8 @@ for _ = 1, tonumber(arg()) do
   -- Those at both ends of the list are looked at more often: promote.lua.
   keep_requeued(queue, some_of(KEY.queue .. queue, 256, 10000, 'LRANGE', 'LLEN'))
   if redis.call('EXISTS', KEY.queue .. queue) == 0 then redis.call('DEL', KEY.ended .. queue) end
-  if own == 0 and redis.call('EXISTS', KEY.bounced .. queue) == 0 and redis.call('SISMEMBER', KEY.queues, KEY.queue .. queue) == 0 then
+  if own == 0 and redis.call('EXISTS', KEY.bounced .. queue) == 0
+    and redis.call('SISMEMBER', KEY.queues, KEY.queue .. queue) == 0 then
     redis.call('SREM', KEY.swept, queue) -- RQ's Queue.delete, and nothing of ours is left
   end
 end

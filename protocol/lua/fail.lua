@@ -13,7 +13,7 @@
 -- EACH request: reason     one line for people
 -- EACH request: exception  traceback as RQ's result stream holds it
 -- EACH request: charge     '1' charges an attempt
--- EACH request: crash      '1' counts a crash; 'batch' makes a suspect and counts nothing: a step raised that others took part in
+-- EACH request: crash      '1' counts a crash; 'batch' makes a suspect and counts nothing: others took part in the step
 -- EACH request: loss       '1' counts the loss of a worker
 -- EACH request: retry      '1' allows another execution
 --

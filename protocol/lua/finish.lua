@@ -57,7 +57,8 @@ for _ = 1, tonumber(arg()) do
     end
   else
     -- Most requests leave nothing but their job and their result: one question for all that there may be besides.
-    local bare = redis.call('EXISTS', KEY.checkpoint .. id, KEY.output .. id, KEY.history .. id, name .. ':dependents') == 0
+    local bare = redis.call('EXISTS', KEY.checkpoint .. id, KEY.output .. id, KEY.history .. id,
+      name .. ':dependents') == 0
     local point = bare and {} or redis.call('HMGET', KEY.checkpoint .. id, 'seq', 'chunks', 'writing', 'offset')
     local fresh = not (point[1] or point[2] or point[3])
     local stored, have = 0, 0
@@ -74,7 +75,8 @@ for _ = 1, tonumber(arg()) do
       add_result(id, '1', worker, execution, seconds_of(job[6]), 'return_value', result)
       if not fresh then drop_checkpoint(id) end
       -- Most have nobody to be told either.
-      if job[8] or (job[9] or '') ~= '' or (job[10] or '') ~= '' or not bare and redis.call('EXISTS', name .. ':dependents') == 1 then
+      if job[8] or (job[9] or '') ~= '' or (job[10] or '') ~= ''
+        or not bare and redis.call('EXISTS', name .. ':dependents') == 1 then
         share_ttl(id, ttl)
       else
         remember(id, ttl)

@@ -8,11 +8,11 @@
 -- ARGV limit      entries of the queue to look at, at most 128
 -- EACH worker: incarnation  of the workers that could not load it, all that were seen to serve the queue
 --
--- Returns  how many were ended, as text; '-1' if a worker lives that serves the queue and is none of these, or that does
---          not say any more that it cannot load the task: then nothing is done
+-- Returns  how many were ended, as text; '-1' if a worker lives that serves the queue and is none of these, or that
+--          does not say any more that it cannot load the task: then nothing is done
 --
--- Who lives and what they say is asked here, at this moment: a worker that joined, or has loaded the task, may run them. An
--- entry stays in the queue's list, a page of which is looked at, another one in each half second.
+-- Who lives and what they say is asked here, at this moment: a worker that joined, or has loaded the task, may run
+-- them. An entry stays in the queue's list, a page of which is looked at, another one in each half second.
 
 --- @include lib/basics/arguments
 --- @include lib/basics/never_refused

@@ -23,11 +23,11 @@
 -- EACH inability: reason    ... and why, in one line
 --
 -- Returns  'ok' | 'reaped' (declared dead: start a new incarnation) | 'newer' (Redis holds a newer protocol),
---          then '1' if no reaper has swept lately and the caller should; one guardian is asked at a time, another one when
---          it has not come to the end of its sweep in time
+--          then '1' if no reaper has swept lately and the caller should; one guardian is asked at a time, another one
+--          when it has not come to the end of its sweep in time
 --
--- A device that is not to be used is remembered in the hash `unfit`, for a day after the last word of any: why nobody works
--- there outlives the worker. A worker that is ready on the same device takes it out.
+-- A device that is not to be used is remembered in the hash `unfit`, for a day after the last word of any: why nobody
+-- works there outlives the worker. A worker that is ready on the same device takes it out.
 --
 -- Worker keys live 60 s. Executions and RQ's started registry are kept an hour ahead, renewed when below half an
 -- hour, so that RQ's own clean-up, which any viewer triggers, is only a dead man's switch.
@@ -73,8 +73,8 @@ redis.call('HSET', record, 'worker', worker, 'queues', queues_text, 'pid', pid, 
   'model', model, 'stale', stale)
 redis.call('HSETNX', record, 'started', int(now_ms))
 redis.call('EXPIRE', record, DAY)
--- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash, and a device that is
--- lost no longer says what it is called.
+-- By its UUID, which is one in the world: hosts with a new name at every start do not fill the hash, and a device that
+-- is lost no longer says what it is called.
 local place = string.match(device, 'GPU%-%S+') or host .. ' ' .. device
 if unfit ~= '' then
   redis.call('HSET', KEY.unfit, place, table.concat({ int(now_ms), device, host, worker, unfit }, '\t'))

@@ -20,8 +20,9 @@
 -- EACH request: stepped      ms for which this execution has stepped
 --
 -- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
---          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on)
---          or 'missing' (not all of the state's chunks are there: nothing but the lease was stored, write them again)
+--          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are
+--          stored, fewer than offset: the caller must not go on) or 'missing' (not all of the state's chunks are there:
+--          nothing but the lease was stored, write them again)
 --
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
@@ -76,8 +77,8 @@ for place = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
   local blob, has_state, state, crc, chunks, length, stepped = arg(), arg(), arg(), arg(), arg(), arg(), arg()
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms', 'company',
-    'worker_name', 'claimed', 'started_at', 'counted_from')
+  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms',
+    'company', 'worker_name', 'claimed', 'started_at', 'counted_from')
   if not owns(id, execution, job[1], job[11]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   elseif cancel_asked(job[3], job[2]) then
@@ -101,7 +102,9 @@ for place = 1, tonumber(arg()) do
     if missing then
       answers[#answers + 1] = 'missing'
     elseif stored then
-      if job[8] and tonumber(stepped) >= clear_ms then clear(id, job[4], execution, incarnation, job[9], int(stored)) end
+      if job[8] and tonumber(stepped) >= clear_ms then
+        clear(id, job[4], execution, incarnation, job[9], int(stored))
+      end
       -- On a channel of their own: who waits for ends only is not to be told of every checkpoint.
       if tonumber(outputs) > 0 and (job[5] or '') ~= '' then hint(job[5] .. ':outputs', id, int(stored)) end
       if job[6] then

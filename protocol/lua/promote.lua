@@ -5,12 +5,12 @@
 --
 -- Returns  how many were moved, as text, then '1' if there may be more to do
 --
--- Beside that, for a few of each queue: a request that somebody's tool has put back after its end loses the TTL of that end,
--- or it would expire while it waits.
+-- Beside that, for a few of each queue: a request that somebody's tool has put back after its end loses the TTL of that
+-- end, or it would expire while it waits.
 --
--- When the server's clock was set back, retries, delays and deadlines lie too far ahead. They are found a page at a time, until
--- the old clock's time is reached: a retry, or a delay, counts again from now; so does a deadline that was given in seconds.
--- One that was given as a date stays. So nothing is late by more than it was to wait at first.
+-- When the server's clock was set back, retries, delays and deadlines lie too far ahead. They are found a page at a
+-- time, until the old clock's time is reached: a retry, or a delay, counts again from now; so does a deadline that was
+-- given in seconds. One that was given as a date stays. So nothing is late by more than it was to wait at first.
 
 --- @include lib/basics/arguments
 --- @include lib/basics/never_refused
@@ -37,8 +37,8 @@ local function set_back()
   return now_ms < number_of(redis.call('HGET', KEY.pulse, 'back_until'))
 end
 
--- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it. Returns how many were
--- looked at, at most `limit`.
+-- End what waits past its deadline. The id stays in its queue's list; the claim that pops it drops it. Returns how many
+-- were looked at, at most `limit`.
 local function end_late(queue, limit)
   if limit < 1 then return 0 end
   local due = redis.call('ZRANGEBYSCORE', KEY.deadlines .. queue, '-inf', int(now_ms), 'LIMIT', 0, limit)

@@ -5,13 +5,13 @@
 -- EACH request: execution  RQ's execution in its started registry; '' for one that stands nowhere, or in RQ's
 --                          intermediate list
 --
--- Returns  per request 'queued', 'held' (a worker of ours has it, or a set of ours: nothing was done), 'ended' (only RQ's
---          traces were removed), 'already' (it waits in its queue), or 'gone' (no request of ours has this id)
+-- Returns  per request 'queued', 'held' (a worker of ours has it, or a set of ours: nothing was done), 'ended' (only
+--          RQ's traces were removed), 'already' (it waits in its queue), or 'gone' (no request of ours has this id)
 --
 -- RQ's worker takes an id out of the queue first and writes down what it does afterwards; killed in between, or in the
--- second that it takes to hand a request back, it leaves it there. Should that worker live all the same, it pushes the id
--- once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front already.
--- The caller takes it out of the intermediate list afterwards: no script removes from a list.
+-- second that it takes to hand a request back, it leaves it there. Should that worker live all the same, it pushes the
+-- id once more: a claim that meets one that runs, or has ended, drops it. Sent twice, the id stands at the front
+-- already. The caller takes it out of the intermediate list afterwards: no script removes from a list.
 
 --- @include lib/basics/arguments
 --- @include lib/basics/counters

@@ -172,9 +172,10 @@ end
 
 -- A sweep. Its pulse first: the next one learns from it whether time went on as it should.
 local judged, slack, since = pulse(timeout_ms, pulse_ms)
--- What lies further ahead than any heartbeat sets it was set by a clock that has been set back. Of the living it is right
--- with their next one; of the dead, it counts from now.
-for _, holder in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, int(now_ms + math.max(timeout_ms, 5000) + 1000), '+inf', 'LIMIT', 0, 16)) do
+-- What lies further ahead than any heartbeat sets it was set by a clock that has been set back. Of the living it is
+-- right with their next one; of the dead, it counts from now.
+local furthest = int(now_ms + math.max(timeout_ms, 5000) + 1000)
+for _, holder in ipairs(redis.call('ZRANGEBYSCORE', KEY.beats, furthest, '+inf', 'LIMIT', 0, 16)) do
   local longest = number_of(redis.call('HGET', KEY.incarnation .. holder, 'timeout'), timeout_ms)
   if tonumber(redis.call('ZSCORE', KEY.beats, holder)) > now_ms + longest + 1000 then
     redis.call('ZADD', KEY.beats, int(now_ms + longest), holder)
@@ -194,8 +195,8 @@ for _, holder in ipairs(silent) do
 end
 local crowd = {}
 
--- Whether a step of a request whose lease ran out has had its whole time since the sweeps go on without a gap: in an outage
--- nobody can be heard, and when the server's clock steps ahead no time has passed.
+-- Whether a step of a request whose lease ran out has had its whole time since the sweeps go on without a gap: in an
+-- outage nobody can be heard, and when the server's clock steps ahead no time has passed.
 local function heard(job, since)
   local lease = number_of(redis.call('HGET', KEY.incarnation .. (job[2] or ''), 'lease'), 30000)
   local length = job[5] and lease_length(job[6], lease) or plain_lease(number_of(job[7], 180))
@@ -233,11 +234,13 @@ for _ = 1, tonumber(arg()) do
       left = '1'
       break
     end
-    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name', 'origin', 'task', 'step_ms', 'timeout')
+    local job = redis.call('HMGET', KEY.job .. id, 'execution', 'holder', 'worker_name', 'origin', 'task',
+      'step_ms', 'timeout')
     local holder = job[2] or ''
     local beat = tonumber(redis.call('ZSCORE', KEY.beats, holder) or '0') - timeout_ms
     if job[4] ~= queue or not runs(id, job[1], holder) then
-      -- Nobody holds it there: the job was deleted while it ran, and its id perhaps used again, or a claim was cut short.
+      -- Nobody holds it there: the job was deleted while it ran, and its id perhaps used again, or a claim was cut
+      -- short.
       redis.call('ZREM', KEY.leases .. queue, id)
       forget(id)
       looked = looked + 1
@@ -247,8 +250,9 @@ for _ = 1, tonumber(arg()) do
         flight = in_flight(holder) })
       redis.call('ZREM', KEY.leases .. queue, id) -- RQ may have ended a plain job whose lease stayed behind
     elseif heard(job, since) then
-      reap_one(id, job[1], holder, job[3] or '', 'HANG', 'the lease expired: no progress while its worker\'s heart was beating',
-        hang_exception, { charge = '0', crash = '1', loss = '0', flight = in_flight(holder) })
+      reap_one(id, job[1], holder, job[3] or '', 'HANG',
+        'the lease expired: no progress while its worker\'s heart was beating', hang_exception,
+        { charge = '0', crash = '1', loss = '0', flight = in_flight(holder) })
       redis.call('ZREM', KEY.leases .. queue, id)
     else
       spared = spared + 1

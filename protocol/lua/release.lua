@@ -98,7 +98,8 @@ for i = #rows, 1, -1 do
       redis.call('HSET', name, 'executions', int(executions))
     end
     if executions >= tonumber(max_executions) and (fingerprint == '' or gone) then
-      bury(queue, id, execution, worker, started, 'UNKNOWN', 'executed ' .. max_executions .. ' times without progress; last: ' .. reason, exception)
+      local why = 'executed ' .. max_executions .. ' times without progress; last: ' .. reason
+      bury(queue, id, execution, worker, started, 'UNKNOWN', why, exception)
       answers[i] = 'failed'
     else
       redis.call('HSET', name, 'execution', '', 'last', execution .. ':released')

@@ -29,8 +29,8 @@ if redis.call('EXISTS', KEY.incarnation .. incarnation) == 1 then
 end
 for _ = 1, tonumber(arg()) do
   local id, execution = arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms', 'worker_name', 'claimed',
-    'started_at', 'counted_from')
+  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'status', 'cancel', 'origin', 'deadline', 'step_ms',
+    'worker_name', 'claimed', 'started_at', 'counted_from')
   if not owns(id, execution, job[1], job[9]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   else

@@ -19,7 +19,8 @@ from ..records import whole
 from ..telemetry.measures import parse_counters
 
 HEAD: Final = 8
-"""Entries at the head of a queue of which the oldest is looked for: who was handed back stands there with a new date."""
+"""Entries at the head of a queue of which the oldest is looked for: who was handed back stands there with a new date.
+"""
 
 ENDED: Final = (b"finished", b"failed", b"canceled", b"stopped")
 
@@ -132,11 +133,14 @@ class Surveyor:
             _, waiting, running, overdue, suspect, *cards = row
             since = suspect[0][1] if suspect else now
             found[queue] = QueueCensus(
-                waiting=max(0, waiting - aside[3 * place + 2]), suspects=aside[3 * place], retries=aside[3 * place + 1],
+                waiting=max(0, waiting - aside[3 * place + 2]),
+                suspects=aside[3 * place],
+                retries=aside[3 * place + 1],
                 running=running,
-                overdue=overdue, oldest=max(ages[place], (now - since) / 1000),
+                overdue=overdue,
+                oldest=max(ages[place], (now - since) / 1000),
                 registries=dict(zip(_REGISTRIES, cards, strict=True)),
-            )  # fmt: skip
+            )
         return Census(
             queues=found,
             counters=self._counters(),
@@ -180,12 +184,16 @@ class Surveyor:
         stem = len(key("worker"))
         return [
             RQWorker(
-                name.decode(errors="replace")[stem:], _text(state) or "?", _text(queues), whole(good), whole(bad),
+                name.decode(errors="replace")[stem:],
+                _text(state) or "?",
+                _text(queues),
+                whole(good),
+                whole(bad),
                 _decimal(spent),
             )
             for name, (state, queues, good, bad, spent, birth) in zip(names, rows, strict=True)
             if birth is not None
-        ]  # fmt: skip
+        ]
 
     def _ages(self, heads: Sequence[Sequence[bytes]], now: int) -> list[float]:
         """For the head of each queue, how long the oldest of it has waited (s)."""

@@ -21,7 +21,7 @@ _STEP: Final = 500
 
 @dataclass(slots=True, kw_only=True)
 class DeadLetters:
-    """Failures with one error: what failed in the same task, of the same kind, for the same reason but for its numbers."""
+    """Failures with one error: what failed in the same task, of one kind, for the same reason but for its numbers."""
 
     fingerprint: str
     task: str
@@ -85,9 +85,14 @@ def _letters(store: Store, queue: str, identifiers: Sequence[str]) -> Iterator[D
             kind, reason = "", reasons[name]
         task = task or description.partition("(")[0]
         yield DeadLetter(
-            id=name, queue=queue, task=task, kind=kind, reason=reason, ended_at=ended,
+            id=name,
+            queue=queue,
+            task=task,
+            kind=kind,
+            reason=reason,
+            ended_at=ended,
             fingerprint=fingerprint_of(task, kind, reason),
-        )  # fmt: skip
+        )
 
 
 def _last_line(entries: Any) -> str:

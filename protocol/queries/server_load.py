@@ -1,7 +1,7 @@
 """What an operator asks of the server: its memory, its disk, its load, how fast it answers.
 
-A question that an ACL forbids is answered with ``None`` where the rest can be; other errors of redis-py come out as they
-are.
+A question that an ACL forbids is answered with ``None`` where the rest can be; other errors of redis-py come out as
+they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The mode of a pool: normal, or degraded because it has lost too many of its workers.
 
 A pool is all workers of one Redis and one prefix. One hash holds its mode: a few fields that everybody may read
-(:class:`Mode`), and those that the next decision needs (:class:`ModeTally`). Reapers write it; its dates are ms since 1970
-by the server's clock.
+(:class:`Mode`), and those that the next decision needs (:class:`ModeTally`). Reapers write it; its dates are ms since
+1970 by the server's clock.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Mode:
 class ModeTally:
     """All that a decision on the mode leaves to the next one, whoever makes that. Dates in ms; 0 is none.
 
-    ``degraded`` holds from ``since`` ``until`` a moment that every decision puts off. ``recovering``: since when there are
-    enough workers again, which must last for ``dwell``. ``lowest`` is the fewest that were counted since ``lowest_since``.
-    ``asked`` is a configured capacity, which holds until ``asked_until``. ``peaks``: span of time -> the most workers that
-    lasted in it. ``seen``: there has been a worker.
+    ``degraded`` holds from ``since`` ``until`` a moment that every decision puts off. ``recovering``: since when there
+    are enough workers again, which must last for ``dwell``. ``lowest`` is the fewest that were counted since
+    ``lowest_since``. ``asked`` is a configured capacity, which holds until ``asked_until``. ``peaks``: span of time ->
+    the most workers that lasted in it. ``seen``: there has been a worker.
     """
 
     degraded: bool = False
@@ -93,9 +93,9 @@ class ModeTally:
     def to_redis(self) -> dict[str, str | int]:
         """The arguments of ``declare``."""
         return {
-            "mode": DEGRADED if self.degraded else NORMAL, "since": self.since, "until_ms": self.until, "live": self.live,
-            "expected": self.expected, "seen": int(self.seen), "recovering": self.recovering, "dwell": self.dwell,
-            "lowest": self.lowest, "lowest_since": self.lowest_since, "asked": self.asked,
+            "mode": DEGRADED if self.degraded else NORMAL, "since": self.since, "until_ms": self.until,
+            "live": self.live, "expected": self.expected, "seen": int(self.seen), "recovering": self.recovering,
+            "dwell": self.dwell, "lowest": self.lowest, "lowest_since": self.lowest_since, "asked": self.asked,
             "asked_until": self.asked_until, "peaks": " ".join(f"{span}:{number}" for span, number in self.peaks),
         }  # fmt: skip
 

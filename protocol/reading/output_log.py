@@ -2,10 +2,10 @@
 
 Each entry (:func:`..codec.pack_entry`) has a random token.
 
-A store that forgot its last second (a failover to a replica that lagged, a restored file) may get other entries in place
-of those that it has lost. The log only grows. So as long as the last entry that was read still stands in its place, with
-its token, everything before it is what was read, and everything behind it follows. Else the log is to be read again from
-its beginning.
+A store that forgot its last second (a failover to a replica that lagged, a restored file) may get other entries in
+place of those that it has lost. The log only grows. So as long as the last entry that was read still stands in its
+place, with its token, everything before it is what was read, and everything behind it follows. Else the log is to be
+read again from its beginning.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ class Outputs:
 def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, check: bool = False) -> LogPage:
     """Read on from a place. One command for a short page.
 
-    The page after an entry that is not short may be empty although another one with as many outputs stands in its place;
-    ``check`` asks for certain.
-    Plain reads: a user who may do nothing else can follow a log.
+    The page after an entry that is not short may be empty although another one with as many outputs stands in its
+    place; ``check`` asks for certain. Plain reads: a user who may do nothing else can follow a log.
     """
     name = key("output", identifier)
     raw: list[bytes]
@@ -123,8 +122,8 @@ def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, chec
             return LOST
         if number == first and not check and stored == b"%d" % place.count:
             return LogPage(next=place)
-        # In this order, over one connection: what stands there afterwards stood there before. A log that was rolled back
-        # does not get its old entries back.
+        # In this order, over one connection: what stands there afterwards stood there before. A log that was rolled
+        # back does not get its old entries back.
         with connection.pipeline(transaction=False) as pipe:
             pipe.lrange(name, first, last)
             pipe.lrange(name, first - 1, first - 1)

@@ -108,9 +108,12 @@ class Reads:
             (seconds, micros), (mode, until, live, expected, since, recovering) = pipe.execute()
         degraded = mode == DEGRADED.encode() and seconds * 1000 + micros // 1000 < whole(until)
         return Mode(
-            degraded=degraded, live=whole(live), expected=whole(expected), since=whole(since) / 1000 if degraded else None,
+            degraded=degraded,
+            live=whole(live),
+            expected=whole(expected),
+            since=whole(since) / 1000 if degraded else None,
             recovering=degraded and whole(recovering) > 0,
-        )  # fmt: skip
+        )
 
     def unfit_devices(self) -> list[dict[str, Any]]:
         """Devices that a worker left because they are not to be used, and where none is ready since; oldest first.
@@ -148,7 +151,7 @@ class Reads:
         ]
 
     def standing(self, requests: Sequence[tuple[str, str]]) -> list[str]:
-        """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say, but nothing is renewed."""
+        """For each ``(id, execution)``: ``ok``, ``lost`` or ``cancel``, as a renewal would say; nothing is renewed."""
         with self.connection.pipeline(transaction=False) as pipe:
             for identifier, _ in requests:
                 pipe.hmget(key("job", identifier), "execution", "status", "cancel")
@@ -160,7 +163,7 @@ class Reads:
         return result
 
     def queues(self) -> list[str]:
-        """Names of all queues that ever held a job, sorted; of one that RQ has deleted, while something of ours stands in it."""
+        """All queues that ever held a job, sorted; a deleted one too, while something of ours stands in it."""
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.smembers(key("queues"))
             pipe.smembers(key("swept"))
@@ -257,9 +260,12 @@ class Reads:
             return None
         age = now[0] + now[1] / 1e6 - whole(at) / 1000
         return Checkpoint(
-            seq=whole(seq), offset=whole(offset), age=max(0.0, age), fingerprint=(fingerprint or b"").decode(errors="replace"),
+            seq=whole(seq),
+            offset=whole(offset),
+            age=max(0.0, age),
+            fingerprint=(fingerprint or b"").decode(errors="replace"),
             bytes=whole(length) or size,
-        )  # fmt: skip
+        )
 
     def details(self, identifier: str, queue: str) -> Details:
         """What a request of ``queue`` was given at its submit, and what it waits for."""

@@ -14,8 +14,8 @@ from ..records import whole
 
 @dataclass(frozen=True, slots=True)
 class Inability:
-    """A task that a worker could not load: ``missing`` (its module, or it in its module) or ``broken``; ``since`` when, in
-    seconds since 1970 by the server's clock.
+    """A task that a worker could not load: ``missing`` (its module, or it in its module) or ``broken``; ``since`` when,
+    in seconds since 1970 by the server's clock.
     """
 
     task: str

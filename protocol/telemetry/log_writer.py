@@ -1,8 +1,9 @@
 """Log lines that never keep their writer waiting: a thread of its own writes them.
 
 Whoever reads the standard output or error of a process may stop to (a full disk behind a pipe, a stopped terminal, a
-supervisor that hangs). A line that is written then waits, and whatever waits for its lock: the courier, the thread that hears
-of SIGTERM, the end of the process. Here lines wait in a bounded queue instead; what does not fit is dropped and counted.
+supervisor that hangs). A line that is written then waits, and whatever waits for its lock: the courier, the thread that
+hears of SIGTERM, the end of the process. Here lines wait in a bounded queue instead; what does not fit is dropped and
+counted.
 """
 
 from __future__ import annotations

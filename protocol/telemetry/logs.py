@@ -1,8 +1,8 @@
 """Logs: text for people, or one JSON object a line for machines (``PERDURE_LOG_FORMAT``).
 
-In JSON, every line says when, how bad, which logger and what, and beside the text in fields of their own: ``worker`` and
-``device`` of the process, ``request`` and ``execution`` where the line is about one. Those two come from the call that
-logs (``extra=about(…)``), or, for lines of a task's own code, from :func:`running`.
+In JSON, every line says when, how bad, which logger and what, and beside the text in fields of their own: ``worker``
+and ``device`` of the process, ``request`` and ``execution`` where the line is about one. Those two come from the call
+that logs (``extra=about(…)``), or, for lines of a task's own code, from :func:`running`.
 
 RQ's loggers go the same way. As text, they stay as RQ has set them up.
 """
@@ -103,7 +103,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def configure(log_format: str, *, date_format: str | None = "%H:%M:%S", **context: str) -> None:
-    """Set up the logs of a process of ours, from INFO on, to standard error; a reader that stops keeps nobody waiting."""
+    """Set up the logs of a process of ours, from INFO on, to standard error; a reader that stops holds nobody up."""
     if not wants_json(log_format):
         logging.basicConfig(level=logging.INFO, format=_TEXT, datefmt=date_format)
     else:

@@ -1,8 +1,8 @@
 """Measures: what workers time and count, and how it stands in the counters of the pool.
 
 A histogram is one field per bucket that was ever hit, ``bucket:<measure>:<bound>:<labels>``, and one for the sum,
-``sum:<measure>:<labels>``; a count is ``<event>:<labels>``. Labels are joined by colons, the queue first: it is the only
-one that may hold a colon itself. All values are whole numbers; a sum is in units of ``1 / scale``.
+``sum:<measure>:<labels>``; a count is ``<event>:<labels>``. Labels are joined by colons, the queue first: it is the
+only one that may hold a colon itself. All values are whole numbers; a sum is in units of ``1 / scale``.
 
 Workers collect in memory (:class:`Meter`) and add to Redis once per heartbeat (``measure.lua``), so that the
 counters outlive the worker and no request costs a round trip.

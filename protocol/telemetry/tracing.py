@@ -1,12 +1,12 @@
 """Traces, by OpenTelemetry's API alone: a span for each submit, and one for each execution, linked to it.
 
-Without the package ``opentelemetry-api`` (extra ``otel``), or without an SDK that somebody has set up, nothing is made and
-nothing costs anything. The SDK, its exporters and its sampling are the user's.
+Without the package ``opentelemetry-api`` (extra ``otel``), or without an SDK that somebody has set up, nothing is made
+and nothing costs anything. The SDK, its exporters and its sampling are the user's.
 
-The submit's context travels with the request, in the field ``trace`` of its hash: W3C's ``traceparent``, and ``tracestate``
-after a space. A ``process`` span is linked, not a child: it may begin a day after the submit has ended, and again
-after each loss. It is made when the execution ends. A killed worker cannot make its last one: whoever goes on does it
-for it, from what Redis knows.
+The submit's context travels with the request, in the field ``trace`` of its hash: W3C's ``traceparent``, and
+``tracestate`` after a space. A ``process`` span is linked, not a child: it may begin a day after the submit has ended,
+and again after each loss. It is made when the execution ends. A killed worker cannot make its last one: whoever goes on
+does it for it, from what Redis knows.
 """
 
 from __future__ import annotations
@@ -164,9 +164,13 @@ def _started(tracer: Any, claim: Claim, attributes: dict[str, Any], start: int) 
     links = [api.Link(submitted)] if submitted is not None else []
     # In an empty context: whatever runs in this thread is not what it belongs to.
     return tracer.start_span(
-        f"process {claim.queue}", context=Context(), kind=api.SpanKind.CONSUMER, attributes=attributes, links=links,
+        f"process {claim.queue}",
+        context=Context(),
+        kind=api.SpanKind.CONSUMER,
+        attributes=attributes,
+        links=links,
         start_time=start,
-    )  # fmt: skip
+    )
 
 
 def _failed(span: Any, kind: str) -> None:

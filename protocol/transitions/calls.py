@@ -15,9 +15,10 @@ class Claim:
     ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero. ``step_timeout`` (seconds)
     is the request's own, if it has one.
 
-    What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the claim: ``age`` since its submit, ``waited`` since it last came
-    into its queue. ``interruption``: what became of the execution before; ``paused``: since something of that was last
-    stored. ``trace``: the producer's, see :mod:`~perdure.protocol.telemetry.tracing`.
+    What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the
+    claim: ``age`` since its submit, ``waited`` since it last came into its queue. ``interruption``: what became of the
+    execution before; ``paused``: since something of that was last stored. ``trace``: the producer's, see
+    :mod:`~perdure.protocol.telemetry.tracing`.
     """
 
     id: str

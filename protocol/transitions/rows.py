@@ -60,7 +60,7 @@ def _sent(value: Any, item: Field[Any]) -> Any:
 
 @cache
 def kept() -> tuple[str, ...]:
-    """Fields of :class:`Progress` that ``progress.lua`` has no rule for: they stand in the checkpoint by their names."""
+    """Fields of :class:`Progress` that ``progress.lua`` has no rule for: the checkpoint has them by their names."""
     ruled = load("progress").header.groups["request"]
     return tuple(item.name for item in fields(Progress) if item.name not in ruled)
 
@@ -88,13 +88,26 @@ def claim_of(row: Sequence[bytes], now: float) -> Claim:
     age = _since(created, now)
     interruption = Interruption.parse(interrupted.decode(errors="replace")) if interrupted else None
     return Claim(
-        id=identifier, execution=execution, queue=queue, plain=kind == "plain", task=task, payload=row[5],
-        attempt=whole(row[6]) + 1, seq=whole(row[7]), offset=whole(row[8]), epoch=whole(row[9]),
-        fingerprint=row[10].decode(errors="replace"), client=row[11].decode(errors="replace"), timeout=whole(row[12]),
-        step_timeout=whole(row[13]) / 1000 or None, age=age, waited=_since(enqueued, now) if enqueued else age,
-        interruption=interruption, paused=max(0.0, now - interruption.moved) if interruption else 0.0,
+        id=identifier,
+        execution=execution,
+        queue=queue,
+        plain=kind == "plain",
+        task=task,
+        payload=row[5],
+        attempt=whole(row[6]) + 1,
+        seq=whole(row[7]),
+        offset=whole(row[8]),
+        epoch=whole(row[9]),
+        fingerprint=row[10].decode(errors="replace"),
+        client=row[11].decode(errors="replace"),
+        timeout=whole(row[12]),
+        step_timeout=whole(row[13]) / 1000 or None,
+        age=age,
+        waited=_since(enqueued, now) if enqueued else age,
+        interruption=interruption,
+        paused=max(0.0, now - interruption.moved) if interruption else 0.0,
         trace=trace.decode(errors="replace") if trace else "",
-    )  # fmt: skip
+    )
 
 
 def _since(date: bytes, now: float) -> float:

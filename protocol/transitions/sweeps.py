@@ -28,6 +28,8 @@ from .rows import as_text, in_ms
 TIDIED = 16
 """Queues whose sets one call of ``expire`` looks through."""
 
+HANG = "HANG: the lease expired: no progress while its worker's heart was beating"
+
 MAX_EVIDENCE = 8_000
 """Characters of what a dead worker left behind that the history of each request keeps."""
 
@@ -44,7 +46,7 @@ class Sweeps(Reads):
         """Called with the seconds that the answer to a script took."""
 
     def survey(self) -> list[str]:
-        """:meth:`queues`, if Redis holds no newer protocol; raises :class:`ProtocolMismatch` otherwise. One round trip."""
+        """:meth:`queues`, if Redis holds no newer protocol; else raises :class:`ProtocolMismatch`. One round trip."""
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.get(key("schema"))
             pipe.smembers(key("queues"))
@@ -83,7 +85,7 @@ class Sweeps(Reads):
             "evidence": shortened(evidence, MAX_EVIDENCE).replace("\t", " "),
             "charge": int(charge), "crash": "alone" if seen and loss and not crash else int(crash), "loss": int(loss),
             "retry": int(retry), "clean": int(clean),
-            "hang_exception": pack_exception("HANG: the lease expired: no progress while its worker's heart was beating"),
+            "hang_exception": pack_exception(HANG),
             "timeout_ms": in_ms(self.settings.heartbeat_timeout), "pulse_ms": self._pulse_ms(), "limit": limit,
             **self._limits(),
         }  # fmt: skip
@@ -127,8 +129,8 @@ class Sweeps(Reads):
         Returns how many were ended by this call, -1 if it is not so any more.
         """
         values = {
-            "queue": queue, "task": task, "kind": kind, "reason": reason, "exception": pack_exception(f"{kind}: {reason}"),
-            "limit": limit,
+            "queue": queue, "task": task, "kind": kind, "reason": reason,
+            "exception": pack_exception(f"{kind}: {reason}"), "limit": limit,
         }  # fmt: skip
         return int(self._call("give_up", values, {"worker": [{"incarnation": name} for name in workers]}))
 
@@ -157,7 +159,7 @@ class Sweeps(Reads):
         return bool(self._call("declare", values, {}) == "ok")
 
     def readmit(self, requests: Sequence[tuple[str, str]], *, reason: str) -> list[str]:
-        """Take back ``(id, execution of RQ or "")`` that nobody holds. Returns per request what ``readmit.lua`` says."""
+        """Take back ``(id, execution of RQ or "")`` that nobody holds. Returns for each what ``readmit.lua`` says."""
         rows = [{"id": identifier, "execution": execution} for identifier, execution in requests]
         return list(self._call("readmit", {"reason": reason}, {"request": rows}))
 

@@ -48,12 +48,12 @@ def queue_full(queue: str, limit: int, items: Sequence[int] = (0,)) -> QueueFull
 
 
 def refusal(answer: str, items: Sequence[int] = (0,)) -> Degraded:
-    """The error of a submit that a degraded pool has refused with this ``answer``; ``items`` as in :func:`queue_full`."""
+    """The error of a submit that a degraded pool has refused by this ``answer``; ``items`` as in :func:`queue_full`."""
     _, ms, live, expected = answer.split(" ")
     retry_after = int(ms) / 1000
     return Degraded(
-        f"the pool is degraded ({live} of {expected} workers) and takes no low priority; try again in {retry_after:g} s "
-        "or later, wait with retry_when_degraded, or give it a higher priority",
+        f"the pool is degraded ({live} of {expected} workers) and takes no low priority; "
+        f"try again in {retry_after:g} s or later, wait with retry_when_degraded, or give it a higher priority",
         retry_after,
         items,
     )

@@ -65,22 +65,39 @@ Examples:
 @click.option("-e", "--errors", metavar="FILE", help="Where lines that fail go.  [default: OUTPUT.errors.jsonl]")
 @option_flags("queue", "priority")
 @click.option(
-    "--in-flight", default=512, show_default=True, type=click.IntRange(1, 100_000), metavar="N",
+    "--in-flight",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1, 100_000),
+    metavar="N",
     help="Lines that wait or run at once.",
-)  # fmt: skip
+)
 @click.option("--name", default="", metavar="TEXT", help="Another name makes other requests of the same file.")
 @click.option(
-    "--patience", default=600.0, show_default=True, type=click.FloatRange(min=0), metavar="SECONDS",
+    "--patience",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
     help="How long an outage of Redis is waited out.",
-)  # fmt: skip
+)
 @click.option("--strict", is_flag=True, help="Run nothing if a line is bad; else it is a failure like any other.")
 @click.option("--any-model", is_flag=True, help="Let lines name any model; what the workers have answers.")
 @json_option
 @url_option
 def run(
-    source: str, output: str, errors: str | None, in_flight: int, name: str,
-    patience: float, strict: bool, any_model: bool, as_json: bool, url: str | None, **options: Any,
-) -> int:  # fmt: skip
+    source: str,
+    output: str,
+    errors: str | None,
+    in_flight: int,
+    name: str,
+    patience: float,
+    strict: bool,
+    any_model: bool,
+    as_json: bool,
+    url: str | None,
+    **options: Any,
+) -> int:
     """Run every line of IN.JSONL, which may be - for stdin.
 
     The whole file is checked first: bad lines, and those that name a model that no worker has, become failures, or
@@ -152,7 +169,8 @@ def cancel(source: str, name: str, as_json: bool, url: str | None) -> None:
         print_json({"canceled": counts["canceled"], "requested": counts["requested"], "ended": counts["ended"]})
     else:
         click.echo(
-            f"{counts['canceled']:,} canceled, {counts['requested']:,} running ones asked to stop, {counts['ended']:,} had ended"
+            f"{counts['canceled']:,} canceled, {counts['requested']:,} running ones asked to stop, "
+            f"{counts['ended']:,} had ended"
         )
 
 
@@ -164,7 +182,8 @@ def _check_place(path: Path) -> None:
 
 def _interrupted(tally: Tally) -> str:
     return (
-        f"Interrupted: {tally.ended:,} of {tally.lines:,} lines are done and on disk; {tally.in_flight:,} requests go on in "
+        f"Interrupted: {tally.ended:,} of {tally.lines:,} lines are done and on disk; "
+        f"{tally.in_flight:,} requests go on in "
         "the pool. The same command goes on from here."
     )
 

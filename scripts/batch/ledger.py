@@ -163,13 +163,13 @@ class File:
         line = unnamed.get(value["id"]) or (None if custom_id is None else checked.line_of(custom_id))
         if line is None:
             raise UsageError(
-                f"line {number} of {self.path} answers {custom_id!r:.80}, which {checked.name} does not have: it is the "
-                f"output of another input, or the input has changed; {_ADVICE}"
+                f"line {number} of {self.path} answers {custom_id!r:.80}, which {checked.name} does not have: "
+                f"it is the output of another input, or the input has changed; {_ADVICE}"
             )
         if value["id"] not in unnamed and value["id"] != PREFIX + checked.request_id(custom_id):
             raise UsageError(
-                f"line {number} of {self.path} answers {custom_id!r:.80} of a file that was another: {checked.name} has "
-                f"changed since, or --name has; put back what it was, or {_ADVICE}"
+                f"line {number} of {self.path} answers {custom_id!r:.80} of a file that was another: "
+                f"{checked.name} has changed since, or --name has; put back what it was, or {_ADVICE}"
             )
         if done[line]:
             raise UsageError(f"line {number} of {self.path} answers {custom_id!r:.80} once more; delete one of both")

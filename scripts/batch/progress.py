@@ -107,6 +107,9 @@ def _bar() -> Bar | None:
     except ModuleNotFoundError:
         return None
     return Progress(
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}", markup=False),
-        console=Console(stderr=True), auto_refresh=False,
-    )  # fmt: skip
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )

@@ -56,14 +56,22 @@ class Watcher(Protocol):
 class BatchRun:
     """One run over a checked file.
 
-    :meth:`go` returns when every line is on disk in one of the two files. It can be ended at any moment, by anything: what is on disk
-    is done, what runs is found again by the ids of its requests, and the rest has not begun.
+    :meth:`go` returns when every line is on disk in one of the two files. It can be ended at any moment, by anything:
+    what is on disk is done, what runs is found again by the ids of its requests, and the rest has not begun.
     """
 
     def __init__(
-        self, session: Session, source: Source, checked: Checked, ledger: Ledger, progress: Watcher,
-        *, in_flight: int, patience: float, options: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self,
+        session: Session,
+        source: Source,
+        checked: Checked,
+        ledger: Ledger,
+        progress: Watcher,
+        *,
+        in_flight: int,
+        patience: float,
+        options: dict[str, Any],
+    ) -> None:
         """``patience``: seconds that one outage of Redis is waited out. ``options`` are those of a submit."""
         done, kept, failed = ledger.resume(checked)
         checked.places.clear()  # from here on, a line is its number
@@ -155,8 +163,8 @@ class BatchRun:
 
     def _changed(self) -> PerdureError:
         return UsageError(
-            f"{self._checked.name} was changed while it was being run; what was answered is kept. Put it back as it was "
-            "and run again, or run it with another -o and -e"
+            f"{self._checked.name} was changed while it was being run; what was answered is kept. "
+            "Put it back as it was and run again, or run it with another -o and -e"
         )
 
     def _fill(self) -> None:
@@ -283,8 +291,8 @@ class BatchRun:
             workers = self._call(Store.workers)
             if not any(self._queue in queues for worker in workers for queues in map(served, worker["queues"])):
                 self._progress.say(
-                    f"no worker serves the queue {self._queue}; it goes on when there is one. Start it with: rq worker -w "
-                    f"perdure.workers.Worker {self._queue}"
+                    f"no worker serves the queue {self._queue}; it goes on when there is one. "
+                    f"Start it with: rq worker -w perdure.workers.Worker {self._queue}"
                 )
 
     def _look(self) -> None:

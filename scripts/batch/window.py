@@ -63,7 +63,7 @@ class Window:
         self._ready.append(ticket)
 
     def due(self, now: float) -> list[Ticket]:
-        """What to submit, for one call. While the queue is full: as many as have ended since, who may have made room."""
+        """What to submit, for one call. While the queue is full: as many as have ended since and may have made room."""
         number = MAX_REQUESTS if now >= self._not_before else min(self._freed, MAX_REQUESTS)
         return [ticket for ticket, _ in zip(self._ready, range(number), strict=False)]
 
@@ -72,7 +72,7 @@ class Window:
         return max(0.0, self._not_before - now) if self._ready else None
 
     def answered(self, answers: list[tuple[Ticket, str]], now: float) -> list[Ticket]:
-        """Take note of what :meth:`due` gave, in its order, and its answers; returns the tickets whose id is somebody else's."""
+        """Note what :meth:`due` gave, in its order, and the answers; returns tickets whose id is somebody else's."""
         conflicts: list[Ticket] = []
         again: list[Ticket] = []
         pause = 0.0

@@ -38,15 +38,20 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     parser.add_argument("--svg-dir", type=Path, metavar="FOLDER", help="write the pictures into FOLDER")
     parser.add_argument(
-        "--docs", type=Path, metavar="FOLDER",
+        "--docs",
+        type=Path,
+        metavar="FOLDER",
         help="keep the figures and pictures in FOLDER (docs), and make the tables of the pages from them again",
-    )  # fmt: skip
+    )
     parser.add_argument("--rounds", type=int, default=0, help="instead of 5 (quick: 3)")
     parser.add_argument("--requests", type=int, default=0, help="requests of a drain, instead of 20,000")
     parser.add_argument(
-        "--budget", type=float, default=0.0, metavar="SECONDS",
+        "--budget",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
         help="queue: nothing more begins after so long, once each system was measured once",
-    )  # fmt: skip
+    )
     parser.add_argument("--systems", default="", help="only these, comma-separated")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where the peers' environments lie")
     return parser

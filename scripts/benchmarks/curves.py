@@ -18,8 +18,9 @@ def engine_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
     sizes = found["sizes"]
     notes = [
-        f"Medians of {sizes['rounds']} rounds; {sizes['model']}, {sizes['dtype']}, {found['threads']} threads, prompts of "
-        f"{sizes['prompt']} tokens, {sizes['new']} new ones; transformers with {found['attention']} attention.",
+        f"Medians of {sizes['rounds']} rounds; {sizes['model']}, {sizes['dtype']}, {found['threads']} threads, "
+        f"prompts of {sizes['prompt']} tokens, {sizes['new']} new ones; "
+        f"transformers with {found['attention']} attention.",
         "equal tokens: the part that transformers has put out too, at the same place.",
     ]
     heads = ["", "prefill tokens/s", "decode tokens/s", "equal tokens"]
@@ -30,26 +31,33 @@ def engine_pictures(found: Mapping[str, Any], note: str) -> Pictures:
     """Bars: prefill and decode."""
     return {
         f"engine-{figure}.svg": bars(
-            f"Tokens/s of {figure}, {found['sizes']['model']}", "tokens/s",
-            [(name, row[figure]) for name, row in found["medians"].items()], note,
+            f"Tokens/s of {figure}, {found['sizes']['model']}",
+            "tokens/s",
+            [(name, row[figure]) for name, row in found["medians"].items()],
+            note,
         )
         for figure in ("prefill", "decode")
-    }  # fmt: skip
+    }
 
 
 def goodput_tables(found: Mapping[str, Any]) -> list[Table]:
     """One row for each point."""
     rows = [
         [
-            f"{point['mtbf']:g} s, {'resumed' if point['resume'] else 'from zero'}", point["goodput"],
-            point["closed_form"], point["kills"], point["finished"], point["delay_ms"],
+            f"{point['mtbf']:g} s, {'resumed' if point['resume'] else 'from zero'}",
+            point["goodput"],
+            point["closed_form"],
+            point["kills"],
+            point["finished"],
+            point["delay_ms"],
         ]
         for point in found["points"]
-    ]  # fmt: skip
+    ]
     sizes = found["sizes"]
     notes = [
-        f"Requests of {sizes['work']:g} s; {sizes['flight']} in flight, workers killed at random. Measured with all times "
-        f"but the detection divided by {sizes['scale']:g}, {sizes['seconds']:g} s a point; the closed form is of the same.",
+        f"Requests of {sizes['work']:g} s; {sizes['flight']} in flight, workers killed at random. "
+        f"Measured with all times but the detection divided by {sizes['scale']:g}, {sizes['seconds']:g} s a point; "
+        "the closed form is of the same.",
     ]
     heads = [
         "mean time between failures of a worker",

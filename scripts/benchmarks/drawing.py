@@ -110,7 +110,8 @@ def _scale(
 
 def _head(title: str, second: str, height: int) -> list[str]:
     return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="16" y="22" font-size="15">{escape(title)}</text>',
         f'<text x="16" y="40" fill="#666" font-size="11">{escape(second)}</text>',

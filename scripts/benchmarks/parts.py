@@ -65,9 +65,11 @@ def queue(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartRes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else QueueSizes()
     sizes = replace(
-        sizes, rounds=options.rounds or sizes.rounds, requests=options.requests or sizes.requests,
+        sizes,
+        rounds=options.rounds or sizes.rounds,
+        requests=options.requests or sizes.requests,
         budget=options.budget or sizes.budget,
-    )  # fmt: skip
+    )
     few = _QUICK_SYSTEMS if (options.quick or options.smoke) and not options.systems else ()
     chosen = [system for system in (*OWN, *PEERS_OF_THE_QUEUE) if not few or system.name in few]
     systems, missing = _with_interpreters(chosen, options)

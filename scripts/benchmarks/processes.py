@@ -40,9 +40,13 @@ class BenchProcess:
             # Through the starter of the pool: the child gets SIGTERM when this thread ends, in whatever way.
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command],
-                stdin=pipe, stdout=pipe if talks else file, stderr=file, start_new_session=True,
-                env=dict(environment), cwd=folder,
-            )  # fmt: skip
+                stdin=pipe,
+                stdout=pipe if talks else file,
+                stderr=file,
+                start_new_session=True,
+                env=dict(environment),
+                cwd=folder,
+            )
 
     @property
     def pid(self) -> int:

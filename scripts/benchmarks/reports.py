@@ -13,7 +13,8 @@ Pictures = dict[str, str]
 _QUEUE = (
     ("submit/s", "submit"), ("bulk/s", "bulk"), ("drain/s, 1 worker", "drain_1"), ("2 workers", "drain_2"),
     ("p50 ms", "latency_p50"), ("p99", "latency_p99"), ("idle p50", "idle_p50"), ("half load p50", "load_p50"),
-    ("p99", "load_p99"), ("B queued", "bytes_queued"), ("B finished", "bytes_finished"), ("queued, stock", "bytes_queued_stock"), ("finished, stock", "bytes_finished_stock"),
+    ("p99", "load_p99"), ("B queued", "bytes_queued"), ("B finished", "bytes_finished"),
+    ("queued, stock", "bytes_queued_stock"), ("finished, stock", "bytes_finished_stock"),
     ("Redis µs", "cpu_us"), ("round trips", "round_trips"), ("wrong", "wrong"),
 )  # fmt: skip
 
@@ -103,7 +104,8 @@ def checkpoint_tables(found: Mapping[str, Any]) -> list[Table]:
         rows = [[way, *(item[name] for name in ("windows", "ratio", "low", "high"))] for way, item in windows.items()]
         note = (
             f"Windows of {sizes['window']:g} s with checkpoints, each against the two without beside it, within "
-            f"{sizes['generations']} generations of {sizes['long']} tokens; from and to: of the median, with 95 % confidence."
+            f"{sizes['generations']} generations of {sizes['long']} tokens; "
+            "from and to: of the median, with 95 % confidence."
         )
         columns = ["", "windows", "tokens/s with against without", "from", "to"]
         tables.append(Table("With checkpoints and without, in turn", columns, rows, [note]))
@@ -152,9 +154,9 @@ def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
     }  # fmt: skip
     cells = [[text, found["full"][name], found["back"][name]] for name, text in figures.items()]
     note = (
-        f"{sizes['workers']} workers of {sizes['held']} requests. Coming back: all are declared dead by hand, one after "
-        "the other, and those are the ones counted here. Its seconds are those from the last until all requests are held "
-        "again; what else stands in its column is from the first on."
+        f"{sizes['workers']} workers of {sizes['held']} requests. Coming back: all are declared dead "
+        "by hand, one after the other, and those are the ones counted here. Its seconds are those "
+        "from the last until all requests are held again; what else stands in its column is from the first on."
     )
     heads = ["", "full", "coming back"]
     return [Table("More requests than one Redis can checkpoint at the usual interval", heads, cells, [note])]
@@ -167,7 +169,12 @@ def scale_pictures(found: Mapping[str, Any], note: str) -> Pictures:
         Curve(name, [(row["queued"], row["costs"][name]["redis_us"]) for row in rows]) for name in rows[0]["costs"]
     ]
     picture = curves(
-        "What an operation costs Redis, beside so many waiting requests", "requests that wait", "µs", lines,
-        log_x=True, log_y=True, note=note,
-    )  # fmt: skip
+        "What an operation costs Redis, beside so many waiting requests",
+        "requests that wait",
+        "µs",
+        lines,
+        log_x=True,
+        log_y=True,
+        note=note,
+    )
     return {"scale.svg": picture}

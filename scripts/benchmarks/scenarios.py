@@ -1,4 +1,4 @@
-"""The rows of the part ``recovery``: ours with the defaults and with a timeout of half a second, others at their fastest."""
+"""The rows of the part ``recovery``: ours by default and with a timeout of half a second, others at their fastest."""
 
 from __future__ import annotations
 
@@ -31,9 +31,15 @@ _HALF_STEP = {**_HALF, "PERDURE_HEARTBEAT_TIMEOUT": "5", "PERDURE_STEP_TIMEOUT":
 
 def _own(name: str, kind: str, how: str, variables: dict[str, str] | None = None, most: int = 1_000_000) -> Scenario:
     return Scenario(
-        name=f"perdure: {name}", kind=kind, producer=_OWN_PRODUCER, worker=_OWN_WORKER, how=how, reaper=_REAPER,
-        variables=variables or {}, most=most,
-    )  # fmt: skip
+        name=f"perdure: {name}",
+        kind=kind,
+        producer=_OWN_PRODUCER,
+        worker=_OWN_WORKER,
+        how=how,
+        reaper=_REAPER,
+        variables=variables or {},
+        most=most,
+    )
 
 
 OWN: Sequence[Scenario] = (

@@ -74,9 +74,17 @@ Examples:
 @click.option("--kinds", "list_kinds", is_flag=True, help="List the kinds of faults, and end.")
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and journals.")
 def chaos(
-    seed: int | None, seconds: float, json_file: Path | None, svg_file: Path | None, url: str | None, scale: float,
-    only: str | None, without: str | None, list_kinds: bool, keep: bool,
-) -> None:  # fmt: skip
+    seed: int | None,
+    seconds: float,
+    json_file: Path | None,
+    svg_file: Path | None,
+    url: str | None,
+    scale: float,
+    only: str | None,
+    without: str | None,
+    list_kinds: bool,
+    keep: bool,
+) -> None:
     """Kill, freeze, cut off and confuse every part of a real pool, and count what came of its requests.
 
     Exits with 0 only if every accepted request ended exactly once with the right answer, nothing was left behind,

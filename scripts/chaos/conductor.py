@@ -113,9 +113,15 @@ class Conductor:
             client = stack.enter_context(Client(url, settings=options.settings, patience=1.0))
             journal = Journal(options.folder / "traps.0.jsonl")
             stage = FaultTargets(
-                crew, Store(connection, options.settings), client, journal, server, proxy, options.settings,
+                crew,
+                Store(connection, options.settings),
+                client,
+                journal,
+                server,
+                proxy,
+                options.settings,
                 options.folder,
-            )  # fmt: skip
+            )
             if server is not None:
                 write_through(server)
                 crew.kept.add(server.pid)
@@ -268,9 +274,11 @@ class Conductor:
         with (self.options.folder / "golden.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "perdure.workers.text.golden"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
                 env=environment_for("", self.options.settings),
-            )  # fmt: skip
+            )
         assert process.stdin is not None
         process.stdin.write("\n".join(map(json.dumps, words(self.options.seed))).encode())
         process.stdin.close()
@@ -279,7 +287,7 @@ class Conductor:
 
 
 def _proxied(url: str) -> tuple[Proxy | None, str]:
-    """A proxy in front of the server, and the URL through it; no proxy where bytes cannot be passed on (TLS, sockets)."""
+    """A proxy in front of the server, and the URL through it; none where bytes cannot be passed on (TLS, sockets)."""
     parts = urlsplit(url)
     if parts.scheme != "redis":
         return None, url

@@ -37,7 +37,7 @@ PERMANENT: Final = (
 
 @dataclass(slots=True)
 class Seen:
-    """One request as its producers saw it: outputs as (monotonic seconds, index, output), ends as the journal has them."""
+    """One request as its producers saw it: outputs as (monotonic seconds, index, output), ends as in journals."""
 
     id: str
     task: str
@@ -147,11 +147,18 @@ def read_requests(connection: redis.Redis, names: Sequence[str]) -> dict[str, St
             status, execution, attempt, last, kind, reason = [(value or b"").decode(errors="replace") for value in job]
             values = [item[b"return_value"] for _, item in ends if b"return_value" in item]
             stored[name] = StoredRequest(
-                status=status, execution=execution, attempt=int(attempt or 0), last=last, kind=kind, reason=reason,
-                entries=[item[b"type"].decode() for _, item in ends], registries=registries[name],
-                outputs=_outputs(log), result=unpack_result(values[-1]) if values else None,
+                status=status,
+                execution=execution,
+                attempt=int(attempt or 0),
+                last=last,
+                kind=kind,
+                reason=reason,
+                entries=[item[b"type"].decode() for _, item in ends],
+                registries=registries[name],
+                outputs=_outputs(log),
+                result=unpack_result(values[-1]) if values else None,
                 history=[Event.parse(line) for line in history],
-            )  # fmt: skip
+            )
     return stored
 
 

@@ -178,7 +178,7 @@ class Poison(Trap):
 
 
 class Reuse(Fault):
-    """RQ's ``Job.delete`` of a request that waits or runs, and another one under its id; the old run may still write."""
+    """RQ's ``Job.delete`` of a request that waits or runs, and another one under its id; the old run may yet write."""
 
     def __init__(self, planned: Planned, number: int) -> None:
         super().__init__(planned, number)

@@ -155,10 +155,15 @@ def _values(verdict: ChaosVerdict, seen: Seen, stored: StoredRequest, restarts: 
     models = [model] if not restarts or seen.task == WALK else [FIRST, OTHER]
     valid = [_golden(seen.payload["seed"], number, item) for item in models]
     _streamed(
-        verdict, seen, number, restarts,
-        lambda index, output: any(values[index] == output[1] for values in valid)
-        and (restarts > 0 or index >= len(stored.outputs) or output == stored.outputs[index]),
-    )  # fmt: skip
+        verdict,
+        seen,
+        number,
+        restarts,
+        lambda index, output: (
+            any(values[index] == output[1] for values in valid)
+            and (restarts > 0 or index >= len(stored.outputs) or output == stored.outputs[index])
+        ),
+    )
 
 
 def _text(verdict: ChaosVerdict, seen: Seen, stored: StoredRequest, answer: dict[str, Any] | None) -> None:

@@ -42,7 +42,8 @@ SILENCE: Final = 30.0
 """Seconds without an output after which a stream is opened again."""
 
 PATIENCE: Final = 2.0
-"""Seconds that a submit outlasts an outage. Short: its outcome is unknown then, which is what the judge wants to see."""
+"""Seconds that a submit outlasts an outage. Short: its outcome is unknown then, which is what the judge wants to see.
+"""
 
 BROKEN: Final = 70
 """Exit status of a producer that met something unforeseen."""

@@ -19,8 +19,9 @@ from .stage import Fault, FaultTargets
 def write_through(server: Server) -> None:
     """Have the server answer only what is on the disk.
 
-    With its usual ``appendfsync everysec`` it may put off the write itself while an fsync runs, and answer all the same:
-    a SIGKILL then loses what was accepted in that moment. That is Redis' promise, not ours; ours is judged without it.
+    With its usual ``appendfsync everysec`` it may put off the write itself while an fsync runs, and answer all the
+    same: a SIGKILL then loses what was accepted in that moment. That is Redis' promise, not ours; ours is judged
+    without it.
     """
     with connect(server.url) as connection:
         connection.config_set("appendfsync", "always")
@@ -132,7 +133,8 @@ class Busy(Refusal):
         """Sent over a connection of its own, whose answer nobody waits for."""
         assert stage.server is not None
         self._connection = connect(stage.server.url, name="perdure-chaos-busy").connection_pool.get_connection()
-        self._connection.send_command("EVAL", self.SCRIPT, 0, f"{self.planned.lasts:.2f}")  # type: ignore[no-untyped-call]
+        seconds = f"{self.planned.lasts:.2f}"
+        self._connection.send_command("EVAL", self.SCRIPT, 0, seconds)  # type: ignore[no-untyped-call]
 
     def undo(self, stage: FaultTargets) -> None:
         """Once the script has ended: before, even this is refused."""

@@ -29,7 +29,8 @@ def picture(evidence: Evidence, title: str) -> str:
             _count(ends, end["at"] - evidence.began, size)
     height = TOP + CHART + 40 + ROW * len(evidence.enabled) + 20
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="18" font-size="13">{escape(title)}</text>',
     ]
@@ -44,7 +45,8 @@ def picture(evidence: Evidence, title: str) -> str:
             if fired.kind == kind:
                 x, until = _x(fired.at - evidence.began, duration), _x(fired.healed - evidence.began, duration)
                 parts.append(
-                    f'<rect x="{x:.1f}" y="{y + 1}" width="{max(2.0, until - x):.1f}" height="8" fill="#d62728" opacity="0.7"/>'
+                    f'<rect x="{x:.1f}" y="{y + 1}" width="{max(2.0, until - x):.1f}" height="8" '
+                    'fill="#d62728" opacity="0.7"/>'
                 )
     parts.append("</svg>\n")
     return "\n".join(parts)

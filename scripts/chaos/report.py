@@ -83,9 +83,11 @@ def show(values: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print()
     lines = (
-        f"{values['accepted']} requests accepted, {values['finished']} finished, {values['refused']} refused as they asked; "
+        f"{values['accepted']} requests accepted, {values['finished']} finished, "
+        f"{values['refused']} refused as they asked; "
         f"{values['recovered']} more were stored though their producer was not told",
-        f"{values['faults']} faults, {values['kills']} of them kills; {values['resumed']} requests went on from a checkpoint, "
+        f"{values['faults']} faults, {values['kills']} of them kills; "
+        f"{values['resumed']} requests went on from a checkpoint, "
         f"{values['restarted']} began again; worst recovery {_shown(values['worst_recovery'])} s",
         ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in COUNTS),
         f"seed {values['seed']}, {values['seconds']:g} s, scale {values['scale']:g}",

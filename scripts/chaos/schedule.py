@@ -63,7 +63,8 @@ class Kind:
     """One kind of fault.
 
     ``lasts`` names the field of :class:`Timing`; ``needs`` is what there must be: ``server`` (one of our own),
-    ``proxy``, ``faketime``, ``clock`` (a server of our own under faketime). ``alone``: it takes Redis away from everybody, and no other such fault may overlap.
+    ``proxy``, ``faketime``, ``clock`` (a server of our own under faketime). ``alone``: it takes Redis away from
+    everybody, and no other such fault may overlap.
     """
 
     name: str

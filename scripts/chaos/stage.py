@@ -1,7 +1,7 @@
 """What a fault is, and what it acts upon. A fault is fired once and healed once; what it did stands in its record.
 
-``fire`` returns False while there is nobody to harm, and is asked again. ``heal`` is asked from the planned end on until
-it returns True: what was armed has happened by then.
+``fire`` returns False while there is nobody to harm, and is asked again. ``heal`` is asked from the planned end on
+until it returns True: what was armed has happened by then.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _spring(trap: dict[str, Any]) -> None:
 
 
 class Blend(BatchTask):
-    """``n`` values that depend on the model too; the outputs alone say where to go on. One with ``poison`` raises each time."""
+    """``n`` values that depend on the model too; outputs alone say where to go on. ``poison`` raises each time."""
 
     slots = 4
 

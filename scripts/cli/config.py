@@ -21,7 +21,10 @@ def config() -> None:
 
 
 @config.command(
-    epilog="\b\nExamples:\n  perdure config show\n  perdure config show --changed\n  PERDURE_SLOTS=4 perdure config show --json"
+    epilog="\b\nExamples:\n"
+    "  perdure config show\n"
+    "  perdure config show --changed\n"
+    "  PERDURE_SLOTS=4 perdure config show --json"
 )
 @click.option("--changed", is_flag=True, help="Only what is not a default.")
 @json_option

@@ -33,8 +33,8 @@ _PICKLES: Final = {("job", "data"), ("job", "meta")}
 def read_key(connection: redis.Redis, name: str, limit: int) -> dict[str, Any] | None:
     """One key and at most ``limit`` of its elements, decoded; ``None`` if it is not there.
 
-    ``expires_in`` is in seconds, ``None`` for never; ``memory`` in bytes, where this user may ask; ``number`` counts all
-    elements, or the bytes of a string.
+    ``expires_in`` is in seconds, ``None`` for never; ``memory`` in bytes, where this user may ask; ``number`` counts
+    all elements, or the bytes of a string.
     """
     kind: Any = connection.type(name)
     if kind == b"none":

@@ -17,14 +17,21 @@ _COLORS = {Level.FAIL: "red", Level.WARN: "yellow", Level.OK: "green"}
 
 
 @click.command(
-    epilog="\b\nExamples:\n  perdure doctor\n  perdure doctor --fix\n  perdure doctor --json | jq '.findings[] | select(.level != \"ok\")'"
+    epilog="\b\nExamples:\n"
+    "  perdure doctor\n"
+    "  perdure doctor --fix\n"
+    "  perdure doctor --json | jq '.findings[] | select(.level != \"ok\")'"
 )
 @click.option("--fix", is_flag=True, help="Requeue the requests that RQ's own worker was killed with.")
 @click.option("--deep", is_flag=True, help="Look for them among all jobs too; takes about a minute for a million.")
 @click.option(
-    "--stuck", default=STUCK, show_default=True, type=click.FloatRange(0), metavar="SECONDS",
+    "--stuck",
+    default=STUCK,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
     help="Time that RQ's own worker may have a request; it hands it on at once.",
-)  # fmt: skip
+)
 @click.option("--strict", is_flag=True, help="Exit with 4 for a warning too.")
 @json_option
 @url_option

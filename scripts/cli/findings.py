@@ -86,7 +86,7 @@ def judge_memory(value: int, node: int) -> list[Finding]:
 
 
 def judge_server(facts: Mapping[str, Any], *, skew: float) -> list[Finding]:
-    """From :func:`perdure.protocol.queries.server_load.pressure`; ``skew``: seconds that the server's clock is ahead."""
+    """From :func:`perdure.protocol.queries.server_load.pressure`; ``skew``: seconds that the server is ahead."""
     memory, disk, latency = facts["memory"], facts["persistence"], facts["latency"]["median"]
     found = [Finding(Level.OK, f"the server is {facts['version'] or 'of an unknown version'}, {facts['keys']} keys")]
     if disk["fsync"] == "no":
@@ -187,11 +187,20 @@ def _room(connection: redis.Redis) -> int | None:
 
 
 def judge_pool(
-    *, workers: Sequence[Mapping[str, Any]], stock: Mapping[str, Sequence[str]], queues: Sequence[Any], overdue: Sequence[str],
-    pulse_age: float | None, unfit: Sequence[Mapping[str, Any]], mode: str, states: int, room: int | None,
-    reap_interval: float, heartbeat: float,
-) -> list[Finding]:  # fmt: skip
-    """The findings from what was read. ``pulse_age``: seconds since anybody swept; ``states``: bytes of all checkpoints."""
+    *,
+    workers: Sequence[Mapping[str, Any]],
+    stock: Mapping[str, Sequence[str]],
+    queues: Sequence[Any],
+    overdue: Sequence[str],
+    pulse_age: float | None,
+    unfit: Sequence[Mapping[str, Any]],
+    mode: str,
+    states: int,
+    room: int | None,
+    reap_interval: float,
+    heartbeat: float,
+) -> list[Finding]:
+    """Findings from what was read. ``pulse_age``: seconds since a sweep; ``states``: bytes of all checkpoints."""
     ready = [worker for worker in workers if worker["ready"] and worker["dead_in"] > 0]
     found = [Finding(Level.OK, f"{len(ready)} of {len(workers)} workers are ready")] if workers else []
     served = all_served(queue for worker in workers for queue in worker["queues"])
@@ -258,13 +267,14 @@ def _stale(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Who runs code that was edited since."""
     return [
         Finding(
-            Level.WARN, f"worker {worker['worker']} runs old code",
+            Level.WARN,
+            f"worker {worker['worker']} runs old code",
             f"{worker['stale']} was edited after it had been loaded",
             "restart it; perdure up --reload does so by itself",
         )
         for worker in workers
         if worker["stale"]
-    ]  # fmt: skip
+    ]
 
 
 def strays_found(strays: Sequence[Stray], fixed: Sequence[str], *, deep: bool) -> list[Finding]:
@@ -275,7 +285,8 @@ def strays_found(strays: Sequence[Stray], fixed: Sequence[str], *, deep: bool) -
         found.append(Finding(Level.OK, f"{len(fixed)} requests that RQ's own worker was killed with wait again"))
     if left:
         places = ", ".join(sorted({stray.where for stray in left}))
-        why = f"no worker finds them: {', '.join(stray.id for stray in left[:5])}{', …' if len(left) > 5 else ''} ({places})"
+        some = ", ".join(stray.id for stray in left[:5]) + (", …" if len(left) > 5 else "")
+        why = f"no worker finds them: {some} ({places})"
         what = f"{len(left)} requests are where RQ's own worker was killed with them"
         found.append(Finding(Level.FAIL, what, why, f"perdure doctor --fix{' --deep' if deep else ''}"))
     if not strays:

@@ -24,13 +24,17 @@ def examine_host(settings: Settings) -> list[Finding]:
     driver = os.path.exists("/dev/nvidiactl")  # noqa: PTH110
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None  # noqa: PTH112
     return judge_host(
-        rq=VERSION, files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], shared=shared, settings=settings,
-        driver=driver, devices=_devices(settings, driver=driver),
-    )  # fmt: skip
+        rq=VERSION,
+        files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        shared=shared,
+        settings=settings,
+        driver=driver,
+        devices=_devices(settings, driver=driver),
+    )
 
 
 def _devices(settings: Settings, *, driver: bool) -> int | None:
-    """CUDA devices that torch would see; ``None`` without torch, which is only asked where there may be one: that is slow."""
+    """CUDA devices that torch sees; ``None`` without torch. It is asked, slowly, only where there may be one."""
     if find_spec("torch") is None:
         return None
     return count_by_torch() if driver or settings.device.startswith("cuda") else 0
@@ -39,7 +43,7 @@ def _devices(settings: Settings, *, driver: bool) -> int | None:
 def judge_host(
     *, rq: str, files: int, shared: int | None, settings: Settings, driver: bool, devices: int | None
 ) -> list[Finding]:
-    """The findings from what was read; ``shared`` is the size of /dev/shm, ``driver`` whether there is one of NVIDIA's."""
+    """The findings from what was read; ``shared`` is the size of /dev/shm, ``driver`` whether NVIDIA's is there."""
     from ...workers.rq.arrival import TESTED_RQ
 
     found = []

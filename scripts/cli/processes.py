@@ -32,14 +32,33 @@ Arguments after -- go to "rq worker" unchanged."""
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 @click.option("--quiet", "-q", is_flag=True, help="Log less.")
 @setting_options(
-    "tasks", "heartbeat", "heartbeat_timeout", "step_timeout", "load_timeout", "checkpoint_interval",
-    "checkpoint_ttl", "drain_timeout", "model", "model_path", "device", "dtype", "slots", "threads", "log_format",
-)  # fmt: skip
+    "tasks",
+    "heartbeat",
+    "heartbeat_timeout",
+    "step_timeout",
+    "load_timeout",
+    "checkpoint_interval",
+    "checkpoint_ttl",
+    "drain_timeout",
+    "model",
+    "model_path",
+    "device",
+    "dtype",
+    "slots",
+    "threads",
+    "log_format",
+)
 @url_option
 def worker(
-    queues: tuple[str, ...], name: str | None, burst: bool, max_jobs: int | None, verbose: bool, quiet: bool,
-    url: str | None, **changes: Any,
-) -> NoReturn:  # fmt: skip
+    queues: tuple[str, ...],
+    name: str | None,
+    burst: bool,
+    max_jobs: int | None,
+    verbose: bool,
+    quiet: bool,
+    url: str | None,
+    **changes: Any,
+) -> NoReturn:
     """Run one worker: "rq worker -w perdure.workers.Worker QUEUE...", with these settings.
 
     Queues are served in the order given. SIGTERM or Ctrl-C: what runs is checkpointed and handed back; a second

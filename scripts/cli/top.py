@@ -87,8 +87,9 @@ class Looks:
         held = leases(store, [item["name"] for item in queues], within=None, limit=self._rows)
         server = pressure(store.connection, slow=0, pings=3)
         return {
-            "at": time.time(), "where": redact(resolve_url(self._settings)), "mode": str(store.mode()), "queues": queues,
-            "workers": [worker_item(worker) for worker in store.workers()], "requests": [as_item(lease) for lease in held],
+            "at": time.time(), "where": redact(resolve_url(self._settings)), "mode": str(store.mode()),
+            "queues": queues, "workers": [worker_item(worker) for worker in store.workers()],
+            "requests": [as_item(lease) for lease in held],
             "unfit": store.unfit_devices(), "server": server, "trouble": "",
         }  # fmt: skip
 
@@ -97,8 +98,9 @@ def headline(screen: dict[str, Any]) -> list[str]:
     """The lines above the tables."""
     memory, load = screen["server"]["memory"], screen["server"]["load"]
     limit = "" if memory["limit"] is None else f" of {size(memory['limit'])}"
+    commands = load["commands_per_s"]
     redis_line = (
-        f"Redis {size(memory['used'])}{limit}, {load['commands_per_s'] if load['commands_per_s'] is not None else '-'} commands/s, "
+        f"Redis {size(memory['used'])}{limit}, {'-' if commands is None else commands} commands/s, "
         f"round trip {1000 * screen['server']['latency']['median']:.2f} ms"
     )
     lines = [f"perdure top  {screen['where']}  {clock(screen['at'])}", one_line(screen["mode"]), redis_line]
@@ -109,10 +111,16 @@ def headline(screen: dict[str, Any]) -> list[str]:
 def tables(screen: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
     """Title, header and rows of each table."""
     requests = [
-        [item["id"], item["queue"], item["worker"] or "-", item["task"] or "(plain job)", (item["execution"] or "-")[:8],
-         duration(item["expires_in"])]
+        [
+            item["id"],
+            item["queue"],
+            item["worker"] or "-",
+            item["task"] or "(plain job)",
+            (item["execution"] or "-")[:8],
+            duration(item["expires_in"]),
+        ]
         for item in screen["requests"]
-    ]  # fmt: skip
+    ]
     return [
         ("queues", HEADER, [row(item) for item in screen["queues"]]),
         ("workers", WORKERS_HEADER, [worker_row(item) for item in screen["workers"]]),

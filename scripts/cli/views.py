@@ -13,7 +13,7 @@ import click
 from ...protocol.keys import priority_of
 from ...protocol.records import RequestRecord
 from ...protocol.states import State
-from ..present.console import (  # fmt: skip
+from ..present.console import (
     json_option,
     one_line,
     open_client,
@@ -38,7 +38,10 @@ _WIDTH = 14
 
 
 @click.command(
-    epilog="\b\nExamples:\n  perdure show ID\n  perdure show ID --json | jq .checkpoint.offset\n  perdure show ID --svg id.svg"
+    epilog="\b\nExamples:\n"
+    "  perdure show ID\n"
+    "  perdure show ID --json | jq .checkpoint.offset\n"
+    "  perdure show ID --svg id.svg"
 )
 @click.argument("identifier", metavar="ID")
 @click.option(
@@ -163,7 +166,7 @@ def _print_facts(facts: dict[str, Any], now: float) -> None:
 
 
 def _print_stacks(events: Sequence[dict[str, Any]]) -> None:
-    """Where the threads of the last worker stood that crashed or hung with this request; the earlier ones are in --json."""
+    """Where the threads stood of the last worker that crashed or hung with it; earlier ones are in --json."""
     left = [event for event in events if event["evidence"]]
     if not left:
         return
@@ -209,7 +212,10 @@ def _date(at: float, now: float) -> str:
 
 @click.command(
     name="list",
-    epilog="\b\nExamples:\n  perdure list --status failed --queue gpu\n  perdure list --status failed --kind GPU_OOM\n  perdure list --json --limit 200",
+    epilog="\b\nExamples:\n"
+    "  perdure list --status failed --queue gpu\n"
+    "  perdure list --status failed --kind GPU_OOM\n"
+    "  perdure list --json --limit 200",
 )
 @click.option("--status", help="Only these: queued, started, scheduled, finished, failed, canceled, stopped.")
 @click.option("--queue", metavar="NAME", help="Only this queue.")
@@ -220,9 +226,15 @@ def _date(at: float, now: float) -> str:
 @json_option
 @url_option
 def list_(
-    status: str | None, queue: str | None, worker: str | None, kind: str | None, limit: int, cursor: str | None,
-    as_json: bool, url: str | None,
-) -> None:  # fmt: skip
+    status: str | None,
+    queue: str | None,
+    worker: str | None,
+    kind: str | None,
+    limit: int,
+    cursor: str | None,
+    as_json: bool,
+    url: str | None,
+) -> None:
     """List requests: running, waiting, then ended ones from the newest.
 
     A page reads no payloads and at most 1000 requests, even if few of them match.

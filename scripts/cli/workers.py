@@ -60,7 +60,7 @@ HEADER = ("NAME", "HOST", "PID", "DEVICE", "READY", "QUEUES", "BEAT", "HELD")
 
 
 def as_item(worker: dict[str, Any]) -> dict[str, Any]:
-    """A worker as ``--json`` prints it. ``beat_age`` and ``dead_in`` are seconds, the latter below 0 if it is overdue."""
+    """A worker as ``--json`` prints it. ``beat_age`` and ``dead_in`` are seconds, the latter below 0 if overdue."""
     age = worker["age"]
     return {
         "name": worker["worker"],

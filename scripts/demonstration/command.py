@@ -22,7 +22,10 @@ CHECK_EVERY = 0.1
 
 
 @click.command(
-    epilog="\b\nExamples:\n  perdure demo\n  perdure demo --model tiny\n  perdure demo --json figures.json --svg run.svg"
+    epilog="\b\nExamples:\n"
+    "  perdure demo\n"
+    "  perdure demo --model tiny\n"
+    "  perdure demo --json figures.json --svg run.svg"
 )
 @click.option("--model", help="smollm2 (default), tiny, or a path to a GGUF file or a model folder.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to FILE.")

@@ -49,10 +49,15 @@ def _add(
         until = item.ended if kill is None else min(item.ended, record.clock + kill.at)
         seen = [record.clock + at for at in times[first : item.offset]]
         bar = Bar(
-            lane=_lane(record, item.worker), begin=item.began, end=until, shape="lost" if item.lost else "finished",
-            title=f"request {number + 1}: outputs {first} to {item.offset} on {item.worker}", label=str(number + 1),
-            color=number, ticks=_checkpoints([at for at in seen if at <= until]),
-        )  # fmt: skip
+            lane=_lane(record, item.worker),
+            begin=item.began,
+            end=until,
+            shape="lost" if item.lost else "finished",
+            title=f"request {number + 1}: outputs {first} to {item.offset} on {item.worker}",
+            label=str(number + 1),
+            color=number,
+            ticks=_checkpoints([at for at in seen if at <= until]),
+        )
         chart.bars.append(bar)
         if previous is not None:
             chart.links.append(Link(previous, bar))
@@ -80,5 +85,8 @@ def _subtitle(verdict: DemoVerdict) -> str:
         f"{kill['recovery_ms']:,.0f} ms" for kill in verdict.kills if kill["recovery_ms"] is not None
     )
     tokens, twice = sum(row.tokens for row in verdict.rows), sum(row.recomputed for row in verdict.rows)
-    ends = f"{tokens} tokens, {twice} computed twice; lost {verdict.lost}, duplicated {verdict.duplicated}, different {verdict.different}"
+    ends = (
+        f"{tokens} tokens, {twice} computed twice; "
+        f"lost {verdict.lost}, duplicated {verdict.duplicated}, different {verdict.different}"
+    )
     return f"first token elsewhere after {recovered}. {ends}" if recovered else ends

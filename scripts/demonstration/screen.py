@@ -80,13 +80,15 @@ class Screen:
         for kill in verdict.kills:
             delay = f"{kill['recovery_ms']:,.0f} ms" if kill["recovery_ms"] is not None else "never"
             self.console.print(
-                f"{KINDS[kill['kind']]}: {kill['interrupted']} generations interrupted, next token elsewhere after {delay}",
+                f"{KINDS[kill['kind']]}: {kill['interrupted']} generations interrupted, "
+                f"next token elsewhere after {delay}",
                 soft_wrap=True,
             )
         figures: dict[str, Any] = verdict.as_dict()
         self.console.print(
             f"{figures['requests']} requests, {figures['tokens']} tokens, {figures['recomputed']} computed twice; "
-            f"lost {figures['lost']}, duplicated {figures['duplicated']}, different {figures['different']}; {seconds:.0f} s",
+            f"lost {figures['lost']}, duplicated {figures['duplicated']}, different {figures['different']}; "
+            f"{seconds:.0f} s",
             soft_wrap=True,
         )
         for problem in verdict.problems:

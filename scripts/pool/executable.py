@@ -99,8 +99,8 @@ def _options(port: int, folder: Path) -> list[str]:
         "maxmemory-policy": "noeviction",
         # A stream's node is allocated in full, 4 KB by default, and RQ keeps one stream of one entry per result.
         "stream-node-max-bytes": "512",
-        # A hash with a longer value leaves the compact form, which takes a third of the memory: 64 by default, less than
-        # most payloads have. (The older name of hash-max-listpack-value, which servers before 7.0 know as well.)
+        # A hash with a longer value leaves the compact form, which takes a third of the memory: 64 by default, less
+        # than most payloads have. (The older name of hash-max-listpack-value, which servers before 7.0 know as well.)
         "hash-max-ziplist-value": "1024",
     }
     return [word for name, value in options.items() for word in (f"--{name}", value)]

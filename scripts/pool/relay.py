@@ -1,4 +1,4 @@
-"""What stands between a client and Redis: a port of loopback whose connections are passed on, in a thread of its own."""
+"""What stands between a client and Redis: a port of loopback, whose connections a thread passes on."""
 
 from __future__ import annotations
 

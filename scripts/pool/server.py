@@ -106,7 +106,7 @@ class Server:
         return "\n".join(text.splitlines()[-lines:])
 
     def kill(self) -> None:
-        """SIGKILL, as a crash: what was not yet written to the file may be lost; that is little, but up to 2 s if its disk is slow."""
+        """SIGKILL, as a crash: what was not yet written to the file is lost, up to 2 s if its disk is slow."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -161,7 +161,8 @@ class Server:
                 self.kill()
                 if not stopped:
                     raise RedisUnavailable(
-                        f"{self.binary} did not answer within {self._start_timeout:g} s. The end of its log:\n{self.log()}"
+                        f"{self.binary} did not answer within {self._start_timeout:g} s. "
+                        f"The end of its log:\n{self.log()}"
                     )
                 if attempt == ports or not self._port_was_taken(begin):
                     raise RedisUnavailable(

@@ -57,9 +57,16 @@ def run(
         if named:  # "auto" looks for a terminal, and children print into a pipe
             settings = settings.replace(log_format="text")
         pool = Pool(
-            url, queues, workers, settings, spares=spares, gpus=chosen, notifier=notifier, named=named,
+            url,
+            queues,
+            workers,
+            settings,
+            spares=spares,
+            gpus=chosen,
+            notifier=notifier,
+            named=named,
             release=f"kill -USR1 {os.getpid()}",
-        )  # fmt: skip
+        )
         what = f"GPUs {', '.join(gpu.token for gpu in chosen)}" if chosen else f"{workers} worker(s)"
         log.info("%s, %d spare(s) on %s, queues: %s", what, spares, redact(url), ", ".join(queues))
         pool.start()
@@ -153,17 +160,25 @@ them. A second Ctrl-C or SIGTERM does not wait for running steps, a third one ki
 @click.option("--workers", type=click.IntRange(1, 256), help="Worker processes; default 1.")
 @click.option("--gpus", metavar="all|N,N", help="One worker for each of these GPUs, as nvidia-smi numbers them.")
 @click.option(
-    "--spares", default=0, type=click.IntRange(0, 256),
+    "--spares",
+    default=0,
+    type=click.IntRange(0, 256),
     help="Workers that stay loaded and claim only when another one is lost; with --gpus spread over these in turn.",
-)  # fmt: skip
+)
 @click.option("--url", help="Redis; else PERDURE_REDIS_URL, RQ_REDIS_URL, or an embedded server.")
 @click.option("--tasks", help="Dotted paths, comma-separated, that workers load before they claim.")
 @click.option("--reload", is_flag=True, help="Restart workers when code that they have loaded is edited.")
 @click.option("--data", metavar="FOLDER", help="Where the embedded server keeps its data.")
 def up(
-    queues: tuple[str, ...], workers: int | None, gpus: str | None, spares: int, url: str | None, tasks: str | None,
-    reload: bool, data: str | None,
-) -> None:  # fmt: skip
+    queues: tuple[str, ...],
+    workers: int | None,
+    gpus: str | None,
+    spares: int,
+    url: str | None,
+    tasks: str | None,
+    reload: bool,
+    data: str | None,
+) -> None:
     """Run a reaper and workers in the foreground and replace those that die. Ctrl-C or SIGTERM drains them."""
     if gpus is not None and workers is not None:
         raise click.UsageError("--gpus and --workers cannot be combined: a GPU takes one worker.")

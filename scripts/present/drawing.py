@@ -24,13 +24,15 @@ STYLE = """
 svg { font: 12px ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 .ground { fill: #ffffff; } .text { fill: #1f2328; } .dim { fill: #59636e; } .lane { fill: #f6f8fa; }
 .grid { stroke: #d1d9e0; } .tick { stroke: #1f2328; stroke-opacity: .55; } .cross { stroke: #d1242f; stroke-width: 3; }
-.kill { stroke: #d1242f; stroke-dasharray: 4 3; } .red { fill: #d1242f; font-weight: 600; paint-order: stroke; stroke: #f6f8fa; stroke-width: 4; }
+.kill { stroke: #d1242f; stroke-dasharray: 4 3; }
+.red { fill: #d1242f; font-weight: 600; paint-order: stroke; stroke: #f6f8fa; stroke-width: 4; }
 .link { stroke: #59636e; fill: none; stroke-dasharray: 2 3; } .waiting { fill: #d1d9e0; }
 .bar { stroke-width: 1; } .lost { fill-opacity: .45; } .inside { fill: #1f2328; font-size: 10px; }
 @media (prefers-color-scheme: dark) {
 .ground { fill: #0d1117; } .text { fill: #f0f6fc; } .dim { fill: #9198a1; } .lane { fill: #151b23; }
 .grid { stroke: #3d444d; } .tick { stroke: #f0f6fc; } .cross { stroke: #ff6a69; } .kill { stroke: #ff6a69; }
-.red { fill: #ff6a69; stroke: #151b23; } .link { stroke: #9198a1; } .waiting { fill: #3d444d; } .inside { fill: #f0f6fc; }
+.red { fill: #ff6a69; stroke: #151b23; } .link { stroke: #9198a1; } .waiting { fill: #3d444d; }
+.inside { fill: #f0f6fc; }
 }
 """
 
@@ -109,7 +111,8 @@ def draw(chart: Chart) -> str:
     bottom = TOP + sum(lane.height + GAP for lane in lanes.values())
     height = bottom + 54
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
+        f'width="{WIDTH}" height="{height:.0f}" role="img">',
         f"<title>{_text(chart.title)}</title>",
         f"<style>{STYLE}{_palette()}</style>",
         f'<rect class="ground" width="{WIDTH}" height="{height:.0f}"/>',
@@ -150,7 +153,8 @@ def _y(bar: Bar, lanes: dict[str, _Lane]) -> float:
 
 def _grid(chart: Chart, lanes: dict[str, _Lane], left: float, bottom: float, x: Position, span: float) -> Iterable[str]:
     for name, lane in lanes.items():
-        yield f'<rect class="lane" x="{left:.1f}" y="{lane.top:.1f}" width="{WIDTH - left - RIGHT:.1f}" height="{lane.height:.1f}"/>'
+        width = WIDTH - left - RIGHT
+        yield f'<rect class="lane" x="{left:.1f}" y="{lane.top:.1f}" width="{width:.1f}" height="{lane.height:.1f}"/>'
         shown = name if len(name) * LETTER <= LEFT_MOST - 24 else name[: int((LEFT_MOST - 24) / LETTER) - 1] + "…"
         yield f'<text class="text" x="12" y="{lane.top + lane.height / 2 + 4:.1f}">{_text(shown)}</text>'
     step = step_of(span)
@@ -158,7 +162,8 @@ def _grid(chart: Chart, lanes: dict[str, _Lane], left: float, bottom: float, x: 
     for number in range(int(span / step) + 1):
         at = chart.origin + number * step
         yield f'<line class="grid" x1="{x(at):.1f}" y1="{TOP}" x2="{x(at):.1f}" y2="{bottom:.1f}"/>'
-        yield f'<text class="dim" x="{x(at):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{number * step:.{digits}f} s</text>'
+        second = f"{number * step:.{digits}f} s"
+        yield f'<text class="dim" x="{x(at):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{second}</text>'
 
 
 def step_of(span: float) -> float:
@@ -197,7 +202,8 @@ def _link(link: Link, lanes: dict[str, _Lane], x: Position) -> str:
     x1, y1 = x(link.before.end), _y(link.before, lanes) + ROW / 2
     x2, y2 = x(link.after.begin), _y(link.after, lanes) + ROW / 2
     bend = max(10.0, (x2 - x1) / 2)
-    return f'<path class="link" d="M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"/>'
+    curve = f"C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    return f'<path class="link" d="M{x1:.1f} {y1:.1f}{curve}"/>'
 
 
 def _cross(cross: Cross, lanes: dict[str, _Lane], bottom: float, x: Position) -> Iterable[str]:

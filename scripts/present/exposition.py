@@ -1,8 +1,8 @@
 """The metrics: a census of the pool in the words of Prometheus.
 
 :data:`METRICS` is the list of all names; documentation, dashboard and alert rules are checked against it. A name
-without a sample still has its lines of HELP and TYPE. No request id is a label: the values of every label are few (queues
-and workers up to a limit, failure kinds, priorities, states).
+without a sample still has its lines of HELP and TYPE. No request id is a label: the values of every label are few
+(queues and workers up to a limit, failure kinds, priorities, states).
 """
 
 from __future__ import annotations
@@ -57,15 +57,27 @@ METRICS: Final[Mapping[str, Described]] = {
     "perdure_requests_submitted_total": _counter("Requests stored.", "queue"),
     "perdure_requests_refused_total": _counter("Submits that a degraded pool has refused.", "queue"),
     "perdure_requests_claimed_total": _counter("Executions begun, those of plain RQ jobs too.", "queue"),
-    "perdure_requests_finished_total": _counter("Requests ended, by outcome: finished, failed, canceled.", "queue", "outcome"),
+    "perdure_requests_finished_total": _counter(
+        "Requests ended, by outcome: finished, failed, canceled.", "queue", "outcome"
+    ),
     "perdure_requests_released_total": _counter("Executions handed back unharmed, at a drain for example.", "queue"),
     "perdure_requests_requeued_total": _counter("Ended requests that a person sent back to their queue.", "queue"),
-    "perdure_retries_total": _counter("Executions after which the request is to run again, by why they ended.", "queue", "reason"),
+    "perdure_retries_total": _counter(
+        "Executions after which the request is to run again, by why they ended.", "queue", "reason"
+    ),
     "perdure_dead_letters_total": _counter("Requests that failed for good, by why.", "queue", "reason"),
-    "perdure_resumes_total": _counter("Executions that went on from a checkpoint, by why the one before ended.", "queue", "reason"),
-    "perdure_resumed_outputs_total": _counter("Outputs that were stored before a resume, and not computed again.", "queue"),
-    "perdure_restarts_total": _counter("Requests that began again from zero although they had put something out.", "queue"),
-    "perdure_lease_losses_total": _counter("Leases taken from their holder by a reaper or a guardian, by why.", "queue", "reason"),
+    "perdure_resumes_total": _counter(
+        "Executions that went on from a checkpoint, by why the one before ended.", "queue", "reason"
+    ),
+    "perdure_resumed_outputs_total": _counter(
+        "Outputs that were stored before a resume, and not computed again.", "queue"
+    ),
+    "perdure_restarts_total": _counter(
+        "Requests that began again from zero although they had put something out.", "queue"
+    ),
+    "perdure_lease_losses_total": _counter(
+        "Leases taken from their holder by a reaper or a guardian, by why.", "queue", "reason"
+    ),
     "perdure_fenced_writes_total": _counter("Writes refused because another execution holds the request.", "queue"),
     "perdure_suspected_total": _counter("Requests made suspect after a crash or a hang.", "queue"),
     "perdure_generation_tokens_total": _counter("Outputs stored; one is a token in text generation.", "queue"),
@@ -74,11 +86,21 @@ METRICS: Final[Mapping[str, Described]] = {
     "perdure_workers_ended_total": _counter("Worker processes that are gone, by why; LEFT is in order.", "reason"),
     "perdure_degradations_total": _counter("Times that the pool has become degraded."),
     # How long things take.
-    "perdure_queue_time_seconds": _histogram("queue_time", "From coming into the queue to a claim, for each execution."),
-    "perdure_time_to_first_token_seconds": _histogram("time_to_first_token", "From the submit until the first output is stored."),
-    "perdure_time_per_output_token_seconds": _histogram("time_per_output_token", "Mean time between outputs of a finishing execution."),
-    "perdure_e2e_request_latency_seconds": _histogram("e2e_request_latency", "From the submit until the result is stored."),
-    "perdure_recovery_seconds": _histogram("recovery", "From the last thing stored by an execution that was lost or handed back to the first of the next."),
+    "perdure_queue_time_seconds": _histogram(
+        "queue_time", "From coming into the queue to a claim, for each execution."
+    ),
+    "perdure_time_to_first_token_seconds": _histogram(
+        "time_to_first_token", "From the submit until the first output is stored."
+    ),
+    "perdure_time_per_output_token_seconds": _histogram(
+        "time_per_output_token", "Mean time between outputs of a finishing execution."
+    ),
+    "perdure_e2e_request_latency_seconds": _histogram(
+        "e2e_request_latency", "From the submit until the result is stored."
+    ),
+    "perdure_recovery_seconds": _histogram(
+        "recovery", "From the last thing stored by an execution that was lost or handed back to the first of the next."
+    ),
     "perdure_checkpoint_seconds": _histogram("checkpoint", "Round trip of a call that stores checkpoints."),
     "perdure_checkpoint_bytes": _histogram("checkpoint_bytes", "Outputs and state of one checkpoint, as packed."),
     # How it stands.
@@ -92,7 +114,9 @@ METRICS: Final[Mapping[str, Described]] = {
     "perdure_checkpoints": _gauge("Requests with a checkpoint."),
     "perdure_checkpoint_age_seconds": _gauge("Age of the oldest checkpoint."),
     "perdure_workers": _gauge("Living workers: ready, or loading (which a spare does too).", "state"),
-    "perdure_workers_expected": _gauge("Workers that there should be: the configured capacity, or the most of the last hour."),
+    "perdure_workers_expected": _gauge(
+        "Workers that there should be: the configured capacity, or the most of the last hour."
+    ),
     "perdure_degraded_mode": _gauge("1 for the mode that the pool is in: normal or degraded.", "mode"),
     "perdure_workers_unable": _gauge("Workers that could not load some task; 'perdure workers' says which, and why."),
     "perdure_circuit_open": _gauge("1 for each device that is not to be used; 'perdure workers' says why.", "gpu"),
@@ -112,7 +136,7 @@ METRICS: Final[Mapping[str, Described]] = {
     "rq_workers_failed_total": _counter("Jobs that have failed on a worker.", "name", "queues"),
     "rq_workers_working_time_total": _counter("Seconds that a worker has worked.", "name", "queues"),
     "rq_jobs": _gauge("Jobs by status; retries of requests are scheduled.", "queue", "status"),
-}  # fmt: skip
+}
 """Every metric that is served, under the name of its samples (a histogram's without suffix)."""
 
 _BY_QUEUE: Final = {
@@ -164,9 +188,12 @@ def samples(census: Census) -> dict[str, Samples]:
         ((queue, priority_of(queue)), item.waiting + item.suspects) for queue, item in queues.items()
     ]
     for name, field in (
-        ("perdure_requests_scheduled", "retries"), ("perdure_requests_running", "running"), ("perdure_suspects", "suspects"),
-        ("perdure_oldest_waiting_seconds", "oldest"), ("perdure_leases_overdue", "overdue"),
-    ):  # fmt: skip
+        ("perdure_requests_scheduled", "retries"),
+        ("perdure_requests_running", "running"),
+        ("perdure_suspects", "suspects"),
+        ("perdure_oldest_waiting_seconds", "oldest"),
+        ("perdure_leases_overdue", "overdue"),
+    ):
         found[name] = [((queue,), getattr(item, field)) for queue, item in queues.items()]
     found["perdure_dead_letters"] = [((queue,), item.registries["failed"]) for queue, item in queues.items()]
     found["perdure_checkpoints"] = [((), census.checkpoints)]

@@ -32,9 +32,9 @@ WAITING = "waiting"
 class Execution:
     """One worker's turn with a request. Dates are seconds since 1970 by the server's clock.
 
-    ``began`` is ``None`` if a release before this one ended it, ``ended`` while it runs. ``outcome`` is running, finished,
-    redelivered, retry, released, failed, canceled or stopped; ``offset`` the outputs that were stored at its end,
-    ``seq`` and ``stored`` the checkpoint that it left.
+    ``began`` is ``None`` if a release before this one ended it, ``ended`` while it runs. ``outcome`` is running,
+    finished, redelivered, retry, released, failed, canceled or stopped; ``offset`` the outputs that were stored at its
+    end, ``seq`` and ``stored`` the checkpoint that it left.
     """
 
     execution: str
@@ -61,15 +61,23 @@ class Execution:
 def executions_of(
     record: RequestRecord, history: Sequence[Event], *, offset: int, point: Checkpoint | None, now: float
 ) -> list[Execution]:
-    """The executions of a request that are known, in order; ``offset`` counts its outputs, ``now`` is the server's clock."""
+    """Known executions of a request, in order; ``offset`` counts its outputs, ``now`` is the server's clock."""
     found = [
         Execution(
-            execution=event.execution, worker=event.worker, began=event.began, ended=event.at, outcome=event.event,
-            kind=event.kind, reason=event.reason, offset=event.offset, seq=event.seq, stored=event.stored,
+            execution=event.execution,
+            worker=event.worker,
+            began=event.began,
+            ended=event.at,
+            outcome=event.event,
+            kind=event.kind,
+            reason=event.reason,
+            offset=event.offset,
+            seq=event.seq,
+            stored=event.stored,
         )
         for event in history
         if event.event in ENDS and event.execution
-    ]  # fmt: skip
+    ]
     found.sort(key=lambda item: item.ended or 0.0)
     began = seconds(record.started_at)
     if record.execution and all(item.execution != record.execution for item in found):
@@ -117,9 +125,11 @@ def chart_of(record: RequestRecord, executions: Sequence[Execution], *, now: flo
     origin = min([*known, *([] if begin is None else [begin])], default=now)
     until = seconds(record.ended_at) if record.ended else now
     chart = Chart(
-        title=f"request {record.id}", subtitle=f"{record.task} on {record.queue}: {record.status}", origin=origin,
+        title=f"request {record.id}",
+        subtitle=f"{record.task} on {record.queue}: {record.status}",
+        origin=origin,
         end=max([origin, until or now, *(item.ended or now for item in executions)]),
-    )  # fmt: skip
+    )
     free = begin if begin is not None else origin
     previous: Bar | None = None
     for item in executions:
@@ -131,9 +141,14 @@ def chart_of(record: RequestRecord, executions: Sequence[Execution], *, now: flo
             )
         end = item.ended if item.ended is not None else now
         bar = Bar(
-            lane=item.worker or "?", begin=start, end=end, shape=_shape(item), title=_title(item),
-            label=f"{item.offset} outputs" if item.offset else "", ticks=() if item.stored is None else (item.stored,),
-        )  # fmt: skip
+            lane=item.worker or "?",
+            begin=start,
+            end=end,
+            shape=_shape(item),
+            title=_title(item),
+            label=f"{item.offset} outputs" if item.offset else "",
+            ticks=() if item.stored is None else (item.stored,),
+        )
         chart.bars.append(bar)
         if item.lost:
             chart.crosses.append(Cross(at=end, lane=bar.lane, text=item.kind, title=item.reason))

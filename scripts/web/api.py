@@ -8,10 +8,10 @@
 ``GET /api/overview``                       one frame
 ``GET /api/requests``                       a page of requests: ``status queue worker kind limit cursor``
 ``GET /api/requests/ID``                    one request; ``/api/requests/ID/timeline.svg`` is its drawing
-``GET /api/dead-letters``                   failures by error; ``/api/dead-letters/ERROR`` those of one: ``limit cursor``
-``POST /api/token``                         204 if the token is right
-``POST /api/requeue``                       ``{"items": [{"id", "queue"}]}`` → ``{"requeued", "left"}``
-==========================================  ==========================================================================
+``GET /api/dead-letters``                   failures by error; ``/api/dead-letters/ERROR`` those of one: ``limit
+cursor`` ``POST /api/token``                         204 if the token is right ``POST /api/requeue``
+``{"items": [{"id", "queue"}]}`` → ``{"requeued", "left"}`` ==========================================
+==========================================================================
 
 What is wrong is told as ``{"error": …}``: 400 a field, 401 and 403 the token, 404 nothing there, 503 Redis is away.
 """

@@ -55,9 +55,12 @@ Examples:
     help="File with the token that allows requeues; else PERDURE_WEB_TOKEN. Without one, the page is read-only.",
 )
 @click.option(
-    "--allow-host", "allowed", multiple=True, metavar="NAME",
+    "--allow-host",
+    "allowed",
+    multiple=True,
+    metavar="NAME",
     help="An additional host name that the page answers to; may be repeated.",
-)  # fmt: skip
+)
 @click.option(
     "--every",
     default=1.0,
@@ -67,10 +70,7 @@ Examples:
     help="Seconds between two refreshes.",
 )
 @url_option
-def web(
-    host: str, port: int, token_file: Path | None, allowed: tuple[str, ...], every: float,
-    url: str | None,
-) -> int:  # fmt: skip
+def web(host: str, port: int, token_file: Path | None, allowed: tuple[str, ...], every: float, url: str | None) -> int:
     """Serve a page with queues, workers, requests, failures and the load of Redis.
 
     Redis is read once per refresh however many viewers there are, and not at all without viewers. Redis may be away:
@@ -124,9 +124,18 @@ def is_loopback(address: str) -> bool:
 def serve(app: Any, watch: Broadcast, listening: socket.socket) -> None:
     """Until SIGTERM or SIGINT."""
     config = uvicorn.Config(
-        app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=GRACE,
-    )  # fmt: skip
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=GRACE,
+    )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has ended; that this one ended as it was told to is no error.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -109,9 +109,14 @@ class WebQueries:
 
         with self._reaching() as store:
             page = read_listing(
-                call, status=filters["status"], queue=filters["queue"], worker=filters["worker"], kind=filters["kind"],
-                limit=limit, cursor=cursor,
-            )  # fmt: skip
+                call,
+                status=filters["status"],
+                queue=filters["queue"],
+                worker=filters["worker"],
+                kind=filters["kind"],
+                limit=limit,
+                cursor=cursor,
+            )
         return {"items": [request_item(record) for record in page.items], "cursor": page.cursor}
 
     def request(self, identifier: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Frames for everybody who watches, as server-sent events. One reader, however many viewers; none while nobody looks."""
+"""Frames for all who watch, as server-sent events. One reader, however many viewers; none while nobody looks."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ MOST = {".py": 16, ".lua": 24}
 
 LONGEST = 350
 """Lines that a file of Python may have; one with more has more than one reason to change."""
+
+WIDEST = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["line-length"]
 
 
 def sources(root: Path, suffix: str = ".py") -> Iterator[Path]:
@@ -90,3 +93,21 @@ def test_a_class_name_has_one_meaning() -> None:
     found = classes(ROOT)
     assert len(found) > 200
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def wide_lines(root: Path) -> list[str]:
+    """Lines of Lua below ``root`` that are longer than Python's may be, for which ruff sees to it."""
+    return [
+        f"{path.relative_to(root)}:{number}"
+        for path in sources(root, ".lua")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDEST
+    ]
+
+
+def test_no_line_of_lua_is_too_long(tmp_path: Path) -> None:
+    assert wide_lines(ROOT) == []
+    file = tmp_path / "protocol" / "wide.lua"
+    file.parent.mkdir()
+    file.write_text("-" * WIDEST + "\n" + "-" * (WIDEST + 1) + "\n", encoding="utf-8")
+    assert wide_lines(tmp_path) == ["protocol/wide.lua:2"]

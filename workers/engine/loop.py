@@ -34,7 +34,8 @@ CANNOT_RUN_DELAY = 5.0
 """Seconds before a request may be claimed again that this worker could not run."""
 
 CLOSING_TIMEOUT = 0.5
-"""Seconds that a stopping worker waits for requests to be closed that move by themselves, before they are handed back."""
+"""Seconds that a stopping worker waits for requests to be closed that move by themselves, before they are handed back.
+"""
 
 
 class PlainRunner(Protocol):

@@ -1,7 +1,8 @@
 """Tasks that this worker cannot load: it leaves them to others for a growing while, and says so.
 
-The module may not have been deployed here yet, a library, weights, a licence or the device may be missing. Its requests are
-handed back at once, uncharged, for a worker that can; this one tries again later, in case what was missing has come.
+The module may not have been deployed here yet, a library, weights, a licence or the device may be missing. Its requests
+are handed back at once, uncharged, for a worker that can; this one tries again later, in case what was missing has
+come.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BROKEN: Final = "broken"
 
 @dataclass(frozen=True, slots=True)
 class UnloadedTask:
-    """One task that could not be loaded. ``since`` and ``until`` in monotonic seconds, which all processes of a host share."""
+    """A task that could not be loaded; ``since`` and ``until`` in monotonic seconds, which all processes share."""
 
     task: str
     kind: str

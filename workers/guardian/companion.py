@@ -229,7 +229,8 @@ class Companion:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except (OSError, ValueError):
-            pass  # it is gone, which tend() will see; or the other thread dismisses it in this moment (closed: ValueError)
+            # It is gone, which tend() will see; or the other thread dismisses it in this moment (closed: ValueError).
+            pass
 
 
 def _widen(process: subprocess.Popen[bytes]) -> None:

@@ -1,11 +1,14 @@
 """A worker's kin: the processes that its tasks have started, and what those have started in turn.
 
-An engine core of gigabytes that a task starts must not outlive its worker, and must never be looked for by its name. Three
-things tell whose it is; each of them survives the death of the worker, after which its children have another parent:
+An engine core of gigabytes that a task starts must not outlive its worker, and must never be looked for by its name.
+Three things tell whose it is; each of them survives the death of the worker, after which its children have another
+parent:
 
 1. a mark in the environment, which every program inherits that is started below the worker;
-2. the memory that the worker shares with its guardian: a child that was forked, and runs no other program, has it mapped;
-3. being seen below the worker while it lived (:meth:`Kin.spot`), for a program that was started with an environment of its own.
+2. the memory that the worker shares with its guardian: a child that was forked, and runs no other program, has it
+   mapped;
+3. being seen below the worker while it lived (:meth:`Kin.spot`), for a program that was started with an environment of
+   its own.
 
 A process that is marked as the worker's own (:data:`OWN`) is no kin, nor is what it has started.
 

@@ -1,11 +1,12 @@
 """The end of a worker's process, whatever its tasks have left behind: bounded in time, with the right status.
 
-The interpreter waits at its end for every thread that is no daemon, for the children of multiprocessing, for what stands in
-``atexit``, and for whoever should read its output. A task may leave any of these. Until :data:`PATIENCE` seconds after
-its end has begun a worker waits for them too; then its process ends without. What the tasks have started ends with it.
+The interpreter waits at its end for every thread that is no daemon, for the children of multiprocessing, for what
+stands in ``atexit``, and for whoever should read its output. A task may leave any of these. Until :data:`PATIENCE`
+seconds after its end has begun a worker waits for them too; then its process ends without. What the tasks have started
+ends with it.
 
-Somebody may call ``Worker.work()`` in a program of his own, which has threads, children and hooks too: only what appeared
-meanwhile is a reason to hurry.
+Somebody may call ``Worker.work()`` in a program of his own, which has threads, children and hooks too: only what
+appeared meanwhile is a reason to hurry.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class Leaving:
         os.environ.pop(MARK, None)
         self.kin.spot(os.getpid(), self._before)
         left = [
-            thread for thread in threading.enumerate()
+            thread
+            for thread in threading.enumerate()
             if thread not in self._threads and not thread.daemon and thread is not threading.current_thread()
-        ]  # fmt: skip
+        ]
         self._status = status
         self._hurries = bool(left or self.kin.seen or _hooks() != self._hooks or _hooks() < 0)
 

@@ -254,9 +254,9 @@ def stopped(pid: int) -> bool:
 class Watchdog:
     """The engine loop's side: a tick before everything that may take long.
 
-    A tick costs about 1 µs. To arm the backstop costs 90 µs (a thread in C is ended and another started), so it is armed for
-    twice the allowed time and again only when half of that is over; should the guardian be gone, or stopped, it
-    writes the stacks and ends the process. It cannot know whether the process was stopped itself in between, which
+    A tick costs about 1 µs. To arm the backstop costs 90 µs (a thread in C is ended and another started), so it is
+    armed for twice the allowed time and again only when half of that is over; should the guardian be gone, or stopped,
+    it writes the stacks and ends the process. It cannot know whether the process was stopped itself in between, which
     is why it leaves the guardian, who can, some time to decide.
     """
 

@@ -1,8 +1,8 @@
 """The watch over one device: a small process that asks the driver, and the thread that hears it.
 
 In a process of its own because a call into a broken driver may hang where no signal reaches it, or crash: then this
-process does, and not the guardian. It looks once per interval, and at once when the driver reports an Xid error or another
-recovery action; it writes one line of JSON for each look, and ends when its standard input does.
+process does, and not the guardian. It looks once per interval, and at once when the driver reports an Xid error or
+another recovery action; it writes one line of JSON for each look, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Look:
 class Judge:
     """What follows from the looks at one device.
 
-    The recovery action decides, as it is the driver's own verdict. Xid errors and counts only explain it: many an Xid is
-    a mistake of the program that ran.
+    The recovery action decides, as it is the driver's own verdict. Xid errors and counts only explain it: many an Xid
+    is a mistake of the program that ran.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,9 @@ class Judge:
 
 
 def _more(what: str, before: int | None, after: int | None) -> str:
-    return f"{after - before} {what} since this worker began" if None not in (before, after) and after > before else ""  # type: ignore[operator]
+    if before is None or after is None or after <= before:
+        return ""
+    return f"{after - before} {what} since this worker began"
 
 
 class DeviceWatch:

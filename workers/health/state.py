@@ -8,8 +8,8 @@ Three answers to three questions, from a guardian, which shares neither the inte
 
 Each check looks in a thread of its own, as often as it likes to return: one that hangs is told as ``unknown`` after its
 deadline, keeps no other waiting, and is never started beside itself. What is told changes when two of the last three
-looks agree, so that one bad look changes nothing. A fault of the hardware needs no second look, and is over only when the
-driver itself says so.
+looks agree, so that one bad look changes nothing. A fault of the hardware needs no second look, and is over only when
+the driver itself says so.
 """
 
 from __future__ import annotations

@@ -62,8 +62,9 @@ class Holding:
     """Bytes of each of ``pending``."""
     first: int = 0
     last: int = 0
-    """With a state: ``pending[first:last]`` goes with it, since they were put out with it, or with one that it replaced.
-    Before and behind, outputs may be stored in any number of calls."""
+    """With a state: ``pending[first:last]`` goes with it, since they were put out with it, or with one that it
+    replaced. Before and behind, outputs may be stored in any number of calls.
+    """
     sealed: int | None = None
     """From here on, outputs of ``pending`` can only go with the end of the request: their state was passed over."""
     flight: Progress | None = None
@@ -257,7 +258,7 @@ class Holding:
         self._drop_behind()
 
     def next_progress(self, *, due: bool = True) -> Progress | None:
-        """What to send now: what is on its way unanswered, or, if ``due``, what has come since; ``None`` for nothing."""
+        """What to send now: what was sent and not answered, or, if ``due``, what came since; ``None`` for nothing."""
         if self.flight is not None and not self.sendings and self.result is not NOTHING:
             together = sum(self.flying_sizes) + self.size
             if self.flight.state is not None and together <= MAX_CALL:

@@ -176,7 +176,7 @@ class Holdings:
         kind: FailureKind | None = None,
         counted: str = "",
     ) -> None:
-        """End a request's execution with a failure, of the error's kind or another; ``counted``: see :meth:`Holding.fail`."""
+        """End an execution with a failure, of the error's kind or another; ``counted``: see :meth:`Holding.fail`."""
         with self.lock:
             self._sign_of_life()
             holding = self.current(identifier, execution)
@@ -200,8 +200,8 @@ class Holdings:
     def hand_back(
         self, claim: Claim, *, reason: str, delay: float, fingerprint: str = "", unable: bool = False
     ) -> None:
-        """Release a request that this worker cannot run; ``delay`` in seconds before another may. ``unable``: it could not
-        load its task.
+        """Release a request that this worker cannot run; ``delay`` in seconds before another may. ``unable``: it could
+        not load its task.
         """
         with self.lock:
             self._sign_of_life()
@@ -262,7 +262,7 @@ class Holdings:
         return sum(holding.size for holding in self.held.values()) > MAX_BUFFER
 
     def excuse(self) -> None:
-        """The loop may stand still because of the courier, which waits for Redis: outside of a step, that counts as life."""
+        """The loop may stand still while the courier waits for Redis: outside of a step, that is life."""
         with self.lock:
             if not self.stepping:
                 self._sign_of_life()

@@ -138,7 +138,10 @@ def _visible(
     known = environment.get("CUDA_DEVICE_ORDER", ORDER) == ORDER
     gpus = [Gpu(token, _index(token, devices) if known or not token.isdecimal() else None) for token in tokens]
     if numbers is not None:
-        gpus = [next((gpu for gpu in gpus if number in (gpu.index, _whole(gpu.token))), None) for number in numbers]  # type: ignore[misc]
+        gpus = [
+            next((gpu for gpu in gpus if number in (gpu.index, _whole(gpu.token))), None)  # type: ignore[misc]
+            for number in numbers
+        ]
     if not gpus or None in gpus:
         shown = "all" if numbers is None else ",".join(map(str, numbers))
         raise _unavailable(f"--gpus {shown}, but CUDA_VISIBLE_DEVICES={visible} does not have it")

@@ -179,7 +179,8 @@ class Supervisor:
                 if occupied:
                     self._say(
                         logging.WARNING,
-                        f"{name}: an old process is still on GPU {place.device} after {VACATE:g} s; starting all the same",
+                        f"{name}: an old process is still on GPU {place.device} after {VACATE:g} s; "
+                        "starting all the same",
                     )
                 place.clear = True
                 self._tend(place, now)
@@ -319,8 +320,8 @@ class Supervisor:
         )
         self._say(
             logging.ERROR,
-            f"{place.name} is QUARANTINED: {place.reason}. What it printed says why. It is tried again in {patience:g} s; "
-            f"sooner: {self.release}",
+            f"{place.name} is QUARANTINED: {place.reason}. What it printed says why. "
+            f"It is tried again in {patience:g} s; sooner: {self.release}",
         )
 
     def _quarantine_device(self, place: Place, now: float, action: str) -> None:
@@ -339,8 +340,8 @@ class Supervisor:
                 it.phase = Phase.QUARANTINED
             self._say(
                 logging.ERROR,
-                f"{it.name} is QUARANTINED: {it.reason}: {repair}. It is released by itself once the driver is content; "
-                f"sooner: {self.release}",
+                f"{it.name} is QUARANTINED: {it.reason}: {repair}. "
+                f"It is released by itself once the driver is content; sooner: {self.release}",
             )
 
     def _released(self, place: Place, now: float) -> None:

@@ -184,7 +184,7 @@ class Followers:
             self._news.notify_all()
 
     def reports(self, seconds: float) -> tuple[dict[int, RankReport | None], dict[int, str]]:
-        """How each came out of the step, waited for; ``None`` for one that says nothing, and how those ended that are gone."""
+        """How each came out of the step, waited for (``None``: it says nothing), and how those ended that are gone."""
         number = self.wait_answers(seconds)
         reports: dict[int, RankReport | None] = {}
         gone = {}

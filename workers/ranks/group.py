@@ -65,7 +65,8 @@ class Group(BatchTask):
         """``batch``: an instance of its own for this group.
 
         Raises :class:`~perdure.protocol.errors.UnknownTask` when no other process can import it, and
-        :class:`~perdure.protocol.errors.SettingsError` for a timeout with which a lost rank would look like a hung worker.
+        :class:`~perdure.protocol.errors.SettingsError` for a timeout with which a lost rank would look like a hung
+        worker.
         """
         if batch.ranks < 1:
             raise ValueError(f"ranks must be at least 1, not {batch.ranks}")
@@ -216,8 +217,13 @@ class Group(BatchTask):
         verdict = self.membership.lost(self._lost_at)
         log.warning(
             "%s: %s; epoch %d is over, %d request(s) go on from what they have put out (loss %d of %d)",
-            self.path, why, over, len(self._kept), self.membership.losses, self.membership.attempts,
-        )  # fmt: skip
+            self.path,
+            why,
+            over,
+            len(self._kept),
+            self.membership.losses,
+            self.membership.attempts,
+        )
         if verdict is LossVerdict.GIVE_UP:
             self.close()
             raise Unfit(f"the ranks of {self.path} were lost {self.membership.losses} times; the last time, {why}")
@@ -260,8 +266,11 @@ class Group(BatchTask):
             raise Unfit(f"{self.path} computes different bits in epoch {self.collectives.epoch} than in the one before")
         log.info(
             "%s: epoch %d, %.1f s after the loss; followers: %s",
-            self.path, self.collectives.epoch, time.monotonic() - self._lost_at, self.followers.pids(),
-        )  # fmt: skip
+            self.path,
+            self.collectives.epoch,
+            time.monotonic() - self._lost_at,
+            self.followers.pids(),
+        )
         return self._admit_again()
 
     def _form(self) -> None:

@@ -104,9 +104,10 @@ class Checkpoints:
                 holding.confirm()
             elif answer == "missing":
                 self.line.log.warning(
-                    "request %s: Redis has lost parts of a state on its way; written again", row.id,
+                    "request %s: Redis has lost parts of a state on its way; written again",
+                    row.id,
                     extra=about(*holding.key),
-                )  # fmt: skip
+                )
                 self.uploads.again(row)
             self.line.hear(holding, answer)
 

@@ -25,8 +25,10 @@ from ..tasks.base import Request
 from .ledger import Measurements
 
 FIRST_BEAT: Final = 5.0
-"""Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it may
-come later than a short heartbeat timeout; the worker, declared dead, would start another guardian, and so on for ever."""
+"""Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it
+may come later than a short heartbeat timeout; the worker, declared dead, would start another guardian, and so on for
+ever.
+"""
 
 
 @dataclass(slots=True)
@@ -202,18 +204,27 @@ class Claimer:
             return f"the checkpoint cannot be read: {error}"
         if self.log.isEnabledFor(logging.INFO):
             self.log.info(
-                "%s: %s (%s), attempt %d, %s", claim.queue, claim.task or "plain job", claim.id, claim.attempt,
+                "%s: %s (%s), attempt %d, %s",
+                claim.queue,
+                claim.task or "plain job",
+                claim.id,
+                claim.attempt,
                 f"resumed at output {claim.offset}, checkpoint {claim.seq}" if claim.seq else "from the start",
                 extra=about(claim.id, claim.execution),
-            )  # fmt: skip
+            )
         request = Request(
-            id=claim.id, payload=claim.payload, attempt=claim.attempt, execution=claim.execution, outputs=outputs,
-            state=state, queue=claim.queue,
-        )  # fmt: skip
+            id=claim.id,
+            payload=claim.payload,
+            attempt=claim.attempt,
+            execution=claim.execution,
+            outputs=outputs,
+            state=state,
+            queue=claim.queue,
+        )
         return Admission(claim, request)
 
     def _outputs(self, claim: Claim) -> list[Any]:
-        """What it has put out. Page by page: a log may have a hundred thousand outputs, and others must not wait for it."""
+        """What it has put out. Page by page: there may be a hundred thousand outputs, and others must not wait."""
         whole = Outputs()
         while whole.take(self.store.output_page(claim.id, whole.place)):
             self.between()

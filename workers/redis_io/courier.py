@@ -37,8 +37,9 @@ RECONNECT = 60.0
 """Seconds that a try to reach Redis may take during an outage: asking for its address has no timeout of ours."""
 
 REFUSALS = 20
-"""Rounds in succession that a call has ended which is no single request's, and which Redis does not take while it answers
-others; then the worker ends."""
+"""Rounds in succession that a call has ended which is no single request's, and which Redis does not take while it
+answers others; then the worker ends.
+"""
 
 LOOK = 0.1
 """Seconds after which a courier that has nothing to store looks at what else there is to do."""
@@ -262,7 +263,8 @@ class Courier:
         self.rejoined(self.incarnation)
 
     def _count_refusal(self, error: redis.RedisError) -> None:
-        """End the worker when a call that is no single request's is refused or cut off for ever, while others are answered.
+        """End the worker when a call that is no single request's is refused or cut off for ever, while others are
+        answered.
 
         Where nothing is sent back and forth any more, requests would stand still without a word.
         """

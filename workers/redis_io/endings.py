@@ -32,13 +32,17 @@ class Endings:
             finishes = [item.next_finish(holdings.settings) for item in ready if not isinstance(item.ended, Failure)]
             failures = [item.ended for item in ready if isinstance(item.ended, Failure) and not item.unsent]
         line.send(
-            finishes, lambda row: len(row.blob) + len(row.result),
-            lambda part: line.store.finish(line.incarnation, line.worker, part), self._settle,
-        )  # fmt: skip
+            finishes,
+            lambda row: len(row.blob) + len(row.result),
+            lambda part: line.store.finish(line.incarnation, line.worker, part),
+            self._settle,
+        )
         line.send(
-            failures, lambda row: len(row.reason) + len(row.traceback),
-            lambda part: line.store.fail(line.incarnation, line.worker, part), self._settle,
-        )  # fmt: skip
+            failures,
+            lambda row: len(row.reason) + len(row.traceback),
+            lambda part: line.store.fail(line.incarnation, line.worker, part),
+            self._settle,
+        )
 
     def _settle(self, rows: Sequence[Finish | Failure], answers: list[str]) -> None:
         line, holdings = self.line, self.line.holdings
@@ -62,9 +66,17 @@ class Endings:
                     trace = "" if row.kind is FailureKind.INVALID_REQUEST or row.traceback in told else row.traceback
                     told.add(trace)
                     traced(
-                        line.log, logging.WARNING, trace if "\n" in trace.strip() else "", "%s: %s (%s): %s; %s",
-                        row.kind, holding.claim.task, row.id, row.reason, answer, extra=who,
-                    )  # fmt: skip
+                        line.log,
+                        logging.WARNING,
+                        trace if "\n" in trace.strip() else "",
+                        "%s: %s (%s): %s; %s",
+                        row.kind,
+                        holding.claim.task,
+                        row.id,
+                        row.reason,
+                        answer,
+                        extra=who,
+                    )
                 elif answer == "lost":
                     line.log.warning(
                         "request %s was given to another worker; its result here is dropped", row.id, extra=who
@@ -108,9 +120,15 @@ class Endings:
             mine = holdings.current(name, entry.holding.claim.execution) is entry.holding
             if mine:
                 answers = line.store.release(
-                    line.incarnation, line.worker, [entry.holding.key], reason=entry.reason, delay=entry.delay,
-                    fingerprints=[entry.fingerprint], unable=entry.unable, longest=entry.longest,
-                )  # fmt: skip
+                    line.incarnation,
+                    line.worker,
+                    [entry.holding.key],
+                    reason=entry.reason,
+                    delay=entry.delay,
+                    fingerprints=[entry.fingerprint],
+                    unable=entry.unable,
+                    longest=entry.longest,
+                )
                 if answers[0] != "lost":
                     line.ledger.left(entry.holding, "released")
                 line.log.warning(

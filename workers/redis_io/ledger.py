@@ -70,9 +70,14 @@ class Measurements:
     def _trace(self, holding: Holding, outcome: str, kind: str = "", *, outputs: int) -> None:
         claim = holding.claim
         processed(
-            claim, seconds=time.monotonic() - holding.began, outcome=outcome, kind=kind, outputs=outputs,
-            checkpoints=holding.seq - claim.seq, worker=self.worker,
-        )  # fmt: skip
+            claim,
+            seconds=time.monotonic() - holding.began,
+            outcome=outcome,
+            kind=kind,
+            outputs=outputs,
+            checkpoints=holding.seq - claim.seq,
+            worker=self.worker,
+        )
 
     def _put_out(self, holding: Holding, row: Progress | Finish) -> None:
         """Something of this execution is in Redis, where its client can see it."""

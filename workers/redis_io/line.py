@@ -66,9 +66,12 @@ class Line:
                         self.hear(holding, answer)
 
     def send(
-        self, rows: Sequence[Row], size: Callable[[Row], int], call: Callable[[Sequence[Row]], list[str]],
+        self,
+        rows: Sequence[Row],
+        size: Callable[[Row], int],
+        call: Callable[[Sequence[Row]], list[str]],
         settle: Callable[[Sequence[Row], list[str]], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Store or end requests, as many at a time as one call takes. ``settle`` acts upon the answers.
 
         A call that Redis refuses or cuts off, while it answers others, is that of one of its requests: each of them is
@@ -136,8 +139,8 @@ class Line:
             return
         holding.drop()
         problem = PayloadTooLarge(
-            f"Redis did not take what this request had to store: {REFUSALS} calls of {size:,} bytes were refused or cut off "
-            f"({type(error).__name__}: {str(error)[:200]}), while others were answered"
+            f"Redis did not take what this request had to store: {REFUSALS} calls of {size:,} bytes were "
+            f"refused or cut off ({type(error).__name__}: {str(error)[:200]}), while others were answered"
         )
         holding.ended = failure(name, execution, problem)
         self.holdings.urgent = True
@@ -160,9 +163,10 @@ class Line:
         elif answer.startswith("gap"):
             # Redis has lost its last second: what it has is the truth, and a new claim goes on from there.
             self.log.warning(
-                "request %s: Redis holds fewer outputs than it had confirmed; handed back", name,
+                "request %s: Redis holds fewer outputs than it had confirmed; handed back",
+                name,
                 extra=about(*holding.key),
-            )  # fmt: skip
+            )
             self.holdings.handbacks.append(Handback(holding, "Redis lost outputs that it had confirmed"))
 
 

@@ -39,8 +39,8 @@ class Pace:
         return middle if middle > QUICK else 0.0
 
     def interval(self, usual: float, longest: float) -> float:
-        """Seconds from one checkpoint to the next: ``usual``, and when calls take long, as long as they are to be a share
-        of; at most ``longest``, unless ``usual`` is longer.
+        """Seconds from one checkpoint to the next: ``usual``, and when calls take long, as long as they are to be a
+        share of; at most ``longest``, unless ``usual`` is longer.
 
         A server that is saturated stores as much either way. What changes is where calls wait: in workers, and not in
         the server, where heartbeats and claims would stand behind them.

@@ -64,9 +64,13 @@ class Uploads:
     def _write_next(self, row: Progress) -> bool:
         state, number = stored(row.state), self._written.get((row.execution, row.seq), 0)
         chunk = Chunk(
-            id=row.id, execution=row.execution, seq=row.seq, total=state.chunks, number=number + 1,
+            id=row.id,
+            execution=row.execution,
+            seq=row.seq,
+            total=state.chunks,
+            number=number + 1,
             data=state.pieces[number],
-        )  # fmt: skip
+        )
         answers: list[str] = []
         self.line.send(
             [chunk], lambda chunk: len(chunk.data), self.line.store.write_chunks, lambda _, heard: answers.extend(heard)

@@ -97,6 +97,6 @@ def schedule(worker: SimpleWorker, *, burst: bool, logging_level: str | None) ->
 
 
 def _device(settings: Settings) -> str:
-    """What this worker computes on, and which of the host's devices it was given: a request remembers where it failed."""
+    """What this worker computes on, and which devices of the host it has: a request remembers where it failed."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return f"{settings.device} [{visible}]" if visible and settings.device != "cpu" else settings.device

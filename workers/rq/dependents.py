@@ -1,8 +1,9 @@
 """Jobs that wait for another one's end: RQ's ``depends_on``, and its rate limits.
 
 The script that ends a request notes its id when jobs depend on it, or when it had a slot under a rate limit;
-whichever worker sees the note enqueues who waits, by RQ's own code. So does the one that takes a plain job from the dead. So it does not matter who ended the request, a worker, a reaper or somebody who canceled it, nor
-whether that process lived on; and a request on which nothing depends costs no call.
+whichever worker sees the note enqueues who waits, by RQ's own code. So does the one that takes a plain job from the
+dead. So it does not matter who ended the request, a worker, a reaper or somebody who canceled it, nor whether that
+process lived on; and a request on which nothing depends costs no call.
 """
 
 from __future__ import annotations

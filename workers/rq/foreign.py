@@ -43,12 +43,20 @@ def stock_worker(worker: BaseWorker) -> Worker:
         for queue in worker.queues
     ]
     stock = Worker(
-        queues, name=worker.name, connection=worker.connection, job_class=job_class, queue_class=worker.queue_class,
-        default_result_ttl=worker.default_result_ttl, exception_handlers=worker._exc_handlers or None,
-        worker_ttl=worker.worker_ttl, maintenance_interval=worker.maintenance_interval,
-        job_monitoring_interval=worker.job_monitoring_interval, log_job_description=worker.log_job_description,
-        disable_default_exception_handler=worker.disable_default_exception_handler, serializer=worker.serializer,
-    )  # fmt: skip
+        queues,
+        name=worker.name,
+        connection=worker.connection,
+        job_class=job_class,
+        queue_class=worker.queue_class,
+        default_result_ttl=worker.default_result_ttl,
+        exception_handlers=worker._exc_handlers or None,
+        worker_ttl=worker.worker_ttl,
+        maintenance_interval=worker.maintenance_interval,
+        job_monitoring_interval=worker.job_monitoring_interval,
+        log_job_description=worker.log_job_description,
+        disable_default_exception_handler=worker.disable_default_exception_handler,
+        serializer=worker.serializer,
+    )
     stock.death_penalty_class = worker.death_penalty_class
     return stock
 
@@ -60,7 +68,10 @@ def _tolerant(kind: type[Job]) -> type[Job]:
 
     def fetch(cls: type[Job], id: str, connection: Any, serializer: Any = None) -> Job:
         try:
-            return kind.fetch.__func__(cls, id, connection=connection, serializer=serializer)  # type: ignore[attr-defined, no-any-return]
+            found: Job = kind.fetch.__func__(  # type: ignore[attr-defined]
+                cls, id, connection=connection, serializer=serializer
+            )
+            return found
         except NoSuchJobError:
             return Job.fetch(id, connection=connection, serializer=serializer)
 

@@ -1,7 +1,7 @@
 """The ends of plain RQ jobs: RQ's own code writes them, and knows no fence.
 
-A job may be enqueued again under its id while it runs (``job_id=``, ``enqueue_job``, rq-scheduler). RQ's end of the first run
-would then save the first job, its function and its result, over the second one.
+A job may be enqueued again under its id while it runs (``job_id=``, ``enqueue_job``, rq-scheduler). RQ's end of the
+first run would then save the first job, its function and its result, over the second one.
 """
 
 from __future__ import annotations

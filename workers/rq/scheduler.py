@@ -121,9 +121,12 @@ def main() -> int:
     sys.path.extend(entry for entry in config["path"] if entry not in sys.path)
     logs.take_over(os.environ.get("PERDURE_LOG_FORMAT", "text"))
     scheduler = Scheduler(
-        config["queues"], connection=rebuild(config["connection"], timeout=10.0), name=config["name"],
-        serializer=config["serializer"], logging_level=config["level"],
-    )  # fmt: skip
+        config["queues"],
+        connection=rebuild(config["connection"], timeout=10.0),
+        name=config["name"],
+        serializer=config["serializer"],
+        logging_level=config["level"],
+    )
 
     handles = [sys.stdin.fileno()]
     try:

@@ -30,8 +30,8 @@ class SignalWatcher:
 
     There it calls ``seen`` with the signal's number.
 
-    1. Python runs a signal's handler in the main thread, and only between two bytecodes: a step in native code would keep
-       SIGTERM waiting for as long as it lasts. The byte that the interpreter's C handler writes to the wake-up
+    1. Python runs a signal's handler in the main thread, and only between two bytecodes: a step in native code would
+       keep SIGTERM waiting for as long as it lasts. The byte that the interpreter's C handler writes to the wake-up
        descriptor comes at once.
     2. An event loop takes that descriptor (``add_signal_handler``, ``set_wakeup_fd``). So the handler itself writes as
        well, and whichever byte comes first counts.

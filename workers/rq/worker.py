@@ -264,7 +264,8 @@ class Worker(PlainEnds):
                 # One whose device is lost does not leave in order: the pool goes on expecting it.
                 self._beside.companion.tell(ready=False if number == UNFIT_SIGNAL else "leaving")
             if not courier.started:
-                # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds nothing.
+                # It still loads what stands in PERDURE_TASKS, which may take minutes, or waits as a spare; it holds
+                # nothing.
                 courier.settle_idle()
                 self._depart(courier)
                 self._exit_at_once(self._loop.exit_code)

@@ -1,8 +1,8 @@
 """Tasks: what users write.
 
 A task is a generator function under :func:`task`, ``def`` or ``async def``, or a subclass of
-:class:`BatchTask`. Either way it moves in *steps*. A step may carry an output (what a client streams) and a state (what a
-later execution of the request starts from); both are durable within the checkpoint interval.
+:class:`BatchTask`. Either way it moves in *steps*. A step may carry an output (what a client streams) and a state (what
+a later execution of the request starts from); both are durable within the checkpoint interval.
 
 Nothing here knows Redis: a task can be run and tested without a server.
 """
@@ -120,11 +120,11 @@ class BatchTask(ClassTask):
     that ended by ``result`` or ``error`` has left: it is not dropped as well.
 
     An exception from :meth:`admit` fails that request. One from :meth:`step` with several admitted makes all of
-    them suspects, since nobody can tell whose it was: they run on in halves, uncharged, until one raises alone. Better catch
-    what one request can cause, and yield ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails only a request that was
-    alone. Others are dropped, go back to their checkpoints, and are admitted again, fewer at once.
-    After ``torch.AcceleratorError`` (but out of memory) nothing here is called any more: the process
-    leaves. :class:`Unfit`, from any method, says that the process is at fault and no request.
+    them suspects, since nobody can tell whose it was: they run on in halves, uncharged, until one raises alone. Better
+    catch what one request can cause, and yield ``Step(request_id=…, error=…)`` for it. ``torch.OutOfMemoryError`` fails
+    only a request that was alone. Others are dropped, go back to their checkpoints, and are admitted again, fewer at
+    once. After ``torch.AcceleratorError`` (but out of memory) nothing here is called any more: the process leaves.
+    :class:`Unfit`, from any method, says that the process is at fault and no request.
     """
 
     slots: int = 8
@@ -159,14 +159,15 @@ class BatchTask(ClassTask):
     def check(self, payload: Any) -> None:
         """Check a stored payload in the worker, before anything else is asked about it.
 
-        Raises :class:`InvalidRequest`. What :meth:`memory_needed` makes of an invalid payload is no answer to its client.
+        Raises :class:`InvalidRequest`. What :meth:`memory_needed` makes of an invalid payload is no answer to its
+        client.
         """
 
     def memory_needed(self, payload: Any) -> int | None:
         """Bytes of device memory that a request takes as long as it is admitted; ``None`` if nobody can tell.
 
-        Asked before :meth:`admit`, with :meth:`memory_free`: a request for which there is too little waits until others have
-        left; one for which there is too little alone fails with both numbers, kind ``GPU_OOM``.
+        Asked before :meth:`admit`, with :meth:`memory_free`: a request for which there is too little waits until others
+        have left; one for which there is too little alone fails with both numbers, kind ``GPU_OOM``.
         """
         return None
 

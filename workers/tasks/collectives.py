@@ -96,8 +96,8 @@ class Collectives:
     def process_group(self) -> Any:
         """The process group of this epoch. Raises :class:`CollectiveFailed` when there is none.
 
-        For collectives that are not above. A failure of one that is issued here is told from an error of the task only by
-        a rank that is gone.
+        For collectives that are not above. A failure of one that is issued here is told from an error of the task only
+        by a rank that is gone.
         """
         if self._group is None:
             raise CollectiveFailed(
@@ -149,7 +149,7 @@ def serve() -> Store:
 
 
 def reach(port: int, timeout: float) -> Store:
-    """The store that the leader serves. Raises :class:`CollectiveFailed` when it does not answer in ``timeout`` seconds."""
+    """The leader's store. Raises :class:`CollectiveFailed` if it does not answer in ``timeout`` seconds."""
     from torch import distributed
 
     try:

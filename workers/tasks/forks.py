@@ -6,8 +6,8 @@ would go on as a second engine loop: tick the counters that the guardian reads, 
 unseen, and talk over its parent's connections.
 
 1. :func:`at_home` says which process the worker is; before that, and in other programs, nothing here acts.
-2. :class:`Foreign` stands around every call of a task's code: where it ends in a child, the child ends, with the status that
-   a program of its own would have.
+2. :class:`Foreign` stands around every call of a task's code: where it ends in a child, the child ends, with the status
+   that a program of its own would have.
 3. :func:`in_child` names what a child must not share with its parent.
 """
 

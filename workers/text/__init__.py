@@ -31,7 +31,8 @@ class Generate(BatchTask):
     to which nothing is added; and may have ``max_tokens`` (128), ``min_tokens`` (0), ``temperature``
     (0: greedy), ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` (1),
     ``presence_penalty`` (0), ``frequency_penalty`` (0), ``logit_bias`` (token id to −100…100),
-    ``logprobs``, ``n`` (1), ``exact`` (true) and ``kv`` (false). Penalties and biases are functions of the tokens so far (formulas:
+    ``logprobs``, ``n`` (1), ``exact`` (true) and ``kv`` (false). Penalties and biases are functions of the tokens so
+    far (formulas:
     :func:`~perdure.workers.text.sampler.adjust`).
 
     Each output is ``{"token": id, "text": str}``; the texts add up to the result's. The result is
@@ -155,7 +156,7 @@ class Generate(BatchTask):
         self._engine = TextEngine(self._llama, trace, self._fingerprint, settings.max_state, memory)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
+        """SHA-256 of the weights, tokenizer, template, dtype, canonical shapes, sampler, libraries, device and bits."""
         self._loaded()
         return self._fingerprint
 

@@ -137,8 +137,11 @@ class TextEngine:
             LOG.warning(
                 "the keys of request %s's prompt are more than PERDURE_MAX_STATE (%d bytes); "
                 "a resume will find those of %d of its %d tokens, and compute the rest",
-                item.id, self._max_state, item.kept, len(item.prompt),
-            )  # fmt: skip
+                item.id,
+                self._max_state,
+                item.kept,
+                len(item.prompt),
+            )
         return save(item.keys, item.kept, self._fingerprint) if item.kept else None
 
     def _restore(self, item: Generation) -> None:

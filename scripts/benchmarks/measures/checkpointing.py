@@ -120,15 +120,24 @@ class CheckpointBenchmark:
         return found
 
     def _start(
-        self, name: str, interval: float, url: str, worker: str = "perdure.workers.Worker",
+        self,
+        name: str,
+        interval: float,
+        url: str,
+        worker: str = "perdure.workers.Worker",
         variables: Mapping[str, str] | None = None,
-    ) -> BenchProcess:  # fmt: skip
+    ) -> BenchProcess:
         queue = _queue(name)
         self.traces[name] = self.crew.folder / f"trace-{queue}"
         settings = Settings(
-            tasks=(TASK,), model=self.sizes.model, slots=self.sizes.slots, checkpoint_interval=interval,
-            trace=str(self.traces[name]), device="cpu", model_path=os.environ.get("PERDURE_MODEL_PATH", ""),
-        )  # fmt: skip
+            tasks=(TASK,),
+            model=self.sizes.model,
+            slots=self.sizes.slots,
+            checkpoint_interval=interval,
+            trace=str(self.traces[name]),
+            device="cpu",
+            model_path=os.environ.get("PERDURE_MODEL_PATH", ""),
+        )
         command = [sys.executable, "-P", "-m", "rq.cli", "worker", "-w", worker, "--quiet", queue]
         return self.crew.start(command, url, queue, **settings.environment(), **(variables or {}))
 

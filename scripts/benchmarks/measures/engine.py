@@ -52,9 +52,13 @@ class EngineBenchmark:
         self.series = Series()
         self.threads = len(os.sched_getaffinity(0))
         self.settings = Settings(
-            model=sizes.model, dtype=sizes.dtype, device="cpu", slots=max(sizes.batches), threads=self.threads,
+            model=sizes.model,
+            dtype=sizes.dtype,
+            device="cpu",
+            slots=max(sizes.batches),
+            threads=self.threads,
             model_path=os.environ.get("PERDURE_MODEL_PATH", ""),
-        )  # fmt: skip
+        )
         self.equal: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
@@ -146,13 +150,15 @@ def write_weights(settings: Settings, folder: Path) -> int:
         gate, up = bundle.tensors[f"{ours}.gate_up"].chunk(2)
         tensors |= {
             f"{theirs}.input_layernorm.weight": bundle.tensors[f"{ours}.norm_in"],
-            f"{theirs}.self_attn.q_proj.weight": query, f"{theirs}.self_attn.k_proj.weight": key,
+            f"{theirs}.self_attn.q_proj.weight": query,
+            f"{theirs}.self_attn.k_proj.weight": key,
             f"{theirs}.self_attn.v_proj.weight": value,
             f"{theirs}.self_attn.o_proj.weight": bundle.tensors[f"{ours}.out"],
             f"{theirs}.post_attention_layernorm.weight": bundle.tensors[f"{ours}.norm_mid"],
-            f"{theirs}.mlp.gate_proj.weight": gate, f"{theirs}.mlp.up_proj.weight": up,
+            f"{theirs}.mlp.gate_proj.weight": gate,
+            f"{theirs}.mlp.up_proj.weight": up,
             f"{theirs}.mlp.down_proj.weight": bundle.tensors[f"{ours}.down"],
-        }  # fmt: skip
+        }
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": shape.vocabulary, "hidden_size": shape.width, "intermediate_size": shape.hidden,

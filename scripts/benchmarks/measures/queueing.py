@@ -44,9 +44,18 @@ class QueueSizes:
 
 
 QUICK = QueueSizes(
-    rounds=5, requests=4_000, one_by_one=500, workers=(1,), limit=2.0, latencies=100, idle=0, latency_limit=1.0,
-    load=0.0, stock=0, budget=24.0,
-)  # fmt: skip
+    rounds=5,
+    requests=4_000,
+    one_by_one=500,
+    workers=(1,),
+    limit=2.0,
+    latencies=100,
+    idle=0,
+    latency_limit=1.0,
+    load=0.0,
+    stock=0,
+    budget=24.0,
+)
 SMOKE = QueueSizes(
     rounds=1,
     requests=300,
@@ -124,8 +133,8 @@ class QueueBenchmark:
         return found
 
     def _on_stock(self, system: System, python: str, agent: PeerProcess) -> Figures:
-        """Memory of a request on a server as it comes: each entry of a stream, which is how RQ keeps results, takes 4 KB,
-        and a hash with a longer value is none that is compact.
+        """Memory of a request on a server as it comes: each entry of a stream, which is how RQ keeps results, takes 4
+        KB, and a hash with a longer value is none that is compact.
         """
         ask = self.stage.connection
         before = {name: ask.config_get(name)[name] or 0 for name in STOCK}

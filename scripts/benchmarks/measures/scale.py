@@ -123,11 +123,18 @@ class ScaleBenchmark:
         payload = pack({"n": 1, "text": "." * 180}, limit=10_000, what="payload")
         requests = [
             NewRequest(
-                id=(identifier := new_id()), nonce=identifier, queue=queue, task=TASK, payload=payload, max_retries=3,
-                result_ttl=86_400, failure_ttl=604_800, description=TASK,
+                id=(identifier := new_id()),
+                nonce=identifier,
+                queue=queue,
+                task=TASK,
+                payload=payload,
+                max_retries=3,
+                result_ttl=86_400,
+                failure_ttl=604_800,
+                description=TASK,
             )
             for _ in range(number)
-        ]  # fmt: skip
+        ]
         if set(self.patient.enqueue(requests)) != {"accepted"}:
             raise BenchmarkFailed(f"the queue {queue} did not take what was put in")
         return [request.id for request in requests]
@@ -144,8 +151,14 @@ class ScaleBenchmark:
 
     def _claim(self, store: Store, queue: str, number: int, incarnation: str) -> list[tuple[str, str]]:
         found = store.claim(
-            incarnation=incarnation, worker=incarnation, queues=[queue], task="", free=number, slots={TASK: number}, known=[]
-        )  # fmt: skip
+            incarnation=incarnation,
+            worker=incarnation,
+            queues=[queue],
+            task="",
+            free=number,
+            slots={TASK: number},
+            known=[],
+        )
         if len(found.claims) != number:
             raise BenchmarkFailed(f"claimed {len(found.claims)} of {number} from {queue}: {found.status}")
         return [(claim.id, claim.execution) for claim in found.claims]
@@ -168,11 +181,18 @@ class ScaleBenchmark:
         claimed = self._claim(self.patient, FAILING, number, incarnation)
         failures = [
             Failure(
-                id=identifier, execution=execution, kind=FailureKind.UNKNOWN, reason="to be retried", traceback="",
-                charge=True, crash=False, loss=False, retry=True,
+                id=identifier,
+                execution=execution,
+                kind=FailureKind.UNKNOWN,
+                reason="to be retried",
+                traceback="",
+                charge=True,
+                crash=False,
+                loss=False,
+                retry=True,
             )
             for identifier, execution in claimed
-        ]  # fmt: skip
+        ]
         self.patient.fail(incarnation, incarnation, failures)
         return number
 
@@ -254,7 +274,7 @@ class ScaleBenchmark:
 
 
 def _count(commands: dict[str, tuple[int, int]], times: list[float], calls: list[float]) -> None:
-    """What the commands took in microseconds (those within a script are in the script's time) and how many they were."""
+    """What the commands took in microseconds (those of a script are in the script's time) and how many they were."""
     known = {name: row for name, row in commands.items() if not name.startswith(("config", "info"))}
     scripts = [usec for name, (_, usec) in known.items() if name in ("evalsha", "eval")]
     times.append(sum(scripts) if scripts else sum(usec for _, usec in known.values()))

@@ -156,9 +156,16 @@ def _write(store: Store, identifier: str, state: PackedState) -> float:
     """Store a state as a worker does; in seconds."""
     incarnation = new_id()
     request = NewRequest(
-        id=identifier, nonce=identifier, queue="benchmark", task=TASK, payload=pack({}, limit=100, what="payload"),
-        max_retries=0, result_ttl=600, failure_ttl=600, description="benchmark",
-    )  # fmt: skip
+        id=identifier,
+        nonce=identifier,
+        queue="benchmark",
+        task=TASK,
+        payload=pack({}, limit=100, what="payload"),
+        max_retries=0,
+        result_ttl=600,
+        failure_ttl=600,
+        description="benchmark",
+    )
     store.enqueue([request])
     found = store.claim(
         incarnation=incarnation, worker="benchmark", queues=["benchmark"], task="", free=1, slots={TASK: 1}, known=[]
@@ -198,9 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = [int(number) for number in options.tokens.split(",")]
     # Long prompts are to be measured too, whatever the limit in operation.
     settings = Settings(
-        model=options.model, model_path=options.model_path, device=options.device, slots=options.slots,
-        threads=options.threads, max_state=2**31,
-    )  # fmt: skip
+        model=options.model,
+        model_path=options.model_path,
+        device=options.device,
+        slots=options.slots,
+        threads=options.threads,
+        max_state=2**31,
+    )
     task = Generate(settings)
     task.load()
     load = os.getloadavg()[0]
@@ -223,7 +234,8 @@ def _print(found: dict[str, Any]) -> None:
     print("\nresume: prompt     state   computed     read   (capture, write to Redis)")
     for tokens, row in found["kv"].items():
         print(
-            f"{tokens:>8} tokens {row['bytes'] / 2**20:>5.1f} MiB {row['computed_s']:>8.2f} s {row['read_s']:>6.2f} s   "
+            f"{tokens:>8} tokens {row['bytes'] / 2**20:>5.1f} MiB {row['computed_s']:>8.2f} s "
+            f"{row['read_s']:>6.2f} s   "
             f"({row['capture_s']:.2f} s, {row['write_s']:.2f} s)"
         )
 

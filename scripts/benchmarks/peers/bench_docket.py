@@ -39,9 +39,12 @@ async def work(url: str) -> None:
         docket.register(walk)
         quick = timedelta(seconds=0.1)
         async with Worker(
-            docket, concurrency=1, redelivery_timeout=timedelta(seconds=1), minimum_check_interval=quick,
+            docket,
+            concurrency=1,
+            redelivery_timeout=timedelta(seconds=1),
+            minimum_check_interval=quick,
             scheduling_resolution=quick,
-        ) as worker:  # fmt: skip
+        ) as worker:
             await worker.run_forever()
 
 

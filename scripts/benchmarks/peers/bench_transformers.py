@@ -32,9 +32,13 @@ class Transformers(kit.Agent):
         began = time.perf_counter()
         with torch.inference_mode():
             found = self.model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
         return time.perf_counter() - began, found[:, tokens.shape[1] :].tolist()
 
 

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 
 HEADROOM: Final = 2
-"""Times the most that a pass of the self-check took beside weights and keys: passes that are not exact may be larger."""
+"""Times the most that a pass of the self-check took beside weights and keys: passes that are not exact may be larger.
+"""
 
 
 def begin_measuring(device: torch.device) -> None:

@@ -50,8 +50,8 @@ def check_ranks(shape: Shape, world: int) -> None:
     if any(part % world for part in parts):
         possible = [str(n) for n in range(1, shape.kv_heads + 1) if not any(part % n for part in parts)]
         raise SettingsError(
-            f"PERDURE_RANKS={world} does not divide the model: it has {shape.heads} heads, {shape.kv_heads} key heads and "
-            f"{shape.hidden} hidden numbers; possible are {', '.join(possible)}"
+            f"PERDURE_RANKS={world} does not divide the model: it has {shape.heads} heads, "
+            f"{shape.kv_heads} key heads and {shape.hidden} hidden numbers; possible are {', '.join(possible)}"
         )
 
 

@@ -75,7 +75,9 @@ def _save(place: Path, bundle: Bundle, dtype: torch.dtype) -> None:
     text += b" " * (-(8 + len(text)) % _PAGE)
     place.parent.mkdir(parents=True, exist_ok=True)
     _tidy(place)
-    file = tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, suffix=".part", delete=False)  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+        dir=place.parent, prefix=place.name, suffix=".part", delete=False
+    )
     try:
         with file:
             file.write(len(text).to_bytes(8, "little") + text)

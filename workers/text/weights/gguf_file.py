@@ -18,7 +18,10 @@ from ..tokenizer import END_NAMES, Vocabulary
 _CONTROL, _USER_DEFINED = 3, 4
 
 # How each pre-tokenizer that a file may name splits text before its bytes are merged.
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:

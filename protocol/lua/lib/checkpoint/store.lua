@@ -25,8 +25,8 @@ local HOUR_MS = 1000 * HOUR
 -- Append outputs at an absolute offset and store a state, for an execution known to be current. Returns the new number
 -- of outputs, or nil with the number stored when the offset leaves a gap. Sent again after a lost reply, it changes
 -- nothing: what is below the stored offset is there already. point: 'offset', 'seq' and 'at' of the checkpoint that is
--- there, and `claimed`, the ms of this execution's claim; new: what progress.lua takes, by its names, with `kept` for the
--- fields that only stand in the checkpoint; points: a batch of ZADD, for whose sending the caller cares.
+-- there, and `claimed`, the ms of this execution's claim; new: what progress.lua takes, by its names, with `kept` for
+-- the fields that only stand in the checkpoint; points: a batch of ZADD, for whose sending the caller cares.
 local function store(id, point, new, points)
   local name = KEY.checkpoint .. id
   local have, have_seq = number_of(point[1]), number_of(point[2])
