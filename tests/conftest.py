@@ -29,7 +29,7 @@ _NEEDS_A_SERVER = {"server", "server_binary", "redis_url", "connection"}
 def pytest_configure(config: pytest.Config) -> None:
     """What the caller has set for their own pool must reach neither the tests nor the processes they start."""
     for name in list(os.environ):
-        if name.startswith(("PERDURE_", "RQ_")) and name != "PERDURE_MODEL_PATH":
+        if name.startswith(("PERDURE_", "RQ_")) and name not in ("PERDURE_MODEL_PATH", "PERDURE_UNTESTED_RQ"):
             del os.environ[name]
 
 

@@ -142,7 +142,7 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_it_says_what_it_found_and_what_to_install(checkout: Checkout) -> None:
     """Too old, too new, a shim with nothing behind it, and none."""
     checkout.python("python3", "sys.version_info = (3, 9, 2)")
-    checkout.python("python3.13", "sys.version_info = (3, 14, 0)")
+    checkout.python("python3.14", "sys.version_info = (3, 15, 0)")
     (checkout.bin / "python3.12").write_text(
         "#!/usr/bin/env bash\necho 'version 3.12 is not installed' >&2; exit 127\n"
     )
@@ -151,7 +151,7 @@ def test_it_says_what_it_found_and_what_to_install(checkout: Checkout) -> None:
     assert status == 1
     for line in (
         "python3: is Python 3.9",
-        "python3.13: is Python 3.14",
+        "python3.14: is Python 3.15",
         "python3.12: is there but does not run",
         "python3.11: not found",
         "sudo apt install python3 python3-venv",
