@@ -116,10 +116,10 @@ def _run(
         texts += [table.markdown() for table in found.tables]
         if docs is not None:
             keep(docs, part, machine, found.figures)
-        for pictures in [folder for folder in (svg_folder, docs and docs / "images") if folder is not None]:
-            pictures.mkdir(parents=True, exist_ok=True)
+        if svg_folder is not None:
+            svg_folder.mkdir(parents=True, exist_ok=True)
             for name, text in found.pictures.items():
-                (pictures / name).write_text(text, encoding="utf-8")
+                (svg_folder / name).write_text(text, encoding="utf-8")
     if docs is not None:
         refill_pages(docs.absolute().parent)
     machine["load_at_the_end"] = round(os.getloadavg()[0], 2)

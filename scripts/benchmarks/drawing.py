@@ -1,20 +1,20 @@
-"""Pictures of figures as SVG. Written by hand: no library is needed for bars, points and lines."""
+"""Pictures of figures as SVG, by matplotlib: bars, and points and lines over two axes."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Final
+from typing import TYPE_CHECKING
 
 from .tables import shown
 
-WIDTH: Final = 900
-COLORS: Final = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_LEFT, _RIGHT, _TOP = 190, 90, 56
-_BAR = 22
+OWN, OTHERS = "#1f77b4", "#9aa5b1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,44 @@ class Curve:
     marks: bool = False
 
 
+def sheet(title: str, note: str, inches: float) -> tuple[Figure, Axes]:
+    """An empty picture, 9 inches wide and so many high; matplotlib is loaded with the first one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, inches), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(note, loc="left", fontsize=8, color="#666")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure, axes
+
+
+def document(figure: Figure) -> str:
+    """The picture as SVG: text stays text, and the same figures give the same bytes."""
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "perdure", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
 def bars(
     title: str, unit: str, values: Sequence[tuple[str, float | None]], note: str = "", own: str = "perdure"
 ) -> str:
     """One bar for each value, on a scale from zero; names that begin with ``own`` stand out."""
-    most = max((value for _, value in values if value is not None), default=0.0) or 1.0
-    height = _TOP + _BAR * len(values) + 20
-    parts = _head(title, f"{unit}  ·  {note}" if note else unit, height)
-    for place, (name, value) in enumerate(values):
-        y = _TOP + _BAR * place
-        color = COLORS[0] if name.startswith(own) else "#9aa5b1"
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        length = (WIDTH - _LEFT - _RIGHT) * (value or 0.0) / most
-        parts.append(f'<rect x="{_LEFT}" y="{y + 3}" width="{length:.1f}" height="{_BAR - 7}" fill="{color}"/>')
-        parts.append(f'<text x="{_LEFT + length + 6:.1f}" y="{y + 14}">{shown(value)}</text>')
-    return _end(parts)
+    figure, axes = sheet(title, f"{unit}  ·  {note}" if note else unit, 1 + 0.28 * len(values))
+    names = [name for name, _ in values]
+    colors = [OWN if name.startswith(own) else OTHERS for name in names]
+    drawn = axes.barh(range(len(names)), [value or 0.0 for _, value in values], color=colors)
+    axes.bar_label(drawn, labels=[shown(value) for _, value in values], padding=4)
+    axes.set_yticks(range(len(names)), labels=[name.replace("$", r"\$") for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.margins(x=0.12)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    return document(figure)
 
 
 def curves(
@@ -54,69 +77,21 @@ def curves(
     note: str = "",
 ) -> str:
     """Lines and points over two axes; a logarithmic one leaves out what is not above zero."""
-    height, bottom = 420, 370
-    points = [point for line in lines for point in line.points if _fits(point, log_x, log_y)]
-    if not points:
-        points = [(1.0, 1.0)]
-    place_x, ticks_x = _scale([x for x, _ in points], log_x, _LEFT, WIDTH - _RIGHT - 90)
-    place_y, ticks_y = _scale([y for _, y in points], log_y, bottom, _TOP)
-    parts = _head(title, note, height)
-    for tick in ticks_x:
-        x = place_x(tick)
-        parts.append(f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#eee"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{shown(tick)}</text>')
-    for tick in ticks_y:
-        y = place_y(tick)
-        parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT - 90}" y2="{y:.1f}" stroke="#eee"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{shown(tick)}</text>')
-    middle = (_LEFT + WIDTH - _RIGHT - 90) / 2
-    parts.append(f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{escape(across)}</text>')
-    parts.append(f'<text x="20" y="{(bottom + _TOP) / 2}">{escape(up)}</text>')
-    for number, line in enumerate(lines):
-        color = COLORS[number % len(COLORS)]
-        known = [(place_x(x), place_y(y)) for x, y in line.points if _fits((x, y), log_x, log_y)]
-        if line.marks:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in known]
-        else:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in known)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"/>')
-        parts.append(
-            f'<text x="{WIDTH - _RIGHT - 80}" y="{_TOP + 14 + 18 * number}" fill="{color}">{escape(line.name)}</text>'
-        )
-    return _end(parts)
+    figure, axes = sheet(title, note, 4.5)
+    axes.set_xscale("log" if log_x else "linear")
+    axes.set_yscale("log" if log_y else "linear")
+    for line in lines:
+        known = [point for point in line.points if _fits(point, log_x, log_y)]
+        points, joined = ("o", "none") if line.marks else ("none", "-")
+        axes.plot([x for x, _ in known], [y for _, y in known], label=line.name, marker=points, linestyle=joined)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(color="#eee")
+    if lines:
+        figure.legend(loc="outside right center", frameon=False)
+    return document(figure)
 
 
 def _fits(point: tuple[float, float], log_x: bool, log_y: bool) -> bool:
     x, y = point
     return math.isfinite(x) and math.isfinite(y) and not (log_x and x <= 0) and not (log_y and y <= 0)
-
-
-def _scale(
-    values: Sequence[float], log: bool, begin: float, end: float
-) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value lies between two pixels, and the values that are written beside the axis."""
-    if log:
-        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-        high = max(high, low + 1)
-        ticks = [10.0**power for power in range(low, high + 1)]
-        return lambda value: begin + (end - begin) * (math.log10(value) - low) / (high - low), ticks
-    most = max(*values, 0.0) or 1.0
-    step = 10 ** math.floor(math.log10(most))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if most / (step * part) <= 10)
-    top = math.ceil(most / step) * step
-    ticks = [step * number for number in range(round(top / step) + 1)]
-    return lambda value: begin + (end - begin) * value / top, ticks
-
-
-def _head(title: str, second: str, height: int) -> list[str]:
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="16" y="22" font-size="15">{escape(title)}</text>',
-        f'<text x="16" y="40" fill="#666" font-size="11">{escape(second)}</text>',
-    ]
-
-
-def _end(parts: list[str]) -> str:
-    return "\n".join([*parts, "</svg>\n"])

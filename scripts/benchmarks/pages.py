@@ -1,8 +1,9 @@
-"""The documentation's figures: what was measured is kept as JSON, and the tables of the pages are made from it.
+"""The documentation's figures: what was measured is kept as JSON, and the tables and pictures are made from it.
 
 ``docs/measurements/PART.json`` holds what one run of a part has found, with the machine and the date. Whatever stands
 between ``<!-- bench: NAME -->`` and ``<!-- bench end -->`` in a page is made from these files: NAME is a part, or
-``headline`` for what the README says of all of them. A test makes all of it again and compares.
+``headline`` for what the README says of all of them. ``docs/images`` has the pictures. A test makes all of it again
+and compares.
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .curves import engine_tables, goodput_tables
+from .curves import engine_pictures, engine_tables, goodput_pictures, goodput_tables
 from .machine import one_line
-from .reports import checkpoint_tables, queue_tables, recovery_tables, saturation_tables, scale_tables
+from .reports import (
+    Pictures,
+    checkpoint_pictures,
+    checkpoint_tables,
+    queue_pictures,
+    queue_tables,
+    recovery_pictures,
+    recovery_tables,
+    saturation_tables,
+    scale_pictures,
+    scale_tables,
+)
 from .tables import Table, shown
 
 TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], list[Table]]]] = {
@@ -28,6 +40,16 @@ TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], list[Table]]]] = {
     "saturation": saturation_tables,
 }
 """The tables of each part, from its figures."""
+
+PICTURES: Final[Mapping[str, Callable[[Mapping[str, Any], str], Pictures]]] = {
+    "queue": queue_pictures,
+    "recovery": recovery_pictures,
+    "checkpoints": checkpoint_pictures,
+    "engine": engine_pictures,
+    "goodput": goodput_pictures,
+    "scale": scale_pictures,
+}
+"""The pictures of each part by their file names, from its figures and the machine in a line."""
 
 FOLDER: Final = "measurements"
 PAGES: Final = ("docs/performance.md", "README.md")
@@ -53,8 +75,21 @@ def refill(text: str, docs: Path) -> str:
     return _MARKED.sub(made, text)
 
 
+def pictures(docs: Path) -> Pictures:
+    """What ``docs/images`` holds of the parts that were measured."""
+    found = {part: _read(docs, part) for part in PICTURES}
+    return {
+        name: text
+        for part, kept in found.items()
+        if kept is not None
+        for name, text in PICTURES[part](kept["figures"], one_line(kept["machine"])).items()
+    }
+
+
 def refill_pages(root: Path) -> None:
-    """Make the marked parts of all pages again."""
+    """Make the marked parts of all pages again, and the pictures."""
+    for name, text in pictures(root / "docs").items():
+        (root / "docs" / "images" / name).write_text(text, encoding="utf-8")
     for name in PAGES:
         path = root / name
         path.write_text(refill(path.read_text(encoding="utf-8"), root / "docs"), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perdure.scripts.benchmarks.command import command_line
-from perdure.scripts.benchmarks.pages import PAGES, TABLES, keep, marks, refill
+from perdure.scripts.benchmarks.pages import PAGES, TABLES, keep, marks, pictures, refill
 from tests.kit.docs.pages import blocks
 from tests.kit.places import ROOT
 
@@ -41,11 +41,13 @@ def test_the_commands_of_the_page_are_taken() -> None:
         command_line().parse_args(words)
 
 
-def test_a_picture_that_a_page_shows_is_there() -> None:
-    """Pictures come with the measurements."""
+def test_the_pictures_are_what_the_measurements_give() -> None:
+    """All that the page shows of the parts, and as it was drawn."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for picture in re.findall(r"\]\((images/[^)]+)\)", text):
-        assert (ROOT / "docs" / picture).exists(), picture
+    drawn = pictures(ROOT / "docs")
+    assert {Path(name).name for name in re.findall(r"\]\((images/[^)]+)\)", text)} <= set(drawn)
+    for name, picture in drawn.items():
+        assert (ROOT / "docs" / "images" / name).read_text(encoding="utf-8") == picture, f"{name}: run refill_pages()"
 
 
 def test_another_figure_makes_another_table(tmp_path: Path) -> None:
