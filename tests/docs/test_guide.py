@@ -288,7 +288,8 @@ def test_links_of_the_docs_lead_somewhere() -> None:
     owner = project["urls"]["Repository"].removeprefix("https://github.com/")
     ours = re.compile(rf"https://(?:github\.com/{owner}/(?:blob|tree)|raw\.githubusercontent\.com/{owner})/main/")
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]
-    links = [("pyproject.toml", ROOT, url) for url in project["urls"].values() if url != project["urls"]["Repository"]]
+    files = [url for name, url in project["urls"].items() if name not in ("Repository", "Issues")]
+    links = [("pyproject.toml", ROOT, url) for url in files]
     for path in pages:
         text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
         links += [(path.name, path, target) for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]+)?)\)", text)]

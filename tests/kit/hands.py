@@ -48,7 +48,7 @@ class Hands:
 
     def put(self, claim: Claim, offset: int, *outputs: Any, state: bytes | None = None, old: bool = False) -> None:
         """``old``: as a release did that knew of no tokens."""
-        self.seq[claim.execution] += 1
+        self.seq[claim.execution] = max(self.seq[claim.execution], claim.seq) + 1
         if old:
             blob = pack([claim.epoch, offset, outputs], limit=10**6, what="output")
         else:
