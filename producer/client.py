@@ -17,7 +17,7 @@ from .admission import Submission, submit_all, submit_one, through
 from .arguments import flag, waited
 from .handle import Handle
 from .options import Options, Submit, SubmitMany, taking
-from .reading.listing import Listing, read_listing
+from .reading.listing import Listing, Wanted, read_listing
 from .session import PATIENCE, Session
 from .submission import build, build_many
 
@@ -122,12 +122,17 @@ class Client:
         cursor: str | None = None,
         worker: str | None = None,
         kind: str | None = None,
+        task: str | None = None,
+        text: str | None = None,
+        within: float | None = None,
     ) -> Listing:
         """One page of requests: running ones first, then waiting, then ended ones from the newest.
 
-        ``status``, ``queue`` (with its priorities), ``worker`` (who has it, or had it last) and ``kind`` (of its
-        failure) narrow it down; ``cursor`` is that of the page before. No snapshot: what moves while you turn pages may
-        be seen twice or not at all. Raises :class:`InvalidRequest` for what cannot be.
+        They are narrowed down by ``status``, ``queue`` (with its priorities), ``worker`` (who has it, or had it last),
+        ``kind`` (of its failure), ``task``, ``text`` (part of its id, task or reason of failure) and ``within``
+        (seconds since its submit); ``cursor`` is that of the page before. A page looks at 1000 requests at most: it may
+        be empty and have a cursor. No snapshot: what moves while you turn pages may be seen twice or not at all. Raises
+        :class:`InvalidRequest` for what cannot be.
         """
         deadline = time.monotonic() + self._session.patience
         return read_listing(
@@ -136,8 +141,7 @@ class Client:
             queue=queue,
             limit=limit,
             cursor=cursor,
-            worker=worker,
-            kind=kind,
+            wanted=Wanted(worker=worker, kind=kind, task=task, text=text, within=within),
         )
 
     def close(self) -> None:

@@ -6,8 +6,10 @@ A page is bounded work, whatever is stored: payloads are never read, and no key 
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from ...protocol.errors import InvalidRequest
@@ -15,7 +17,7 @@ from ...protocol.keys import check_queue, key, served
 from ...protocol.records import RequestRecord
 from ...protocol.states import State
 from ...protocol.store import Store
-from ..arguments import whole
+from ..arguments import waited, whole
 
 MOST: Final = 1000
 """Requests that one page can have, and ids that are looked at for one page."""
@@ -43,6 +45,47 @@ class Listing:
     cursor: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a listing shows of the requests that it looks at; ``None`` is any."""
+
+    worker: str | None = None
+    """Who has it, or had it last."""
+    kind: str | None = None
+    """Of its failure."""
+    task: str | None = None
+    """Its dotted path."""
+    text: str | None = None
+    """Part of its id, its task or the reason of its failure, in any case."""
+    within: float | None = None
+    """Seconds since it was submitted, at most."""
+
+    def __post_init__(self) -> None:
+        if self.within is not None:
+            waited(self.within, "within")
+
+    def fits(self, record: RequestRecord) -> bool:
+        """Whether this one is shown."""
+        equal = ((self.worker, record.worker), (self.kind, record.error_kind), (self.task, record.task))
+        if any(asked is not None and asked != found for asked, found in equal):
+            return False
+        if self.text is not None:
+            searched = "\n".join((record.id, record.task, record.error_reason))
+            if self.text.casefold() not in searched.casefold():
+                return False
+        return self.within is None or time.time() - _submitted(record) <= self.within
+
+
+EVERY: Final = Wanted()
+
+
+def _submitted(record: RequestRecord) -> float:
+    try:
+        return datetime.fromisoformat(record.created_at).timestamp()
+    except ValueError:
+        return 0.0  # somebody else wrote it
+
+
 def read_listing(
     call: Callable[[Callable[[Store], Any]], Any],
     *,
@@ -50,8 +93,7 @@ def read_listing(
     queue: str | None,
     limit: int,
     cursor: str | None,
-    worker: str | None = None,
-    kind: str | None = None,
+    wanted: Wanted = EVERY,
 ) -> Listing:
     """Read one page; ``call`` runs an operation on a store. Raises :class:`InvalidRequest`."""
     limit = whole(limit, "limit", 1, MOST)
@@ -73,7 +115,7 @@ def read_listing(
             items += [
                 record
                 for record in records
-                if record is not None and _belongs(record, here & states) and _wanted(record, worker, kind)
+                if record is not None and _belongs(record, here & states) and wanted.fits(record)
             ]
             position += len(identifiers)
             looked += len(identifiers)
@@ -122,10 +164,6 @@ def _belongs(record: RequestRecord, states: frozenset[State]) -> bool:
     # Whether a request is held is decided by its execution: RQ's tools write the status of running ones, too.
     state = State.STARTED if record.execution else record.status
     return state in states
-
-
-def _wanted(record: RequestRecord, worker: str | None, kind: str | None) -> bool:
-    return (worker is None or record.worker == worker) and (kind is None or record.error_kind == kind)
 
 
 def _cursor(section: int, queue: str, position: int) -> str:

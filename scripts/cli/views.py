@@ -215,33 +215,28 @@ def _date(at: float, now: float) -> str:
     epilog="\b\nExamples:\n"
     "  perdure list --status failed --queue gpu\n"
     "  perdure list --status failed --kind GPU_OOM\n"
+    "  perdure list --text timeout --within 3600\n"
     "  perdure list --json --limit 200",
 )
 @click.option("--status", help="Only these: queued, started, scheduled, finished, failed, canceled, stopped.")
 @click.option("--queue", metavar="NAME", help="Only this queue.")
 @click.option("--worker", metavar="NAME", help="Only requests that this worker runs, or ran last.")
 @click.option("--kind", metavar="KIND", help="Only failures of this kind, such as GPU_OOM.")
+@click.option("--task", metavar="PATH", help="Only requests of this task.")
+@click.option("--text", metavar="TEXT", help="Only requests with this in their id, task or reason of failure.")
+@click.option("--within", type=float, metavar="SECONDS", help="Only requests submitted at most so long ago.")
 @click.option("--limit", default=50, show_default=True, type=int, metavar="N", help="Requests on a page.")
 @click.option("--cursor", metavar="CURSOR", help="Continue after the previous page.")
 @json_option
 @url_option
-def list_(
-    status: str | None,
-    queue: str | None,
-    worker: str | None,
-    kind: str | None,
-    limit: int,
-    cursor: str | None,
-    as_json: bool,
-    url: str | None,
-) -> None:
+def list_(as_json: bool, url: str | None, **filters: Any) -> None:
     """List requests: running, waiting, then ended ones from the newest.
 
     A page reads no payloads and at most 1000 requests, even if few of them match.
     """
     with open_client(url) as client:
         say_if_degraded(client)
-        page = client.list(status=status, queue=queue, worker=worker, kind=kind, limit=limit, cursor=cursor)
+        page = client.list(**filters)
     items = [as_item(record) for record in page.items]
     if as_json:
         print_json({"items": items, "cursor": page.cursor})

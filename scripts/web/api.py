@@ -1,17 +1,22 @@
 """What the server answers: the page, its files, and JSON.
 
-==========================================  ==========================================================================
-``GET /``, ``/static/NAME``                 the page
-``GET /livez``                              this process alone
-``GET /api/about``                          release, where Redis is, whether a token lets one requeue
-``GET /api/stream``                         server-sent events: ``history``, then a ``frame`` after each look
-``GET /api/overview``                       one frame
-``GET /api/requests``                       a page of requests: ``status queue worker kind limit cursor``
-``GET /api/requests/ID``                    one request; ``/api/requests/ID/timeline.svg`` is its drawing
-``GET /api/dead-letters``                   failures by error; ``/api/dead-letters/ERROR`` those of one: ``limit
-cursor`` ``POST /api/token``                         204 if the token is right ``POST /api/requeue``
-``{"items": [{"id", "queue"}]}`` → ``{"requeued", "left"}`` ==========================================
-==========================================================================
+=========================================  =============================================================================
+``GET /``, ``/static/NAME``                the page
+``GET /livez``                             this process alone
+``GET /api/about``                         release, where Redis is, whether a token lets one change anything, and which
+                                           kinds of failure no retry can mend
+``GET /api/stream``                        server-sent events: ``history``, then a ``frame`` after each look
+``GET /api/overview``                      one frame
+``GET /api/requests``                      a page of requests: ``status queue worker kind task text within limit
+                                           cursor``
+``GET /api/requests/ID``                   one request; ``/api/requests/ID/timeline.svg`` is its drawing
+``GET /api/dead-letters``                  failures by error
+``GET /api/dead-letters/ERROR``            those of one: ``limit cursor``
+``POST /api/token``                        204 if the token is right. It is asked for by all that follow
+``POST /api/requests/ID/contents``         ``{"payload", "outputs", "first", "result"}``, as text
+``POST /api/requests/ID/cancel``           ``{"reason"}`` → ``{"canceled"}``
+``POST /api/requeue``                      ``{"items": [{"id", "queue"}]}`` → ``{"requeued", "left"}``
+=========================================  =============================================================================
 
 What is wrong is told as ``{"error": …}``: 400 a field, 401 and 403 the token, 404 nothing there, 503 Redis is away.
 """
@@ -32,7 +37,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ... import __version__
+from ...producer.reading.listing import Wanted
 from ...protocol.errors import InvalidRequest, PerdureError, UnknownRequest, UsageError
+from ...recovery.failures import POLICIES
 from ..present.reading import Rates
 from .access import Access, App, guarded
 from .files import Files
@@ -103,6 +110,8 @@ def application(looks: WebQueries, watch: Broadcast, access: Access) -> App:
         Route("/api/requests", pages.requests),
         Route("/api/requests/{id}", pages.request),
         Route("/api/requests/{id}/timeline.svg", pages.drawing),
+        Route("/api/requests/{id}/contents", pages.contents, methods=["POST"]),
+        Route("/api/requests/{id}/cancel", pages.cancel, methods=["POST"]),
         Route("/api/dead-letters", pages.groups),
         Route("/api/dead-letters/{error}", pages.letters),
         Route("/api/token", pages.token, methods=["POST"]),
@@ -136,7 +145,9 @@ class _Pages:
         return Response("ok\n", media_type="text/plain", headers=_NEW)
 
     async def about(self, request: Request) -> Response:
-        return _json({"version": __version__, "where": self._looks.where, "writable": self._access.writable})
+        final = [str(kind) for kind, policy in POLICIES.items() if not policy.retry]
+        about = {"version": __version__, "where": self._looks.where, "writable": self._access.writable}
+        return _json(about | {"final": final})
 
     async def stream(self, request: Request) -> Any:
         if self._watch.full:
@@ -150,10 +161,16 @@ class _Pages:
 
     async def requests(self, request: Request) -> Response:
         asked = request.query_params
-        filters = {name: asked.get(name) or None for name in ("status", "queue", "worker", "kind")}
-        limit, cursor = _number(request, "limit", PAGE, 1, LIMIT), asked.get("cursor") or None
-        name = ("requests", *filters.values(), limit, cursor)
-        return _json(await self._shared.read(name, lambda: self._looks.listing(limit, cursor, **filters)))
+        status, queue, cursor = (asked.get(name) or None for name in ("status", "queue", "cursor"))
+        limit = _number(request, "limit", PAGE, 1, LIMIT)
+        within = _number(request, "within", 0, 1, 10**9) or None
+        texts = {name: asked.get(name) or None for name in ("worker", "kind", "task", "text")}
+        wanted = Wanted(**texts, within=within)
+
+        def look() -> dict[str, Any]:
+            return self._looks.listing(limit, cursor, status=status, queue=queue, wanted=wanted)
+
+        return _json(await self._shared.read(("requests", status, queue, wanted, limit, cursor), look))
 
     async def request(self, request: Request) -> Response:
         identifier = request.path_params["id"]
@@ -178,6 +195,27 @@ class _Pages:
     async def token(self, request: Request) -> Response:
         return self._refused(request) or Response(status_code=204, headers=_NEW)
 
+    async def contents(self, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        identifier = request.path_params["id"]
+        return _json(await self._shared.run(lambda: self._looks.contents(identifier)))
+
+    async def cancel(self, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        body = await _body(request)
+        reason = body.get("reason", "") if isinstance(body, dict) else None
+        if not isinstance(reason, str):
+            raise InvalidRequest('the body is {"reason": …}, a text that may be left out', "reason")
+        identifier = request.path_params["id"]
+        canceled = await self._shared.run(lambda: self._looks.cancel(identifier, reason))
+        self._shared.forget()
+        log.info("%s canceled %s%s", _who(request), identifier, "" if canceled else ", which had ended")
+        return _json({"canceled": canceled})
+
     async def requeue(self, request: Request) -> Response:
         refused = self._refused(request)
         if refused is not None:
@@ -188,8 +226,8 @@ class _Pages:
             raise InvalidRequest('the body is {"items": [{"id": …, "queue": …}]}', "items")
         answer = await self._shared.run(lambda: self._looks.requeue(items))
         self._shared.forget()
-        who = request.client.host if request.client else "?"
-        log.info("%s requeued %d of %d: %s", who, len(answer["requeued"]), len(items), ", ".join(answer["requeued"]))
+        done = answer["requeued"]
+        log.info("%s requeued %d of %d: %s", _who(request), len(done), len(items), ", ".join(done))
         return _json(answer)
 
     def _refused(self, request: Request) -> Response | None:
@@ -205,6 +243,10 @@ _NEW: Final = {"Cache-Control": "no-store"}
 
 def _json(value: Any, status: int = 200, **headers: str) -> Response:
     return JSONResponse(value, status, headers=_NEW | headers)
+
+
+def _who(request: Request) -> str:
+    return request.client.host if request.client else "?"
 
 
 def _number(request: Request, name: str, otherwise: int, least: int, most: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 import redis
 
 from ...producer import Client
-from ...producer.reading.listing import read_listing
+from ...producer.reading.listing import Wanted, read_listing
 from ...protocol.connection import connect
 from ...protocol.errors import InvalidRequest, PerdureError
 from ...protocol.keys import check_id, check_queue
@@ -32,6 +32,7 @@ from ..present.console import plain
 from ..present.drawing import Chart, draw
 from ..present.reading import Rates
 from ..present.timeline import chart_of
+from .contents import contents
 
 Answer = TypeVar("Answer")
 
@@ -101,22 +102,16 @@ class WebQueries:
                 "left_out": {"queues": len(names[QUEUES:]), "workers": len(workers[WORKERS:])},
             }
 
-    def listing(self, limit: int, cursor: str | None, **filters: str | None) -> dict[str, Any]:
+    def listing(
+        self, limit: int, cursor: str | None, *, status: str | None, queue: str | None, wanted: Wanted
+    ) -> dict[str, Any]:
         """A page of requests. Raises ``InvalidRequest`` for filters and cursors that cannot be."""
 
         def call(operation: Callable[[Store], Answer]) -> Answer:
             return operation(store)
 
         with self._reaching() as store:
-            page = read_listing(
-                call,
-                status=filters["status"],
-                queue=filters["queue"],
-                worker=filters["worker"],
-                kind=filters["kind"],
-                limit=limit,
-                cursor=cursor,
-            )
+            page = read_listing(call, status=status, queue=queue, limit=limit, cursor=cursor, wanted=wanted)
         return {"items": [request_item(record) for record in page.items], "cursor": page.cursor}
 
     def request(self, identifier: str) -> dict[str, Any]:
@@ -129,6 +124,19 @@ class WebQueries:
         meta = None if facts["meta"] is None else json.dumps(plain(facts["meta"]), ensure_ascii=False)
         meta = meta and meta.encode(errors="replace").decode()
         return {**facts, "meta": meta, "chart": as_chart(chart)}
+
+    def contents(self, identifier: str) -> dict[str, Any]:
+        """Payload, outputs and result as :func:`.contents.contents` tells them. Raises ``UnknownRequest``."""
+        handle = self._client.get(identifier)
+        with self._reaching() as store:
+            finished = handle.status() == "finished"
+            return contents(store, identifier, finished=finished)
+
+    def cancel(self, identifier: str, reason: str) -> bool:
+        """False if it had ended. Raises ``UnknownRequest``, and :class:`NotAllowed` if Redis forbids it."""
+        handle = self._client.get(identifier)
+        with self._reaching():
+            return handle.cancel(reason)
 
     def drawing(self, identifier: str) -> str:
         """The chart as an SVG document."""

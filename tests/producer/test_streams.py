@@ -803,6 +803,10 @@ def test_a_listing_turns_its_pages(client: Client, hands: Hands) -> None:
     assert everything[0].id == running.id
     assert [record.id for record in client.list(status="canceled", queue="default").items] == [canceled]
     assert client.list(status="started", queue="other").items == []
+    assert [record.id for record in client.list(text="BROK").items] == [failed[0].id]
+    assert [record.id for record in client.list(text=running.id[12:].upper()).items] == [running.id]
+    assert len(client.list(task=PATH, within=60).items) == 7
+    assert client.list(task="app").items == client.list(within=0).items == []
 
 
 @pytest.mark.parametrize(
@@ -814,6 +818,9 @@ def test_a_listing_turns_its_pages(client: Client, hands: Hands) -> None:
         ({"limit": 10**6}, "limit"),
         ({"cursor": "junk"}, "cursor"),
         ({"cursor": "é"}, "cursor"),
+        ({"within": -1}, "within"),
+        ({"within": "1 h"}, "within"),
+        ({"within": float("nan")}, "within"),
     ],
 )
 def test_a_listing_of_what_cannot_be_is_refused(options: dict[str, Any], text: str) -> None:

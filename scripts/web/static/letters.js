@@ -108,7 +108,7 @@ class Group {
 
   async requeue(page) {
     const { error, item } = this;
-    const done = await requeue(page.app, `Requeue ${item.kind || "RQ"} of ${item.task}?`, () => lettersOf(error), item.number);
+    const done = await requeue(page.app, `Requeue ${item.kind || "RQ"} of ${item.task}?`, () => lettersOf(error), item.number, [item.kind]);
     if (done) page.load();
   }
 }

@@ -14,6 +14,7 @@ const part = (id) => document.getElementById(id);
 
 class App {
   writable = false;
+  final = [];
   page = null;
   last = null;
   history = [];
@@ -45,9 +46,10 @@ class App {
 
   async about() {
     try {
-      const { version, where, writable } = await ask("api/about");
+      const { version, where, writable, final } = await ask("api/about");
       this.writable = writable;
-      part("where").textContent = `${where} · perdure ${version} · ${writable ? "a token lets you requeue" : "read-only"}`;
+      this.final = final;
+      part("where").textContent = `${where} · perdure ${version} · ${writable ? "a token lets you requeue, cancel and read payloads" : "read-only"}`;
     } catch (error) {
       this.banner(error.message);
     }

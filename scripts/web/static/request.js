@@ -2,8 +2,8 @@
 
 import { Chart } from "./chart.js";
 import { Table, badge, clock, duration, h, link, number, panel, size } from "./dom.js";
-import { requeue } from "./requeue.js";
-import { ask } from "./server.js";
+import { act, requeue } from "./requeue.js";
+import { ask, send } from "./server.js";
 
 const EXECUTIONS = [
   { title: "Worker", value: (item) => item.worker || "–", draw: (item) => link(`/requests?worker=${encodeURIComponent(item.worker)}`, item.worker || "–") },
@@ -39,9 +39,10 @@ export class RequestPage {
     this.error = h("div");
     this.stacks = h("div");
     this.actions = h("p", { class: "actions" });
+    this.contents = h("div");
     this.problem = h("p", { class: "problem", role: "alert", hidden: true });
     this.body = h("div", { hidden: true },
-      panel("Facts", this.facts), panel("Timeline", this.chart.element, this.executions.element), this.error,
+      panel("Facts", this.facts), this.contents, panel("Timeline", this.chart.element, this.executions.element), this.error,
       panel("History", this.history.element), this.stacks);
     this.element = h("div", { class: "request" },
       h("div", { class: "headline" }, h("h1", {}, "Request ", h("code", {}, id)), this.status, this.actions), this.problem, this.body);
@@ -78,16 +79,38 @@ export class RequestPage {
     this.stacks.replaceChildren(...evidence(facts.history));
     this.actions.replaceChildren(
       h("a", { class: "button plain", href: `api/requests/${encodeURIComponent(this.id)}/timeline.svg`, download: `${this.id}.svg` }, "Save the timeline"));
-    if (facts.status === "failed") this.actions.append(this.button(facts));
+    this.actions.append(this.button("Payload and outputs…", () => this.reveal()));
+    if (facts.status === "failed") this.actions.append(this.button("Requeue…", () => this.requeue(facts), "primary"));
+    if (!this.ended) this.actions.append(this.button("Cancel the request…", () => this.cancel()));
   }
 
-  button(facts) {
+  button(label, go, kind = "plain") {
     const { writable } = this.app;
-    const go = async () => {
-      const done = await requeue(this.app, "Requeue this request?", async () => [{ id: facts.id, queue: facts.queue }], 1);
-      if (done) this.load();
+    return h("button", { class: kind, disabled: !writable, title: writable ? null : "read-only: the server has no token", onclick: go }, label);
+  }
+
+  async requeue({ id, queue, error }) {
+    if (await requeue(this.app, "Requeue this request?", async () => [{ id, queue }], 1, error ? [error.kind] : [])) this.load();
+  }
+
+  async cancel() {
+    const text = "A waiting request ends now. One that runs ends when its worker next writes; it may finish before.";
+    const work = async (token) => {
+      const { canceled } = await send(`api/requests/${encodeURIComponent(this.id)}/cancel`, token, { reason: "from the page" });
+      return canceled ? "It is to be canceled." : "It had ended before.";
     };
-    return h("button", { class: "primary", disabled: !writable, title: writable ? null : "read-only: the server has no token", onclick: go }, "Requeue…");
+    if (await act(this.app, { title: "Cancel this request?", text, go: "Cancel it" }, work)) this.load();
+  }
+
+  async reveal() {
+    const text = "They may hold what users have written. The token of this page is needed to read them.";
+    const work = async (token) => {
+      const found = await send(`api/requests/${encodeURIComponent(this.id)}/contents`, token);
+      const part = (title, content) => panel(title, content === null ? h("p", { class: "empty" }, "None.") : h("pre", { tabindex: "0", "aria-label": title }, content));
+      this.contents.replaceChildren(part("Payload", found.payload), part(found.first ? `Outputs from number ${number(found.first)}` : "Outputs", found.outputs), part("Result", found.result));
+      return "Read just now.";
+    };
+    await act(this.app, { title: "Show payload, outputs and result?", text, go: "Show" }, work);
   }
 }
 

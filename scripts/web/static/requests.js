@@ -4,7 +4,8 @@ import { Table, badge, clock, h, link, requestLink } from "./dom.js";
 import { ask } from "./server.js";
 
 const STATES = ["queued", "started", "scheduled", "finished", "failed", "canceled", "stopped"];
-const FILTERS = ["status", "queue", "worker", "kind"];
+const FILTERS = ["status", "queue", "worker", "kind", "task", "text", "within"];
+const SPANS = [["900", "15 minutes"], ["3600", "an hour"], ["86400", "a day"], ["604800", "a week"]];
 
 const COLUMNS = [
   { title: "Request", value: (item) => item.id, draw: (item) => requestLink(item.id) },
@@ -36,12 +37,15 @@ export class Requests {
   form() {
     const chosen = (name) => this.query.get(name) || "";
     const status = h("select", { name: "status" }, h("option", { value: "" }, "any"), STATES.map((state) => h("option", { value: state, selected: chosen("status") === state }, state)));
+    const within = h("select", { name: "within" }, h("option", { value: "" }, "any time"), SPANS.map(([value, label]) => h("option", { value, selected: chosen("within") === value }, label)));
     const text = (name, more = {}) => h("input", { name, value: chosen(name), placeholder: "any", autocomplete: "off", spellcheck: "false", ...more });
     const form = h("form", { class: "filters", onsubmit: (event) => { event.preventDefault(); this.apply(form); } },
       h("label", {}, "Status", status), h("label", {}, "Queue", text("queue", { list: "queues" })),
       h("label", {}, "Worker", text("worker")), h("label", {}, "Kind of failure", text("kind")),
+      h("label", {}, "Task", text("task")), h("label", {}, "Text", text("text", { type: "search", title: "part of the id, the task or the reason of the failure" })),
+      h("label", {}, "Submitted within", within),
       h("button", {}, "Filter"), FILTERS.some(chosen) ? link("/requests", "Clear", { class: "button plain" }) : null);
-    status.addEventListener("change", () => this.apply(form));
+    for (const field of [status, within]) field.addEventListener("change", () => this.apply(form));
     return form;
   }
 

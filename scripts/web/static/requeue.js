@@ -1,4 +1,4 @@
-// Sending failures back, after asking: in batches, so that each call is short and the bar moves.
+// What changes something, after asking. Failures go back in batches, so that each call is short and the bar moves.
 
 import { ask, send, tokens } from "./server.js";
 
@@ -19,20 +19,30 @@ export async function lettersOf(error) {
 
 /**
  * Asks, then requeues what items() gives: once each, so that what fails again meanwhile is left alone.
- * Returns false if the person has thought better of it.
+ * Returns false if the person has thought better of it. kinds: those of the failures.
  */
-export function requeue(app, title, items, number) {
+export function requeue(app, title, items, number, kinds) {
+  const one = number === 1;
+  const text = `${number} ${one ? "failure goes" : "failures go"} back to where ${one ? "it" : "they"} waited. Attempts start anew; a young checkpoint is gone on from.`;
+  const vain = kinds.some((kind) => app.final.includes(kind));
+  const warning = ` ${kinds.join(", ")}: this cannot pass by itself. Unless the task or its data has changed, ${one ? "it fails" : "they fail"} again.`;
+  return act(app, { title, text: vain ? text + warning : text, go: vain ? "Requeue all the same" : "Requeue" }, async (token, progress) => run(await items(), token, progress));
+}
+
+/** Asks for a word, and the token if this tab has none yet; then does work(token, progress), which gives the sentence to show. */
+export function act(app, { title, text, go: label }, work) {
   const [dialog, form] = [part(""), part("").querySelector("form")];
   const [go, cancel, token, progress, error] = ["-go", "-cancel", "-token", "-progress", "-error"].map(part);
   part("-title").textContent = title;
-  part("-text").textContent = `${number} ${number === 1 ? "failure goes" : "failures go"} back to where ${number === 1 ? "it" : "they"} waited. Attempts start anew; a young checkpoint is gone on from.`;
-  const asking = (text = "") => {
+  part("-text").textContent = text;
+  go.textContent = label;
+  const asking = (problem = "") => {
     token.hidden = Boolean(tokens.get());
     form.elements.token.value = "";
     form.elements.token.required = !token.hidden;
     go.disabled = false;
     progress.hidden = true;
-    error.textContent = text;
+    error.textContent = problem;
   };
   asking();
   return new Promise((resolve) => {
@@ -55,7 +65,7 @@ export function requeue(app, title, items, number) {
       try {
         await send("api/token", given);
         tokens.set(given);
-        done = await run(await items(), given, progress);
+        done = await work(given, progress);
         dialog.close();
         app.say(done);
       } catch (problem) {

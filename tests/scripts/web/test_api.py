@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import redis
 
+from perdure.producer.reading.listing import Wanted
+from perdure.protocol.codec import unpack
 from perdure.protocol.keys import key
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
@@ -23,6 +25,7 @@ from perdure.scripts.pool.server import Server
 from perdure.scripts.present.reading import Rates
 from perdure.scripts.web.access import HEADERS, Access, name_of
 from perdure.scripts.web.looks import WebQueries
+from tests.kit.hands import Hands
 from tests.kit.lab import Process, eventually
 from tests.kit.places import DOCS
 from tests.kit.protocol.pool import Hand, Pool
@@ -122,7 +125,7 @@ def test_the_cost_of_a_look_does_not_grow_with_requests(pool: Pool, redis_url: s
         pool.connection.config_resetstat()
         with WebQueries(Settings(), redis_url) as looks:
             looks.frame(Rates())
-            looks.listing(20, None, status=None, queue=None, worker=None, kind=None)
+            looks.listing(20, None, status=None, queue=None, wanted=Wanted())
         stats: Any = pool.connection.info("commandstats")
         return {name.removeprefix("cmdstat_"): row["calls"] for name, row in stats.items()}
 
@@ -240,6 +243,81 @@ def test_only_the_token_requeues(site: Site, pool: Pool):
     assert site.get("/api/dead-letters")["items"] == []
     assert "requeued 1 of 2: b" in site.process.log
     assert TOKEN not in site.process.log
+
+
+def test_requests_are_filtered(site: Site, pool: Pool, connection: redis.Redis):
+    """By task, text and age besides; what cannot be is named."""
+    fail(pool, "alpha", reason="Disk 7 is full")
+    pool.submit("beta", task="app.tasks.other")
+    connection.hset(key("job", "beta"), "created_at", "2020-01-01T00:00:00.000000Z")
+
+    def found(query: str) -> list[str]:
+        return [item["id"] for item in site.get(f"/api/requests?{query}")["items"]]
+
+    assert found("") == ["beta", "alpha"]
+    assert [found(f"task={task}") for task in ("app.tasks.other", "app.tasks")] == [["beta"], []]
+    assert [found(f"text={text}") for text in ("ALPH", "disk+7", "tasks.other", "nowhere")] == [
+        ["alpha"], ["alpha"], ["beta"], [],
+    ]  # fmt: skip
+    assert [found("within=3600"), found("within=3600&task=app.tasks.other")] == [["alpha"], []]
+    assert site.ask("/api/requests?within=0").status == 400
+
+
+def post(site: Site, path: str, body: Any = None, token: str = TOKEN) -> Any:
+    return site.ask(path, "POST", body, Authorization=f"Bearer {token}")
+
+
+def test_only_the_token_reads_contents_and_cancels(site: Site, pool: Pool):
+    pool.submit("a", "b")
+    Hand(pool, "w").beat()
+    for path in ("/api/requests/a/contents", "/api/requests/a/cancel"):
+        assert (post(site, path, {}, "wrong").status, site.ask(path, "POST").status, site.ask(path).status) == (
+            401,
+            401,
+            405,
+        )
+        assert post(site, path.replace("/a/", "/nobody/"), {}).status == 404
+    assert pool.status("a") == "queued"
+    assert post(site, "/api/requests/a/cancel", {"reason": 7}).status == 400
+    assert post(site, "/api/requests/a/cancel", {"reason": "why"}).value == {"canceled": True}
+    assert (pool.status("a"), pool.status("b")) == ("canceled", "queued")
+    assert "why" in json.dumps(site.get("/api/requests/a")["history"])
+    assert post(site, "/api/requests/a/cancel", {}).value == {"canceled": True}  # as Handle.cancel says it
+
+
+def test_contents_are_text_and_cut(site: Site, pool: Pool, connection: redis.Redis):
+    """Payload, outputs and result; what is too large or damaged is said and not sent."""
+    hands = Hands(connection)
+    pool.submit("a", queue="default")
+    assert post(site, "/api/requests/a/contents").value["outputs"] is None
+    claim = hands.one()
+    hands.put(claim, 0, "é", b"\xff", "x" * 70_000)
+    told = post(site, "/api/requests/a/contents").value
+    assert json.loads(told["payload"]) == unpack(pool.new("a").payload)
+    assert (told["first"], told["result"]) == (0, None)
+    assert told["outputs"].startswith('[\n "é",\n {\n  "base64": "/w=="\n }')
+    assert told["outputs"].endswith("more characters)")
+    assert len(told["outputs"]) < 66_000
+    hands.finish(claim, 3, {"sum": 6})
+    assert json.loads(post(site, "/api/requests/a/contents").value["result"]) == {"sum": 6}
+    connection.hset(key("job", "a"), "payload", b"\xc1")
+    assert post(site, "/api/requests/a/contents").value["payload"].startswith("cannot be read: ")
+    connection.hset(key("job", "a"), "payload", b"\0" * (1 << 20) + b"\0")
+    assert post(site, "/api/requests/a/contents").value["payload"] == "1,048,577 bytes: too large to be shown here"
+
+
+def test_the_end_of_a_long_log_is_read(site: Site, pool: Pool, connection: redis.Redis):
+    """Twenty entries at most, and from them only those of the newest run."""
+    hands = Hands(connection)
+    pool.submit("a", queue="default")
+    claim = hands.one()
+    for number in range(30):
+        hands.put(claim, number, number)
+    told = post(site, "/api/requests/a/contents").value
+    assert (told["first"], json.loads(told["outputs"])) == (10, list(range(10, 30)))
+    hands.put(hands.restart(claim), 0, {"token": 1, "text": "ein "}, {"token": 2, "text": "Wort"})
+    told = post(site, "/api/requests/a/contents").value
+    assert (told["first"], told["outputs"]) == (0, "ein Wort")
 
 
 @pytest.mark.parametrize(

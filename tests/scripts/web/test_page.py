@@ -113,6 +113,64 @@ def test_foreign_text_stays_text(page: Page, connection: redis.Redis, redis_url:
         assert TOKEN not in page.run("location.href + document.cookie + JSON.stringify(localStorage)")
 
 
+def test_a_request_shows_what_it_holds_and_is_canceled(
+    page: Page, connection: redis.Redis, redis_url: str, tmp_path: Path
+):
+    """With the token, which is asked for once. What is shown stays text."""
+    pool = Pool.over(connection)
+    pool.submit("a")
+    with serving(redis_url, tmp_path) as site:
+        page.open(f"{site.url}/#/request/a")
+        page.click("button", "Payload and outputs")
+        page.says("The token of this page", "dialog")
+        page.click("dialog input")
+        page.type(TOKEN)
+        page.click("#dialog-go")
+        page.says('"n": "a"', "main")
+        page.click("button", "Cancel the request")
+        page.says("it may finish before", "dialog")
+        page.click("#dialog-go")
+        page.says("canceled", ".headline")
+        assert pool.status("a") == "canceled"
+        page.wait("![...document.querySelectorAll('button')].some((b) => b.textContent.startsWith('Cancel the'))")
+
+
+def test_requests_are_found_by_what_they_say(page: Page, connection: redis.Redis, redis_url: str, tmp_path: Path):
+    """The filters stand in the address; "back" takes them off."""
+    pool = Pool.over(connection)
+    pool.submit("alpha", "beta")
+    with serving(redis_url, tmp_path) as site:
+        page.open(f"{site.url}/#/requests")
+        page.says("alpha", "main tbody")
+        page.click("input[name=text]")
+        page.type("BET")
+        page.press("Enter", 13, "\r")
+        page.wait(
+            "location.hash.includes('text=BET') && !document.querySelector('main tbody').textContent.includes('alpha')"
+        )
+        page.says("beta", "main tbody")
+        page.run("history.back()")
+        page.says("alpha", "main tbody")
+
+
+def test_a_requeue_that_cannot_help_says_so(page: Page, connection: redis.Redis, redis_url: str, tmp_path: Path):
+    pool = Pool.over(connection)
+    hand = Hand(pool, "w")
+    hand.beat()
+    pool.submit("bad", "late", retries=0)
+    assert hand.fail(hand.take("bad"), FailureKind.INVALID_REQUEST, "max_tokens") == "failed"
+    assert hand.fail(hand.take("late"), FailureKind.ERROR, "a moment") == "failed"
+    with serving(redis_url, tmp_path) as site:
+        for name, go in (("bad", "Requeue all the same"), ("late", "Requeue")):
+            page.open(f"{site.url}/#/request/{name}")
+            page.click("button", "Requeue…")
+            page.says(go, "#dialog-go")
+            assert page.run("document.getElementById('dialog-text').textContent.includes('cannot pass')") is (
+                name == "bad"
+            )
+            page.click("#dialog-cancel")
+
+
 def test_an_outage_is_told_and_ends_without_a_reload(page: Page, server_binary: Path, tmp_path: Path):
     """Redis away, then the server of the page: a banner each time, and all goes on by itself."""
     with Server(binary=server_binary, die_with_parent=True) as server:
