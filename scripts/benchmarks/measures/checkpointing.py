@@ -53,6 +53,8 @@ class CheckpointSizes:
     """Tokens of an answer of a generation that is cut into windows."""
     window: float = 2.0
     """Seconds with checkpoints, and as many without."""
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 QUICK = CheckpointSizes(rounds=3, tokens=300, model="tiny", generations=1, long=900, window=0.25)
@@ -77,7 +79,7 @@ class CheckpointBenchmark:
             Client(self.stage.url, settings=Settings(response_timeout=600)) as client,
         ):
             far = f"redis://127.0.0.1:{road.port}/0"
-            self._start("off", OFF, self.stage.url)
+            self.start("off", OFF, self.stage.url)
             step = self.sizes.slots / (self._generate(client, "off")["tokens_per_s"] or 1.0)
             ways = [
                 ("100 ms", DEFAULT, self.stage.url),
@@ -87,7 +89,7 @@ class CheckpointBenchmark:
             ]
             ways = ways[-self.sizes.ways :]
             for name, interval, url in ways:
-                self._start(name, interval, url)
+                self.start(name, interval, url)
             for name, _, _ in ways:
                 self._generate(client, name)  # not counted: buffers, caches, the pages of the weights
             for number in range(1, self.sizes.rounds + 1):
@@ -106,20 +108,32 @@ class CheckpointBenchmark:
     def _windows(self, client: Client, name: str, url: str) -> dict[str, Any]:
         """One worker that stores checkpoints in every other window."""
         subject = f"{name}, in turn"
-        notes = self.crew.folder / f"switches-{_queue(subject)}"
-        worker = "perdure.scripts.benchmarks.measures.switching.SwitchingWorker"
-        child = self._start(subject, DEFAULT, url, worker, {NOTES: str(notes), WINDOW: str(self.sizes.window)})
+        child = self.start_switching(subject, url)
         names: set[str] = set()
         for number in range(self.sizes.generations):
-            names |= self._batch(client, subject, self.sizes.long)
+            names |= self.batch(client, subject, self.sizes.long)
             self.say(f"{subject}: {number + 1} of {self.sizes.generations} generations")
         self.crew.stop(child)
-        passes = [Pass(line["at"] / 1e9, self._full(line, names)) for line in self._lines(subject)]
-        found = compare(passes, read_switches(notes))
+        found = self.compared(subject, names)
         self.say(f"{subject}: {found['ratio'] or 0:.3f} of the tokens/s without, {found['windows']} windows")
         return found
 
-    def _start(
+    def start_switching(self, subject: str, url: str) -> BenchProcess:
+        """A worker that stores checkpoints in every other window."""
+        worker = "perdure.scripts.benchmarks.measures.switching.SwitchingWorker"
+        return self.start(
+            subject, DEFAULT, url, worker, {NOTES: str(self._notes(subject)), WINDOW: str(self.sizes.window)}
+        )
+
+    def compared(self, subject: str, names: set[str]) -> dict[str, Any]:
+        """What the windows of these requests show."""
+        passes = [Pass(line["at"] / 1e9, self._full(line, names)) for line in self._lines(subject)]
+        return compare(passes, read_switches(self._notes(subject)))
+
+    def _notes(self, subject: str) -> Path:
+        return self.crew.folder / f"switches-{_queue(subject)}"
+
+    def start(
         self,
         name: str,
         interval: float,
@@ -127,6 +141,7 @@ class CheckpointBenchmark:
         worker: str = "perdure.workers.Worker",
         variables: Mapping[str, str] | None = None,
     ) -> BenchProcess:
+        """A worker on a queue of this name."""
         queue = _queue(name)
         self.traces[name] = self.crew.folder / f"trace-{queue}"
         settings = Settings(
@@ -135,7 +150,8 @@ class CheckpointBenchmark:
             slots=self.sizes.slots,
             checkpoint_interval=interval,
             trace=str(self.traces[name]),
-            device="cpu",
+            device=self.sizes.device,
+            dtype=self.sizes.dtype,
             model_path=os.environ.get("PERDURE_MODEL_PATH", ""),
         )
         command = [sys.executable, "-P", "-m", "rq.cli", "worker", "-w", worker, "--quiet", queue]
@@ -144,10 +160,10 @@ class CheckpointBenchmark:
     def _generate(self, client: Client, name: str) -> Figures:
         """One full batch; returns when all of it has ended."""
         with self._counted() as counted:
-            names = self._batch(client, name, self.sizes.tokens)
-        return {"tokens_per_s": self._rate(name, names), **counted}
+            names = self.batch(client, name, self.sizes.tokens)
+        return {"tokens_per_s": self.rate(name, names), **counted}
 
-    def _batch(self, client: Client, name: str, tokens: int) -> set[str]:
+    def batch(self, client: Client, name: str, tokens: int) -> set[str]:
         """The ids of as many requests as there are slots, each of so many tokens, when all have ended."""
         payload = {"prompt": "Once upon a time", "max_tokens": tokens, "min_tokens": tokens}
         items = [(TASK, {**payload, "seed": seed}) for seed in range(self.sizes.slots)]
@@ -166,7 +182,7 @@ class CheckpointBenchmark:
         rows = [row for row in line["rows"] if row[3] == "decode" and row[0].split("/")[0] in ours]
         return len(rows) == self.sizes.slots
 
-    def _rate(self, name: str, ours: set[str]) -> float:
+    def rate(self, name: str, ours: set[str]) -> float:
         """Tokens/s between the first and the last pass in which every slot got a token."""
         full = [line["at"] / 1e9 for line in self._lines(name) if self._full(line, ours)]
         if len(full) < 3:
