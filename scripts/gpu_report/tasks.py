@@ -131,8 +131,8 @@ class Leaking(Counting):
         if self.cuda:
             folders = [payload["folder"] for _, payload in self.running.values()]
             if folders and once(folders[0], "leaked"):
-                self.kept = torch.empty(torch.cuda.mem_get_info()[0] - 2**29, dtype=torch.uint8, device="cuda")
-            torch.empty(2**30, dtype=torch.uint8, device="cuda")
+                self.kept = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device="cuda")
+            torch.empty(2**31, dtype=torch.uint8, device="cuda")
         yield from super().step()
 
 

@@ -49,6 +49,30 @@ def test_by_rq_worker_it_is_the_same_package(lab: Lab, place: Path) -> None:
     assert Path(str(lab.store.result(one))).parent.parent == Path(perdure.__file__).parent
 
 
+HIDDEN = """
+import importlib.metadata as metadata
+
+find = metadata.distribution
+
+
+def distribution(name):
+    if name == "perdure":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+
+
+metadata.distribution = distribution
+"""
+
+
+def test_a_worker_needs_no_record_of_an_installation(lab: Lab, tmp_path: Path) -> None:
+    """The folders of a checkout, found by a path alone, are enough."""
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    one = lab.submit("count", {"n": 3})
+    lab.worker(environment={"PYTHONPATH": f"{tmp_path}:{TASKS}"})
+    lab.check(one, 3)
+
+
 def test_the_names_are_those_of_their_packages(lab: Lab) -> None:
     """Each is the object itself, and all are shown to who asks for a list."""
     from perdure import AsyncClient, BatchTask, Step, Worker, task
