@@ -60,7 +60,9 @@ class Ground:
         return [float(seconds) for seconds in re.findall(r"loaded \S+ in ([\d.]+) s", self.text())]
 
     def count(self, task: str, payloads: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Submit, wait until all have ended, and return their outputs. Raises :class:`StepFailed` for one that failed."""
+        """Submit, wait until all have ended, and return their outputs. Raises :class:`StepFailed` for
+        one that failed.
+        """
         handles = self.client.submit_many([(task, payload) for payload in payloads], queue=QUEUE)
         names = [handle.id for handle in handles]
         self.wait("the end of all requests", lambda: all(self.record(name).ended for name in names))

@@ -14,24 +14,40 @@ from safetensors.torch import save_file
 
 from ...workers.text.bundle import Shape
 from ...workers.text.weights.tiny import tiny
-from .stage import Stage
+from .stage import ReportStage
 
 SEED: Final = 20261130
 
 LARGE: Final = Shape(
-    vocabulary=32_768, width=2048, hidden=8192, layers=16, heads=32, kv_heads=8, head_width=64, context=2048,
-    rope_base=500_000.0, norm_epsilon=1e-5,
-)  # fmt: skip
+    vocabulary=32_768,
+    width=2048,
+    hidden=8192,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    head_width=64,
+    context=2048,
+    rope_base=500_000.0,
+    norm_epsilon=1e-5,
+)
 """The shape of Llama 3.2 1B with a quarter of its vocabulary: 1.04 billion parameters."""
 
 SMALL: Final = Shape(
-    vocabulary=512, width=64, hidden=128, layers=2, heads=4, kv_heads=2, head_width=16, context=1024,
-    rope_base=10_000.0, norm_epsilon=1e-5,
-)  # fmt: skip
+    vocabulary=512,
+    width=64,
+    hidden=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    context=1024,
+    rope_base=10_000.0,
+    norm_epsilon=1e-5,
+)
 """For a rehearsal: the same code in milliseconds."""
 
 
-def shape_of(stage: Stage) -> Shape:
+def shape_of(stage: ReportStage) -> Shape:
     """That of the model of this run."""
     return SMALL if stage.rehearsal else LARGE
 
@@ -41,7 +57,7 @@ def parameters(shape: Shape) -> int:
     return sum(int(torch.Size(size).numel()) for size in shape.tensors().values())
 
 
-def folder(stage: Stage) -> Path:
+def folder(stage: ReportStage) -> Path:
     """The folder of the model, in bfloat16; made by the first step that asks."""
     place = stage.shared / "model"
     if not place.exists():
@@ -71,8 +87,10 @@ def write(shape: Shape, place: Path, device: str) -> None:
         layer = f"model.layers.{number}"
         tensors |= {
             f"{layer}.input_layernorm.weight": one.clone(), f"{layer}.post_attention_layernorm.weight": one.clone(),
-            f"{layer}.self_attn.q_proj.weight": made(heads, width), f"{layer}.self_attn.k_proj.weight": made(keys, width),
-            f"{layer}.self_attn.v_proj.weight": made(keys, width), f"{layer}.self_attn.o_proj.weight": made(width, heads),
+            f"{layer}.self_attn.q_proj.weight": made(heads, width),
+            f"{layer}.self_attn.k_proj.weight": made(keys, width),
+            f"{layer}.self_attn.v_proj.weight": made(keys, width),
+            f"{layer}.self_attn.o_proj.weight": made(width, heads),
             f"{layer}.mlp.gate_proj.weight": made(shape.hidden, width),
             f"{layer}.mlp.up_proj.weight": made(shape.hidden, width),
             f"{layer}.mlp.down_proj.weight": made(width, shape.hidden),

@@ -39,7 +39,8 @@ TARGET: Final = {
 }  # fmt: skip
 """The machine, as conditions of requirements see it."""
 
-_PLATFORMS: Final = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux2010", "manylinux1")  # fmt: skip
+_PLATFORMS: Final = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014",
+ "manylinux2010", "manylinux1")  # fmt: skip
 
 Requires = Callable[[str], Sequence[str]]
 

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from ..benchmarks.machine import describe, one_line
 from ..benchmarks.tables import Cell, Table, shown
-from .runner import Outcome
+from .runner import StepOutcome
 
 DEVICE: Final = ("device", "driver", "cuda", "memory_gb")
 """Figures of the step ``machine`` that stand in the first line."""
 
 
-def page(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
+def page(outcomes: Sequence[StepOutcome], device: str, seconds: float) -> str:
     """Markdown: the machine, a row for each step, and its figures."""
     figures: dict[str, Any] = next((item.figures for item in outcomes if item.step == "machine"), {})
     known = [f"{name.replace('_', ' ')} {shown(figures[name])}" for name in DEVICE if name in figures]
@@ -35,7 +35,7 @@ def page(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def tables(outcome: Outcome) -> list[Table]:
+def tables(outcome: StepOutcome) -> list[Table]:
     """The figures of a step: single ones under each other, and what are mappings as the rows of one table."""
     single: list[Sequence[Cell]] = []
     rows: dict[str, Mapping[str, Cell]] = {}

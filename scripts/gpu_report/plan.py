@@ -18,8 +18,8 @@ _MODULES: Final = f"{__package__}.steps"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One step: ``target`` is ``module:function``, called with a :class:`~.stage.Stage` in a process of its own."""
+class ReportStep:
+    """One step: ``target`` is ``module:function``, called with a ``ReportStage`` in a process of its own."""
 
     name: str
     title: str
@@ -28,19 +28,19 @@ class Step:
 
 
 STEPS: Final = (
-    Step("machine", "The machine, and what a process pays before it computes", 20, f"{_MODULES}.device:machine"),
-    Step("tests", "The tests marked gpu", 65, f"{_MODULES}.promises:gpu_tests"),
-    Step("resume", "Answers that go on from random tokens", 55, f"{_MODULES}.promises:resume"),
-    Step("kill", "kill -9 of a worker at full batch", 70, f"{_MODULES}.recovery:kill"),
-    Step("speed", "Tokens/s with checkpoints and without, in turn", 135, f"{_MODULES}.speed:speed"),
-    Step("memory", "Memory that runs out", 25, f"{_MODULES}.faults:memory"),
-    Step("driver", "The driver, the health check and the known-answer probe", 20, f"{_MODULES}.device:driver"),
-    Step("spin", "A step that never ends", 20, f"{_MODULES}.faults:spin"),
-    Step("fault", "An illegal memory access", 20, f"{_MODULES}.faults:fault"),
-    Step("ranks", "Two ranks on one device, and a group that forms anew", 20, f"{_MODULES}.ranks:ranks"),
+    ReportStep("machine", "The machine, and what a process pays before it computes", 20, f"{_MODULES}.device:machine"),
+    ReportStep("tests", "The tests marked gpu", 65, f"{_MODULES}.promises:gpu_tests"),
+    ReportStep("resume", "Answers that go on from random tokens", 55, f"{_MODULES}.promises:resume"),
+    ReportStep("kill", "kill -9 of a worker at full batch", 70, f"{_MODULES}.recovery:kill"),
+    ReportStep("speed", "Tokens/s with checkpoints and without, in turn", 135, f"{_MODULES}.speed:speed"),
+    ReportStep("memory", "Memory that runs out", 25, f"{_MODULES}.faults:memory"),
+    ReportStep("driver", "The driver, the health check and the known-answer probe", 20, f"{_MODULES}.device:driver"),
+    ReportStep("spin", "A step that never ends", 20, f"{_MODULES}.faults:spin"),
+    ReportStep("fault", "An illegal memory access", 20, f"{_MODULES}.faults:fault"),
+    ReportStep("ranks", "Two ranks on one device, and a group that forms anew", 20, f"{_MODULES}.ranks:ranks"),
 )
 
 
-def bound(steps: Sequence[Step] = STEPS) -> float:
+def bound(steps: Sequence[ReportStep] = STEPS) -> float:
     """Seconds that all of it takes at most."""
     return INSTALLATION + sum(step.seconds for step in steps)

@@ -19,9 +19,9 @@ from typing import Any, Final
 import psutil
 
 from ...protocol.settings import PREFIX
-from ..benchmarks.processes import Child
-from .plan import Step
-from .stage import Notes
+from ..benchmarks.processes import BenchProcess
+from .plan import ReportStep
+from .stage import StepNotes
 
 LOOK: Final = 0.2
 """Seconds between two looks at a step's processes."""
@@ -36,8 +36,10 @@ OK, FINDING, SKIPPED, NOT_RUN = "ok", "finding", "skipped", "not run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of a step. ``missing`` names what this machine cannot show; a step that showed nothing else is skipped."""
+class StepOutcome:
+    """What came of a step. ``missing`` names what this machine cannot show; a step that showed nothing
+    else is skipped.
+    """
 
     step: str
     title: str
@@ -63,9 +65,9 @@ class Runner:
     deadline: float
     say: Callable[[str], None]
     longer: float = 1.0
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[StepOutcome] = field(default_factory=list)
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[ReportStep]) -> None:
         """Run these. ``KeyboardInterrupt`` leaves what was written, and no process."""
         for name in ("results.jsonl", "logs.tar"):
             (self.out / name).unlink(missing_ok=True)
@@ -80,27 +82,29 @@ class Runner:
                 f"{step.name}: {outcome.state}, {outcome.seconds:.1f} s" + f": {outcome.reason}" * bool(outcome.reason)
             )
 
-    def _step(self, step: Step) -> Outcome:
+    def _step(self, step: ReportStep) -> StepOutcome:
         folder = self.work / step.name
         folder.mkdir()
         log, notes = folder / "log", folder / "notes"
         limit = min(self.longer * step.seconds, self.deadline - time.monotonic())
         if limit < LEAST:
-            return Outcome(step=step.name, title=step.title, state=NOT_RUN, reason="no time was left")
+            return StepOutcome(step=step.name, title=step.title, state=NOT_RUN, reason="no time was left")
         command = [sys.executable, "-P", "-m", f"{__package__}.stage", step.target, self.device]
         began = time.monotonic()
         try:
-            child = Child(
+            child = BenchProcess(
                 [*command, *map(str, (notes, folder, self.work / "shared"))], self._environment(), log, folder=folder
             )
         except OSError as error:
-            return Outcome(step=step.name, title=step.title, state=NOT_RUN, reason=f"it could not be started: {error}")
+            return StepOutcome(
+                step=step.name, title=step.title, state=NOT_RUN, reason=f"it could not be started: {error}"
+            )
         try:
             late = _watch(child, began + limit)
             status = child.process.returncode
         finally:
             self._keep(step.name, log)
-        found = Notes.read(notes)
+        found = StepNotes.read(notes)
         reason = ""
         if late:
             reason = f"took more than {limit:.0f} s, and was ended"
@@ -109,11 +113,17 @@ class Runner:
         elif found.problems:
             reason = "; ".join(found.problems)
         state = FINDING if reason else SKIPPED if found.missing and not found.figures else OK
-        return Outcome(
-            step=step.name, title=step.title, state=state, reason=reason or "; ".join(found.missing),
-            seconds=round(time.monotonic() - began, 2), figures=found.figures, problems=found.problems,
-            missing=found.missing, log=f"logs.tar: {step.name}.log",
-        )  # fmt: skip
+        return StepOutcome(
+            step=step.name,
+            title=step.title,
+            state=state,
+            reason=reason or "; ".join(found.missing),
+            seconds=round(time.monotonic() - began, 2),
+            figures=found.figures,
+            problems=found.problems,
+            missing=found.missing,
+            log=f"logs.tar: {step.name}.log",
+        )
 
     def _environment(self) -> dict[str, str]:
         """No settings of the person's own pool, and no place outside of the report's folder to write into."""
@@ -132,7 +142,7 @@ class Runner:
             archive.addfile(entry, io.BytesIO(text))
 
 
-def _watch(child: Child, deadline: float) -> bool:
+def _watch(child: BenchProcess, deadline: float) -> bool:
     """Wait for the end of a step; True if it had to be ended. Nothing that it has started is left then.
 
     A guardian is in a session of its own, and a process whose parent has died is nobody's child any more: so all that

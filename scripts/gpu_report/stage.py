@@ -23,7 +23,7 @@ class StepFailed(PerdureError):
 
 
 @dataclass(slots=True)
-class Notes:
+class StepNotes:
     """What a step has noted so far."""
 
     figures: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Notes:
     """What ended the step."""
 
     @classmethod
-    def read(cls, path: Path) -> Notes:
+    def read(cls, path: Path) -> StepNotes:
         """From the file; what follows the last line end was still being written."""
         found = cls()
         if path.exists():
@@ -51,7 +51,7 @@ class Notes:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ReportStage:
     """Where a step runs. ``device`` is ``cuda``, or ``cpu`` in a rehearsal."""
 
     device: str
@@ -98,7 +98,7 @@ class Stage:
 def main(arguments: Sequence[str]) -> int:
     """Run one step; 1 if it raised. The traceback is in the log."""
     target, device, *paths = arguments
-    stage = Stage(device, *map(Path, paths))
+    stage = ReportStage(device, *map(Path, paths))
     module, _, name = target.partition(":")
     try:
         getattr(importlib.import_module(module), name)(stage)

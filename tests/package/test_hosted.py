@@ -42,7 +42,7 @@ def test_the_pythons_are_those_that_the_package_declares() -> None:
     assert read(HOSTED / "workflows" / "tests.yml")["jobs"]["python"]["strategy"]["matrix"]["python"] == pythons
 
 
-def test_contributing_names_the_servers_and_files_that_are_there() -> None:
+def test_contributing_names_servers_and_files_that_are_there() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     images = read(HOSTED / "workflows" / "tests.yml")["jobs"]["server"]["strategy"]["matrix"]["image"]
     (row,) = [line for line in page.splitlines() if line.startswith("| server |")]

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from ....protocol.settings import Settings
 from ....workers.health.nvml import Devices
-from ....workers.health.state import State
+from ....workers.health.state import CheckState
 from ....workers.probe import probe
 from ..ground import ground
-from ..stage import Stage, StepFailed
+from ..stage import ReportStage, StepFailed
 from ..tasks import PATH
 
 START: Final = """
@@ -32,12 +32,13 @@ if device != "cpu":
 made = time.perf_counter()
 y = (x @ x).sum().item()
 done = time.perf_counter()
-print(json.dumps({"import_torch_s": imported - began, "first_tensor_s": made - imported, "first_product_s": done - made}))
+took = {"import_torch_s": imported - began, "first_tensor_s": made - imported, "first_product_s": done - made}
+print(json.dumps(took))
 """
 """What a fresh process pays: torch, the context of the device, the first library that is loaded for it."""
 
 
-def machine(stage: Stage) -> None:
+def machine(stage: ReportStage) -> None:
     """Names and versions, then the start of a process, twice: the first one reads everything from the disk."""
     import torch
 
@@ -59,17 +60,21 @@ def machine(stage: Stage) -> None:
         stage.row(name, json.loads(done.stdout) | {"whole_process_s": time.perf_counter() - began})
 
 
-def driver(stage: Stage) -> None:
+def driver(stage: ReportStage) -> None:
     """NVML, the probe, and health as a worker tells it."""
     if not stage.needs_cuda("NVML: there is no driver"):
         _nvml(stage)
     verdict = probe("cuda:0" if stage.device == "cuda" else "cpu", on_device=15)
-    stage.expect(f"the probe finds the device well ({verdict.reason})", verdict.state is State.OK)
+    stage.expect(f"the probe finds the device well ({verdict.reason})", verdict.state is CheckState.OK)
     stage.note(probe=str(verdict.state), probe_s=verdict.seconds)
     settings = Settings(
-        device=stage.device, tasks=(f"{PATH}.Faulty",), threads=1, health_port=9100, health_interval=0.5,
+        device=stage.device,
+        tasks=(f"{PATH}.Faulty",),
+        threads=1,
+        health_port=9100,
+        health_interval=0.5,
         health_folder=str(stage.folder),
-    )  # fmt: skip
+    )
     wanted = {"worker", "network", "memory", "disk", *([] if stage.rehearsal else ["gpu"])}
     with ground(stage.folder / "health", settings) as found:
         (worker,) = found.workers()
@@ -78,10 +83,10 @@ def driver(stage: Stage) -> None:
         stage.note(**{f"check_{name}": f"{checks[name]['state']}: {checks[name]['reason']}"})
     # The machine may be short of disk or memory; the device must be well.
     if not stage.rehearsal:
-        stage.expect(f"the check of the device is ok ({checks['gpu']})", checks["gpu"]["state"] == State.OK)
+        stage.expect(f"the check of the device is ok ({checks['gpu']})", checks["gpu"]["state"] == CheckState.OK)
 
 
-def _nvml(stage: Stage) -> None:
+def _nvml(stage: ReportStage) -> None:
     import torch
 
     devices = Devices.open()
@@ -94,11 +99,19 @@ def _nvml(stage: Stage) -> None:
     free, total = devices.memory(0)
     counts = devices.counts(0)
     stage.note(
-        identity=devices.identity(0), recovery_action=str(devices.action(0)), total_gb=total / 2**30,
-        taken_by_a_context_and_1_gib=(before - free) / 2**30, corrected=counts.corrected, uncorrected=counts.uncorrected,
-        remapped_rows=counts.remapped, row_pending=str(counts.pending), row_failed=str(counts.failed),
-        processes_seen=len(devices.processes(0)), own_process_seen=str(os.getpid() in devices.processes(0)), **_clocks(),
-    )  # fmt: skip
+        identity=devices.identity(0),
+        recovery_action=str(devices.action(0)),
+        total_gb=total / 2**30,
+        taken_by_a_context_and_1_gib=(before - free) / 2**30,
+        corrected=counts.corrected,
+        uncorrected=counts.uncorrected,
+        remapped_rows=counts.remapped,
+        row_pending=str(counts.pending),
+        row_failed=str(counts.failed),
+        processes_seen=len(devices.processes(0)),
+        own_process_seen=str(os.getpid() in devices.processes(0)),
+        **_clocks(),
+    )
     stage.expect("NVML sees that a process takes memory", before - free >= held.numel())
     stage.expect("the driver asks for no repair", not devices.action(0).unfit)
     devices.close()

@@ -10,12 +10,12 @@ from typing import Any, Final
 from ....protocol.records import FailureKind
 from ....protocol.settings import Settings
 from ....workers.engine.batch_size import ENOUGH
-from ....workers.health.state import State
+from ....workers.health.state import CheckState
 from ....workers.pool import statuses
 from ....workers.pool.gpus import Gpu, choose, open_devices
 from ....workers.probe import probe
 from ..ground import PATIENCE, QUEUE, Ground, ground
-from ..stage import Stage
+from ..stage import ReportStage
 from ..tasks import PATH, WRONG_AT
 
 COUNT: Final = 10
@@ -25,7 +25,7 @@ STEP_TIMEOUT: Final = 3.0
 """Seconds after which a step counts as hung here; 20 by default."""
 
 
-def memory(stage: Stage) -> None:
+def memory(stage: ReportStage) -> None:
     """Eight requests of which four fit, and a process that has no memory left for any."""
     stage.needs_cuda("memory that is really full")
     task = f"{PATH}.Greedy"
@@ -36,10 +36,16 @@ def memory(stage: Stage) -> None:
         stage.expect("every request puts out all that it should", all(len(each) == COUNT for each in outputs))
         if not stage.rehearsal:
             stage.expect(f"the batch is halved to 4 (it was {min(sizes)} to {max(sizes)})", 4 in sizes)
-        stage.row("eight fifths of the memory", {
-            "requests": 8, "finished": len(outputs), "largest_batch": max(sizes), "smallest_batch": min(sizes),
-            "seconds": time.monotonic() - began,
-        })  # fmt: skip
+        stage.row(
+            "eight fifths of the memory",
+            {
+                "requests": 8,
+                "finished": len(outputs),
+                "largest_batch": max(sizes),
+                "smallest_batch": min(sizes),
+                "seconds": time.monotonic() - began,
+            },
+        )
     task = f"{PATH}.Leaking"
     with ground(stage.folder / "leak", _settings(stage, task)) as found:
         began = time.monotonic()
@@ -48,12 +54,18 @@ def memory(stage: Stage) -> None:
         replaced = found.text().count("loaded ") - 1
         if not stage.rehearsal:
             stage.expect(f"a worker without memory is replaced once ({replaced} were)", replaced == 1)
-        stage.row("a process that keeps all of it", {
-            "requests": len(outputs), "finished": len(outputs), "replaced": replaced, "seconds": time.monotonic() - began,
-        })  # fmt: skip
+        stage.row(
+            "a process that keeps all of it",
+            {
+                "requests": len(outputs),
+                "finished": len(outputs),
+                "replaced": replaced,
+                "seconds": time.monotonic() - began,
+            },
+        )
 
 
-def spin(stage: Stage) -> None:
+def spin(stage: ReportStage) -> None:
     """The step's time-out finds it, the process is replaced, and the device computes afterwards."""
     stage.needs_cuda("a kernel that does not end; here it is a loop of Python")
     task = f"{PATH}.Spinning"
@@ -65,7 +77,7 @@ def spin(stage: Stage) -> None:
     _usable(stage)
 
 
-def fault(stage: Stage) -> None:
+def fault(stage: ReportStage) -> None:
     """One request's kernel reads where nothing is: the context is lost, and with it the process, but no neighbour."""
     real = not stage.needs_cuda("an illegal memory access")
     task = f"{PATH}.Faulty"
@@ -83,16 +95,16 @@ def fault(stage: Stage) -> None:
     _usable(stage)
 
 
-def _settings(stage: Stage, task: str) -> Settings:
+def _settings(stage: ReportStage, task: str) -> Settings:
     return Settings(device=stage.device, tasks=(task,), step_timeout=STEP_TIMEOUT, retry_base=0.2, threads=1)
 
 
-def _gpus(stage: Stage) -> Sequence[Gpu]:
+def _gpus(stage: ReportStage) -> Sequence[Gpu]:
     """As ``perdure up --gpus all`` has them: then the device is looked at before a process starts on it again."""
     return [] if stage.rehearsal else choose("all", devices=open_devices())[:1]
 
 
-def _through(stage: Stage, found: Ground, task: str, number: int) -> tuple[float, list[list[Any]]]:
+def _through(stage: ReportStage, found: Ground, task: str, number: int) -> tuple[float, list[list[Any]]]:
     """Requests of which the first goes wrong; the longest pause between two of its outputs, and all outputs."""
     payloads = [{"n": COUNT, "folder": str(stage.folder), "fails": place == 0} for place in range(number)]
     handles = found.client.submit_many([(task, payload) for payload in payloads], queue=QUEUE)
@@ -119,8 +131,8 @@ def _kinds(found: Ground) -> set[str]:
     return {event.kind for record in _records(found) for event in found.store.history(record.id)}
 
 
-def _usable(stage: Stage) -> None:
+def _usable(stage: ReportStage) -> None:
     """The device computes what is known, in a process of its own."""
     verdict = probe("cuda:0" if stage.device == "cuda" else "cpu", on_device=15)
-    stage.expect(f"the device is usable afterwards ({verdict.reason})", verdict.state is State.OK)
+    stage.expect(f"the device is usable afterwards ({verdict.reason})", verdict.state is CheckState.OK)
     stage.note(probe_afterwards=str(verdict.state), probe_s=verdict.seconds)

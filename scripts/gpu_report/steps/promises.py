@@ -21,12 +21,12 @@ from ....workers.text.transformers import CausalLM
 from ....workers.text.weights.tiny import tiny
 from ..models import SEED, SMALL, config, folder
 from ..pack import ROOT
-from ..stage import Stage, StepFailed
+from ..stage import ReportStage, StepFailed
 
 MARK: Final = "pytest.mark.gpu"
 
 
-def gpu_tests(stage: Stage) -> None:
+def gpu_tests(stage: ReportStage) -> None:
     """All tests that are marked so, by pytest itself, in this environment; on a CPU they skip themselves."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text(encoding="utf-8"))
     report = stage.folder / "tests.xml"
@@ -61,7 +61,7 @@ def gpu_tests(stage: Stage) -> None:
         stage.expect("the tests find the device", kept=False)
 
 
-def resume(stage: Stage) -> None:
+def resume(stage: ReportStage) -> None:
     """Cut at random tokens, and compared to the last token: alone, and in a full batch beside others."""
     tokens, number, slots = (24, 3, 4) if stage.rehearsal else (64, 8, 8)
     chance = random.Random(SEED)
@@ -92,7 +92,7 @@ def resume(stage: Stage) -> None:
     _adapter(stage, tokens, cuts)
 
 
-def _adapter(stage: Stage, tokens: int, cuts: Sequence[int]) -> None:
+def _adapter(stage: ReportStage, tokens: int, cuts: Sequence[int]) -> None:
     """It promises nothing of this; how often it comes out equal is an observation."""
     task = CausalLM(_small_llama, settings=Settings(device=stage.device, slots=2, threads=1))
     task.load()

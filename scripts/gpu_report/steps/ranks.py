@@ -13,13 +13,13 @@ from ....protocol.settings import Settings
 from ....workers.ranks.group import Group
 from ....workers.tasks.base import NOTHING, Request
 from ....workers.tasks.collectives import Collectives, serve
-from ..stage import Stage
+from ..stage import ReportStage
 from ..tasks import Halves
 
 TIMEOUT: Final = 15.0
 
 
-def ranks(stage: Stage) -> None:
+def ranks(stage: ReportStage) -> None:
     """A rank is killed in the middle: the sums are the same. Then a group is aborted, and forms anew."""
     os.environ["PERDURE_DEVICE"] = stage.device  # the task reads it, in each rank
     group = Group(Halves(), Settings(device=stage.device, threads=1))
@@ -51,12 +51,12 @@ def _run(group: Group, name: str, kill_at: int = -1) -> tuple[list[float], float
             ended = ended or step.ends
         if len(outputs) == kill_at:
             kill_at = -1
-            (follower,) = group.followers.values()
+            (follower,) = group.followers.everyone.values()
             os.kill(follower.process.pid, signal.SIGKILL)
     return outputs, longest
 
 
-def _one_rank(stage: Stage) -> None:
+def _one_rank(stage: ReportStage) -> None:
     collectives = Collectives(0, 1, TIMEOUT)
     device = torch.device(stage.device)
     if device.type == "cuda":

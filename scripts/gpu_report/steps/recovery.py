@@ -13,7 +13,7 @@ from ....producer import Handle
 from ....protocol.settings import Settings
 from ..ground import ENDED, PATIENCE, QUEUE, Ground, ground
 from ..models import folder
-from ..stage import Stage
+from ..stage import ReportStage
 
 TASK: Final = "perdure.workers.text.generate"
 SEEN: Final = 24
@@ -40,13 +40,17 @@ class Heard:
             self.error = f"{type(error).__name__}: {error}"
 
 
-def kill(stage: Stage) -> None:
+def kill(stage: ReportStage) -> None:
     """Beside a spare that has loaded, and beside none: then its place is filled anew, and pays for all of a start."""
     tokens, slots = (800, 4) if stage.rehearsal else (200, 8)
     settings = Settings(
-        model=str(folder(stage)), device=stage.device, dtype="bfloat16", slots=slots, tasks=(TASK,),
+        model=str(folder(stage)),
+        device=stage.device,
+        dtype="bfloat16",
+        slots=slots,
+        tasks=(TASK,),
         threads=1 if stage.rehearsal else 0,
-    )  # fmt: skip
+    )
     length = {"max_tokens": tokens, "min_tokens": tokens}
     payloads = [
         {"prompt": f"Request {number} outlives its worker.", "seed": number, "temperature": 1.0, **length}
@@ -86,7 +90,7 @@ def _killed(found: Ground, payloads: list[dict[str, Any]]) -> tuple[float, list[
 
 
 def _judged(
-    stage: Stage, found: Ground, name: str, killed: float, heard: list[Heard], expected: list[Any]
+    stage: ReportStage, found: Ground, name: str, killed: float, heard: list[Heard], expected: list[Any]
 ) -> dict[str, Any]:
     delays, interrupted = [], 0
     for item in heard:

@@ -11,12 +11,12 @@ from ....producer import Client
 from ....protocol.connection import connect
 from ....protocol.settings import Settings
 from ....protocol.store import Store
-from ...benchmarks.measures.checkpointing import CheckpointBenchmark, Sizes
-from ...benchmarks.processes import Child, Crew
+from ...benchmarks.measures.checkpointing import CheckpointBenchmark, CheckpointSizes
+from ...benchmarks.processes import BenchProcess, Crew
 from ...benchmarks.stage import Stage as Place
 from ...pool.server import Server
 from ..models import folder, parameters, shape_of
-from ..stage import Stage
+from ..stage import ReportStage
 
 LOADING: Final = 80.0
 """Seconds for all workers to load, at once: the self-check of many slots takes many passes."""
@@ -27,7 +27,7 @@ WARM: Final = 24
 PROMPT: Final = 16
 
 
-def speed(stage: Stage) -> None:
+def speed(stage: ReportStage) -> None:
     """A worker for each size of a batch, all loaded before the first is measured; then one after the other."""
     sizes = {2: (0.1, 1.0), 4: (0.1, 1.0)} if stage.rehearsal else {8: (1.0, 9.0), 64: (1.0, 9.0), 256: (3.0, 14.0)}
     shape = shape_of(stage)
@@ -36,9 +36,9 @@ def speed(stage: Stage) -> None:
     model = str(folder(stage))
     with Server(stage.folder / "redis", die_with_parent=True) as server, Crew(stage.folder / "crew") as crew:
         place = Place(server)
-        benches: dict[int, tuple[CheckpointBenchmark, Child]] = {}
+        benches: dict[int, tuple[CheckpointBenchmark, BenchProcess]] = {}
         for slots, (window, _) in sizes.items():
-            given = Sizes(slots=slots, model=model, window=window, device=stage.device, dtype="bfloat16")
+            given = CheckpointSizes(slots=slots, model=model, window=window, device=stage.device, dtype="bfloat16")
             bench = CheckpointBenchmark(place, crew, given, lambda line: None)
             benches[slots] = bench, bench.start_switching(f"{slots} at once", server.url)
         _wait_loaded(stage, crew, server.url, benches)
@@ -68,7 +68,9 @@ def measure(bench: CheckpointBenchmark, client: Client, subject: str, seconds: f
     }  # fmt: skip
 
 
-def _wait_loaded(stage: Stage, crew: Crew, url: str, benches: dict[int, tuple[CheckpointBenchmark, Child]]) -> None:
+def _wait_loaded(
+    stage: ReportStage, crew: Crew, url: str, benches: dict[int, tuple[CheckpointBenchmark, BenchProcess]]
+) -> None:
     """Those that have not loaded in time are left out, and end: they would take what is measured."""
     began = time.monotonic()
     waiting = {child: slots for slots, (_, child) in benches.items()}
@@ -85,7 +87,7 @@ def _wait_loaded(stage: Stage, crew: Crew, url: str, benches: dict[int, tuple[Ch
         del benches[slots]
 
 
-def copy_bandwidth(stage: Stage, rounds: int = 20) -> float:
+def copy_bandwidth(stage: ReportStage, rounds: int = 20) -> float:
     """Bytes a second that a copy within the memory reads and writes."""
     source = torch.ones((2**24 if stage.rehearsal else 2**31), dtype=torch.uint8, device=stage.device)
     target = torch.empty_like(source)

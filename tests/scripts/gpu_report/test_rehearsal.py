@@ -34,7 +34,8 @@ def test_every_step_runs_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-P", str(ROOT / "scripts" / "gpu_report" / "place.py"), "--rehearse", str(out)],
-        cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     rows = {row["step"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from perdure.scripts.gpu_report.page import page
-from perdure.scripts.gpu_report.plan import STEPS, TOTAL, Step, bound
-from perdure.scripts.gpu_report.runner import FINDING, NOT_RUN, OK, SKIPPED, Outcome, Runner
+from perdure.scripts.gpu_report.plan import STEPS, TOTAL, ReportStep, bound
+from perdure.scripts.gpu_report.runner import FINDING, NOT_RUN, OK, SKIPPED, Runner, StepOutcome
 from tests.kit.lab import eventually, gone
 
 PLANTED = '''
@@ -62,8 +62,8 @@ def die(stage):
 '''
 
 
-def step(name: str, seconds: float = 60.0) -> Step:
-    return Step(name, f"Planted: {name}", seconds, f"planted_steps:{name}")
+def step(name: str, seconds: float = 60.0) -> ReportStep:
+    return ReportStep(name, f"Planted: {name}", seconds, f"planted_steps:{name}")
 
 
 @pytest.fixture
@@ -119,9 +119,10 @@ def test_an_interrupt_leaves_the_lines_and_no_process(runner: Runner) -> None:
     program = f"""
 import sys, time
 from perdure.scripts.gpu_report import __main__ as report
-from perdure.scripts.gpu_report.plan import Step
-report.STEPS = tuple(Step(name, name, 60, "planted_steps:" + name) for name in ("well", "hang", "fail"))
-sys.exit(report.main([{str(runner.out)!r}, "--rehearse", "--work", {str(runner.work)!r}, f"--began={{time.monotonic()}}"]))
+from perdure.scripts.gpu_report.plan import ReportStep
+report.STEPS = tuple(ReportStep(name, name, 60, "planted_steps:" + name) for name in ("well", "hang", "fail"))
+began = f"--began={{time.monotonic()}}"
+sys.exit(report.main([{str(runner.out)!r}, "--rehearse", "--work", {str(runner.work)!r}, began]))
 """
     process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
     try:
@@ -145,11 +146,24 @@ sys.exit(report.main([{str(runner.out)!r}, "--rehearse", "--work", {str(runner.w
 def test_a_page_says_what_is_known() -> None:
     """The machine first, every step in a row, what could not be had, and each step's figures as tables."""
     outcomes = [
-        Outcome(step="machine", title="The machine", state=OK, figures={"device": "H200", "driver": "580", "torch_s": 3.14159}),
-        Outcome(step="speed", title="Speed", state=FINDING, reason="a | b\nc", seconds=12.0,
-                figures={"8 at once": {"tokens_per_s": 1234.5}, "64 at once": {"load_s": 2.0}}),
-        Outcome(step="fault", title="Fault", state=SKIPPED, reason="needs CUDA: a fault", missing=["needs CUDA: a fault"]),
-    ]  # fmt: skip
+        StepOutcome(
+            step="machine",
+            title="The machine",
+            state=OK,
+            figures={"device": "H200", "driver": "580", "torch_s": 3.14159},
+        ),
+        StepOutcome(
+            step="speed",
+            title="Speed",
+            state=FINDING,
+            reason="a | b\nc",
+            seconds=12.0,
+            figures={"8 at once": {"tokens_per_s": 1234.5}, "64 at once": {"load_s": 2.0}},
+        ),
+        StepOutcome(
+            step="fault", title="Fault", state=SKIPPED, reason="needs CUDA: a fault", missing=["needs CUDA: a fault"]
+        ),
+    ]
     text = page(outcomes, "cuda", 99.6)
     assert "device H200, driver 580," in text
     assert "it took 100 s." in text
