@@ -84,7 +84,7 @@ def out_of_bounds(tensor: Any) -> None:
             "shape": (2**40,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3, "strides": None,
         }  # fmt: skip
 
-    huge = torch.as_tensor(Huge(), device="cuda")
+    huge = torch.as_tensor(Huge(), device=tensor.device)
     huge[2**38 : 2**38 + 1024].sum().item()
 
 
