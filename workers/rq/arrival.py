@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import redis
@@ -32,6 +33,14 @@ TESTED_RQ = ("3.0",)
 Answer = TypeVar("Answer")
 
 _log = logging.getLogger("rq.worker")
+
+
+def release() -> str:
+    """Which release of Perdure this is, for the log."""
+    try:
+        return version("perdure")
+    except PackageNotFoundError:
+        return "from a folder"  # which is on the path, and was not installed
 
 
 def begin(connection: redis.Redis, queues: Iterable[str]) -> tuple[Settings, Store, list[ServerProblem]]:
@@ -58,8 +67,8 @@ def begin(connection: redis.Redis, queues: Iterable[str]) -> tuple[Settings, Sto
 
 def check_rq(settings: Settings) -> None:
     """Raise :class:`ProtocolMismatch` on an RQ that was not tested, unless a setting allows it."""
-    version = ".".join(VERSION.split(".")[:2])
-    if version not in TESTED_RQ and not settings.untested_rq:
+    series = ".".join(VERSION.split(".")[:2])
+    if series not in TESTED_RQ and not settings.untested_rq:
         raise ProtocolMismatch(
             f"RQ {VERSION} was not tested with this release (tested: {', '.join(TESTED_RQ)}); "
             "install a tested one, or set PERDURE_UNTESTED_RQ=1 to run with it anyway"

@@ -26,7 +26,6 @@ from rq.executions import Execution
 from rq.job import Job
 from rq.worker import DequeueStrategy, WorkerStatus
 
-from ... import __version__
 from ...protocol.connection import keep_alive
 from ...protocol.keys import served
 from ...protocol.records import FailureKind
@@ -105,7 +104,7 @@ class Worker(PlainEnds):
         be_patient(self.connection)
         logs.take_over(settings.log_format, worker=self.name, device=settings.device)
         self.bootstrap(logging_level, date_format, log_format)
-        self.log.info("Worker %s: Perdure %s; the version above is RQ's", self.name, __version__)
+        self.log.info("Worker %s: Perdure %s; the version above is RQ's", self.name, arrival.release())
         # From here on: a reader of this process' output who stops must stop nothing else.
         restore_logs = unblock()
         for finding in findings:
