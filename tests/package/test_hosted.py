@@ -31,7 +31,7 @@ def test_every_file_is_yaml(path: Path) -> None:
 
 
 def test_what_the_workflows_call_is_there() -> None:
-    called = {word for run in steps() for word in re.findall(r"(?<![\w/$.])(?:scripts|\.ci|tests)/[\w/]+", run)}
+    called = {word for run in steps() for word in re.findall(r"(?<![\w/$.])(?:scripts|\.ci|tests)/[\w/.]+", run)}
     assert {".ci/run", "scripts/test", "scripts/setup"} <= called
     assert [word for word in called if not (ROOT / word).exists()] == []
 
