@@ -178,15 +178,19 @@ class Options(Common):
     def stored(self, settings: Settings) -> dict[str, Any]:
         """What ``NewRequest`` takes of them, by its names. Raises :class:`InvalidRequest` with the option's name."""
         values: dict[str, Any] = {"queue": with_priority(check_queue(self.queue), self.priority)}
-        for item in fields(Options):
-            if check := item.metadata["check"]:
-                value = getattr(self, item.name)
-                if value is None and item.metadata["setting"]:
-                    value = getattr(settings, item.name)
-                values[item.name] = check(value, item.name)
+        for name, check, setting in _CHECKED:
+            value = getattr(self, name)
+            if value is None and setting:
+                value = getattr(settings, name)
+            values[name] = check(value, name)
         values["deadline"], values["deadline_at"] = values["deadline"]
         return values
 
+
+# Once: every submit goes through them.
+_CHECKED = tuple(
+    (item.name, item.metadata["check"], item.metadata["setting"]) for item in fields(Options) if item.metadata["check"]
+)
 
 OF_ONE = tuple(item.name for item in fields(Options) if not item.metadata["of_call"])
 """Options that one request of several may have."""
