@@ -19,6 +19,7 @@ from perdure.protocol.connection import connect
 from perdure.scripts.pool.executable import find_binary
 from perdure.scripts.pool.server import Server
 from tests.kit.lab import Lab, laboratory
+from tests.kit.protocol.pool import Hand, Pool
 
 _FOR_EVER = {"log", "health"}
 """Threads of the product that go on until the end of their process, and touch nothing of a test."""
@@ -107,3 +108,15 @@ def lab(redis_url: str, tmp_path: Path) -> Iterator[Lab]:
     """Worker and reaper processes on an empty server; all are gone afterwards."""
     with laboratory(redis_url, tmp_path) as started:
         yield started
+
+
+@pytest.fixture
+def pool(connection: redis.Redis) -> Pool:
+    """Pretended producers, workers and reapers over an empty server."""
+    return Pool.over(connection)
+
+
+@pytest.fixture
+def hand(pool: Pool) -> Hand:
+    """One pretended worker of it."""
+    return Hand(pool)

@@ -39,15 +39,6 @@ def recover(connection: redis.Redis) -> None:
     connection.delete(key("mode"))
 
 
-@pytest.fixture(params=["server", "fakeredis"])
-def redis_client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
-    if request.param == "server":
-        yield request.getfixturevalue("connection")
-    else:
-        with fakeredis.FakeRedis() as connection:
-            yield connection
-
-
 @pytest.fixture
 def client(redis_client: redis.Redis) -> Iterator[Client]:
     with Client(connection=redis_client, settings=Settings(queue_limit=3), patience=5) as client:

@@ -67,16 +67,6 @@ class Checked(BatchTask):
         return {"seed": 7, **payload}
 
 
-@pytest.fixture(params=["server", "fakeredis"])
-def redis_client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
-    """An empty Redis: a real one, and fakeredis, which runs the same scripts."""
-    if request.param == "server":
-        yield request.getfixturevalue("connection")
-    else:
-        with fakeredis.FakeRedis() as connection:
-            yield connection
-
-
 @pytest.fixture
 def client(redis_client: redis.Redis) -> Iterator[Client]:
     with Client(connection=redis_client, settings=Settings()) as client:

@@ -29,16 +29,6 @@ from tests.kit.protocol.pool import Hand, Pool
 
 
 @pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
-@pytest.fixture
 def reaper(pool: Pool) -> Reaper:
     return Reaper(pool.store, pool.store.settings, name="r1")
 

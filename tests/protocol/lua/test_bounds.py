@@ -14,11 +14,6 @@ from tests.kit.protocol.pool import Hand, Pool
 QUEUES = [f"q{number}" for number in range(40)]
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def calls(connection: redis.Redis) -> int:
     """Commands that the server has run, those within scripts too."""
     stats = connection.info("commandstats")

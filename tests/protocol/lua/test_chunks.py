@@ -19,16 +19,6 @@ from tests.kit.protocol.clock import CLOCKS
 from tests.kit.protocol.pool import Hand, Pool, dump
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def value(letter: str, chunks: int = 3) -> bytes:
     return letter.encode() * ((chunks - 1) * CHUNK + 1000)
 

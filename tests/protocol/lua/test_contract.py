@@ -106,11 +106,6 @@ def on_stock_rq(connection: redis.Redis, function: Any) -> tuple[Shape, Shape]:
 
 
 @pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
 def hand(pool: Pool) -> Hand:
     """A worker that is registered as RQ's own."""
     worker = Worker(["gpu"], connection=pool.connection, name="w1")

@@ -23,11 +23,6 @@ def pool() -> Iterator[Pool]:
         yield Pool.over(connection)
 
 
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def test_a_request_runs_to_its_end(pool: Pool, hand: Hand):
     """enqueue, claim, chunk, progress, renew, heartbeat and finish."""
     pool.submit("a")

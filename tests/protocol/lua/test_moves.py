@@ -23,16 +23,6 @@ from perdure.protocol.transitions.calls import Claim
 from tests.kit.protocol.pool import OTHER, Hand, Pool, dump, plain
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def rq(url: str, *arguments: str) -> str:
     """Run RQ's own command; its output."""
     command = [str(Path(sys.executable).with_name("rq")), *arguments, "--url", url]

@@ -27,11 +27,6 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
             yield Pool.over(connection)
 
 
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def left(pool: Pool, identifier: str) -> float:
     """Seconds until the lease ends."""
     score: Any = pool.connection.zscore(key("leases", "gpu"), identifier)

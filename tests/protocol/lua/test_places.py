@@ -11,11 +11,6 @@ from tests.kit.lab import Lab, eventually
 from tests.kit.protocol.pool import Hand, Pool, plain
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def live(
     pool: Pool, name: str, *, device: str = "", host: str = "here", ready: bool = True, queue: str = "gpu"
 ) -> Hand:

@@ -19,16 +19,6 @@ from tests.kit.protocol.backoff import backoff, schedule
 from tests.kit.protocol.pool import HOUR_MS, Hand, Pool, dump
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def beats(pool: Pool) -> set[str]:
     found: Any = pool.connection.zrange(key("beats"), 0, -1)
     return {member.decode() for member in found}

@@ -17,16 +17,6 @@ from tests.kit.protocol.clock import CLOCKS
 from tests.kit.protocol.pool import Hand, Pool, dump
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def without_clock(connection: redis.Redis) -> dict[str, object]:
     return dump(connection, without=CLOCKS)
 

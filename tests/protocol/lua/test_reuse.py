@@ -20,16 +20,6 @@ from tests.kit.protocol.pool import OTHER, TASK, Hand, Pool, packed, plain
 
 
 @pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
-@pytest.fixture
 def queue(connection: redis.Redis) -> Queue:
     return Queue("gpu", connection=connection)
 

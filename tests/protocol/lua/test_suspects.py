@@ -19,11 +19,6 @@ from perdure.protocol.transitions.calls import Failure
 from tests.kit.protocol.pool import TASK, Hand, Pool
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def crash(pool: Pool, *names: str, worker: str = "w0", kind: FailureKind = FailureKind.CRASH) -> None:
     """A worker takes these and ends by a native signal."""
     hand = Hand(pool, worker, slots=32)

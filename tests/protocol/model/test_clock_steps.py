@@ -33,11 +33,6 @@ def clock(connection: redis.Redis, pool: Pool) -> Clock:
     return Clock(connection)
 
 
-@pytest.fixture
-def hand(pool: Pool) -> Hand:
-    return Hand(pool)
-
-
 def sweep(pool: Pool) -> None:
     """What a reaper does in one round."""
     pool.store.reap(pool.store.survey(), kind="WORKER_LOST", reason="no heartbeat")

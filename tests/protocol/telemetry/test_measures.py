@@ -14,11 +14,6 @@ from tests.kit.lab import Lab, eventually
 from tests.kit.protocol.pool import Hand, Pool, plain
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def counters(connection: redis.Redis) -> dict[str, int]:
     found: Any = connection.hgetall(key("counters"))
     return {name: int(value) for name, value in plain(found).items()}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from perdure.producer import AsyncClient, Client
 from perdure.protocol.codec import article, pack
@@ -23,11 +22,6 @@ from tests.kit.lab import Lab, eventually
 from tests.kit.protocol.pool import Hand, Pool
 
 PERDURE = Path(sys.executable).with_name("perdure")
-
-
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
 
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

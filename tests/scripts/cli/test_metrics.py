@@ -43,11 +43,6 @@ def served(connection: redis.Redis, **limits: int) -> Page:
     return parse(generate_latest(registry).decode())
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def test_an_empty_server_is_a_pool_at_rest(connection: redis.Redis):
     """No queue, no worker, no error; every name is there with its type."""
     registry = CollectorRegistry()

@@ -46,11 +46,6 @@ def site(served: Site, pool: Pool) -> Site:
     return served
 
 
-@pytest.fixture
-def pool(connection: redis.Redis) -> Pool:
-    return Pool.over(connection)
-
-
 def fail(pool: Pool, *names: str, reason: str = "it broke") -> None:
     """Requests that fail for good."""
     hand = Hand(pool, f"of-{names[0]}")
