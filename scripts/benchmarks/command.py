@@ -16,7 +16,7 @@ from ...protocol.errors import PerdureError
 from ..pool.server import Server
 from .environments import NODE
 from .machine import describe, describe_server, one_line
-from .pages import keep, refill_pages
+from .pages import TABLES, keep, pictures_of, refill_pages
 from .parts import RUNNERS, BenchOptions, say
 from .processes import Crew
 from .stage import Stage
@@ -100,7 +100,7 @@ def _run(
             machine |= describe_server(server, stage.connection)
             try:
                 with Crew(Path(folder) / "logs") as crew:
-                    found = RUNNERS[part](options, stage, crew, one_line(machine))
+                    found = RUNNERS[part](options, stage, crew)
             except PerdureError as error:
                 say(f"{part}: FAILED: {error}")
                 results["parts"][part] = {"failed": str(error)}
@@ -108,17 +108,18 @@ def _run(
                 continue
             finally:
                 stage.close()
-        found.figures["seconds"] = round(time.monotonic() - began, 1)
-        results["parts"][part] = found.figures
-        results["ratios"] |= found.figures.get("ratios", {})
-        for table in found.tables:
+        found["seconds"] = round(time.monotonic() - began, 1)
+        results["parts"][part] = found
+        results["ratios"] |= found.get("ratios", {})
+        tables = TABLES[part](found)
+        for table in tables:
             print(table.text(), flush=True)
-        texts += [table.markdown() for table in found.tables]
+        texts += [table.markdown() for table in tables]
         if docs is not None:
-            keep(docs, part, machine, found.figures)
+            keep(docs, part, machine, found)
         if svg_folder is not None:
             svg_folder.mkdir(parents=True, exist_ok=True)
-            for name, text in found.pictures.items():
+            for name, text in pictures_of(part, found, machine).items():
                 (svg_folder / name).write_text(text, encoding="utf-8")
     if docs is not None:
         refill_pages(docs.absolute().parent)

@@ -75,15 +75,18 @@ def refill(text: str, docs: Path) -> str:
     return _MARKED.sub(made, text)
 
 
+def pictures_of(part: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> Pictures:
+    """The pictures of one part; not every part has some."""
+    return PICTURES[part](figures, one_line(dict(machine))) if part in PICTURES else {}
+
+
 def pictures(docs: Path) -> Pictures:
     """What ``docs/images`` holds of the parts that were measured."""
-    found = {part: _read(docs, part) for part in PICTURES}
-    return {
-        name: text
-        for part, kept in found.items()
-        if kept is not None
-        for name, text in PICTURES[part](kept["figures"], one_line(kept["machine"])).items()
-    }
+    drawn: Pictures = {}
+    for part in PICTURES:
+        if (kept := _read(docs, part)) is not None:
+            drawn |= pictures_of(part, kept["figures"], kept["machine"])
+    return drawn
 
 
 def refill_pages(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The parts of scripts/bench: what each measures, in which size, and what it hands on."""
+"""The parts of scripts/bench: what each measures, and in which size."""
 
 from __future__ import annotations
 
@@ -8,24 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .curves import engine_pictures, engine_tables, goodput_pictures, goodput_tables
 from .environments import Missing, interpreter_of
 from .figures import ratio
 from .processes import BenchmarkFailed, Crew
-from .reports import (
-    Pictures,
-    checkpoint_pictures,
-    checkpoint_tables,
-    queue_pictures,
-    queue_tables,
-    recovery_pictures,
-    recovery_tables,
-    saturation_tables,
-    scale_pictures,
-    scale_tables,
-)
 from .stage import Stage
-from .tables import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +27,10 @@ class BenchOptions:
     budget: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class PartResult:
-    """What a part has found: figures for the JSON file, tables, and pictures by their file names."""
+Figures = dict[str, Any]
+"""What a part has found; its tables and pictures are made from it (:mod:`.pages`)."""
 
-    figures: dict[str, Any]
-    tables: list[Table]
-    pictures: Pictures
-
-
-Part = Callable[[BenchOptions, Stage, Crew, str], PartResult]
+Part = Callable[[BenchOptions, Stage, Crew], Figures]
 
 
 def say(text: str) -> None:
@@ -58,7 +38,7 @@ def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def queue(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def queue(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """No-op requests, ours beside those of others."""
     from .measures.queueing import QUICK, SMOKE, QueueBenchmark, QueueSizes, ratios
     from .systems import OWN, PEERS_OF_THE_QUEUE
@@ -77,10 +57,10 @@ def queue(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartRes
     found = benchmark.run()
     found["problems"] |= missing
     found["ratios"] = ratios(benchmark.series)
-    return PartResult(found, queue_tables(found), queue_pictures(found, note))
+    return found
 
 
-def recovery(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def recovery(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """Kills, ours beside those of others."""
     from .measures.recovery import QUICK, SMOKE, RecoveryBenchmark, RecoverySizes
     from .scenarios import OWN, PEERS_OF_RECOVERY
@@ -98,10 +78,10 @@ def recovery(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> Part
         if name.startswith("perdure")
         for figure in ("p50_ms", "p99_ms", "repeated_most")
     }
-    return PartResult(found, recovery_tables(found), recovery_pictures(found, note))
+    return found
 
 
-def checkpoints(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def checkpoints(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """What storing while generating costs."""
     from .measures.checkpointing import QUICK, SMOKE, CheckpointBenchmark, CheckpointSizes, ratios
 
@@ -109,10 +89,10 @@ def checkpoints(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> P
     benchmark = CheckpointBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say)
     found = benchmark.run()
     found["ratios"] = ratios(benchmark.series, found["windows"])
-    return PartResult(found, checkpoint_tables(found), checkpoint_pictures(found, note))
+    return found
 
 
-def scale(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def scale(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """What operations cost beside many requests."""
     from .measures.scale import QUICK, SMOKE, ScaleBenchmark, ScaleSizes
 
@@ -128,19 +108,18 @@ def scale(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartRes
             last["costs"]["claim 32"]["redis_us"], found["rows"][0]["costs"]["claim 32"]["redis_us"]
         ),
     }
-    return PartResult(found, scale_tables(found), scale_pictures(found, note))
+    return found
 
 
-def saturation(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def saturation(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """More requests than Redis can checkpoint at the usual interval."""
     from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, SaturationSizes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else SaturationSizes()
-    found = SaturationBenchmark(stage, crew, sizes, say).run()
-    return PartResult(found, saturation_tables(found), {})
+    return SaturationBenchmark(stage, crew, sizes, say).run()
 
 
-def engine(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def engine(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """The engine against transformers, which is taken from here if nothing may be installed."""
     from .measures.engine import QUICK, SMOKE, EngineBenchmark, EngineSizes, own_interpreter, ratios
 
@@ -155,10 +134,10 @@ def engine(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartRe
     benchmark = EngineBenchmark(crew, replace(sizes, rounds=options.rounds or sizes.rounds), python, say)
     found = benchmark.run()
     found["ratios"] = ratios(benchmark.series)
-    return PartResult(found, engine_tables(found), engine_pictures(found, note))
+    return found
 
 
-def goodput(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartResult:
+def goodput(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """What is left of the workers' time when they die."""
     from .measures.goodput import QUICK, SMOKE, GoodputBenchmark, GoodputSizes
 
@@ -168,7 +147,7 @@ def goodput(options: BenchOptions, stage: Stage, crew: Crew, note: str) -> PartR
         f"goodput_{'resumed' if point['resume'] else 'from_zero'}_mtbf_{point['mtbf']:g}": point["goodput"]
         for point in found["points"]
     }
-    return PartResult(found, goodput_tables(found), goodput_pictures(found, note))
+    return found
 
 
 class Subject(Protocol):
