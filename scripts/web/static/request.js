@@ -97,7 +97,7 @@ export class RequestPage {
     const text = "A waiting request ends now. One that runs ends when its worker next writes; it may finish before.";
     const work = async (token) => {
       const { canceled } = await send(`api/requests/${encodeURIComponent(this.id)}/cancel`, token, { reason: "from the page" });
-      return canceled ? "It is to be canceled." : "It had ended before.";
+      return canceled ? "Cancel requested." : "It had already ended.";
     };
     if (await act(this.app, { title: "Cancel this request?", text, go: "Cancel it" }, work)) this.load();
   }

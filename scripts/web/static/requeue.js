@@ -23,13 +23,13 @@ export async function lettersOf(error) {
  */
 export function requeue(app, title, items, number, kinds) {
   const one = number === 1;
-  const text = `${number} ${one ? "failure goes" : "failures go"} back to where ${one ? "it" : "they"} waited. Attempts start anew; a young checkpoint is gone on from.`;
+  const text = `${number} ${one ? "failure goes" : "failures go"} back to where ${one ? "it" : "they"} waited. Attempts are reset; a checkpoint younger than an hour is resumed.`;
   const vain = kinds.some((kind) => app.final.includes(kind));
-  const warning = ` ${kinds.join(", ")}: this cannot pass by itself. Unless the task or its data has changed, ${one ? "it fails" : "they fail"} again.`;
+  const warning = ` ${kinds.join(", ")}: such an error cannot pass by itself. ${one ? "It fails" : "They fail"} again unless the task or its data has changed.`;
   return act(app, { title, text: vain ? text + warning : text, go: vain ? "Requeue all the same" : "Requeue" }, async (token, progress) => run(await items(), token, progress));
 }
 
-/** Asks for a word, and the token if this tab has none yet; then does work(token, progress), which gives the sentence to show. */
+/** Asks for confirmation, and for the token if this tab has none yet; then does work(token, progress), which gives the sentence to show. */
 export function act(app, { title, text, go: label }, work) {
   const [dialog, form] = [part(""), part("").querySelector("form")];
   const [go, cancel, token, progress, error] = ["-go", "-cancel", "-token", "-progress", "-error"].map(part);
