@@ -54,6 +54,7 @@ def test_the_pack_of_this_tree_is_pinned_and_has_no_torch() -> None:
     assert not [name for name in names if name.startswith(("nvidia", "cuda"))]
 
 
+@pytest.mark.slow
 def test_the_steps_and_the_gpu_tests_need_nothing_else(tmp_path: Path) -> None:
     """Everything that no wheel of the pack and nothing of the machine brings is hidden: all can be imported still."""
     there = missing(ROOT / "pyproject.toml", installed) | closure(PROVIDED, installed) | {"perdure"}

@@ -87,6 +87,7 @@ def test_the_plan_fits_into_eight_minutes() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_stops_no_other(runner: Runner) -> None:
     """Each has a line, what was noted before its end is in it, and its log is kept."""
     runner.run([step("fail"), step("hang", 6.0), step("die"), step("broken"), step("bare"), step("well")])
