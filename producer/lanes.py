@@ -25,6 +25,9 @@ from redis.utils import HIREDIS_AVAILABLE
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 
+if HIREDIS_AVAILABLE:
+    from hiredis import pack_command
+
 LANES: Final = 8
 """Calls in flight at once. A thousand threads that wait share as many connections."""
 
@@ -118,9 +121,9 @@ class Packer:
     """hiredis ends the process when a signal handler raises while it makes a number text (3.4); so it gets none."""
 
     def pack(self, *arguments: Any) -> Any:
-        """A command in Redis' protocol."""
-        plain: list[Any] = [repr(value) if type(value) in _NUMBERS else value for value in arguments]
-        return HiredisRespSerializer().pack(*plain)
+        """A command in Redis' protocol. redis-py's own splits its name, and looks at each word once more."""
+        plain: tuple[Any, ...] = tuple([repr(value) if type(value) in _NUMBERS else value for value in arguments])
+        return [pack_command(plain)] if plain[0] == "EVALSHA" else HiredisRespSerializer().pack(*plain)
 
 
 _NUMBERS = (int, float)

@@ -64,11 +64,12 @@ class Script:
         self.body = body
         self.header = Header.parse(body)
         self.source = source
+        self._names = frozenset(self.header.arguments)
         self._pick = {group: itemgetter(*names) for group, names in self.header.groups.items()}
 
     def arguments(self, values: Row, groups: Mapping[str, Sequence[Row]]) -> list[Argument]:
         """Put named values into the order of the header. Raises ``TypeError`` for a missing or unknown name."""
-        if set(values) != set(self.header.arguments) or set(groups) != set(self.header.groups):
+        if values.keys() != self._names or groups.keys() != self._pick.keys():
             raise TypeError(
                 f"{self.name}.lua takes {self.header.arguments} and rows {tuple(self.header.groups)}, "
                 f"not {tuple(values)} and {tuple(groups)}"

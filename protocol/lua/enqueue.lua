@@ -9,9 +9,9 @@
 -- EACH kind: deadline       ms from now until it must have ended; 0 for no limit
 -- EACH kind: deadline_at    the same as ms since 1970; 0 for no limit
 -- EACH kind: queue_timeout  ms that it may wait in its queue for its first worker; 0 for any time
--- EACH stored: of_kind  the kind whose requests have this field, from 1
--- EACH stored: name     field of the job hash
--- EACH stored: value    what it holds
+-- EACH kind: besides        how many rows of `stored` its requests have; those of the first kind come first
+-- EACH stored: name   field of the job hash
+-- EACH stored: value  what it holds
 -- EACH request: id           request id, [A-Za-z0-9_-]
 -- EACH request: nonce        one per submit; the same again when a call is sent again
 -- EACH request: kind         which of the kinds it is, from 1: most requests of one call have all of that in common
@@ -64,8 +64,9 @@ end
 local kinds, date, factor = {}, utc(), short and 2 or 1
 for number = 1, tonumber(arg()) do
   local queue, durable, delay, deadline, deadline_at, queue_timeout = arg(), arg(), arg(), arg(), arg(), arg()
+  local besides = tonumber(arg())
   local kind = { queue = queue, durable = durable, delay = tonumber(delay), deadline = tonumber(deadline_at),
-    soon = factor * tonumber(deadline), queue_timeout = factor * tonumber(queue_timeout) }
+    soon = factor * tonumber(deadline), queue_timeout = factor * tonumber(queue_timeout), besides = besides }
   if kind.soon > 0 then kind.deadline = now_ms + kind.soon end
   -- RQ writes '' for what a job does not have, and reads a missing field the same way. Here they stay away: a dozen of
   -- names that say nothing.
@@ -77,9 +78,12 @@ for number = 1, tonumber(arg()) do
   if kind.deadline > 0 and kind.soon == 0 then field(kind, 'dated', '1') end
   kinds[number] = kind
 end
+local last = 1
 for _ = 1, tonumber(arg()) do
-  local of_kind, name, value = arg(), arg(), arg()
-  field(kinds[tonumber(of_kind)], name, value)
+  local name, value = arg(), arg()
+  while kinds[last].besides == 0 do last = last + 1 end
+  kinds[last].besides = kinds[last].besides - 1
+  field(kinds[last], name, value)
 end
 
 -- Who is let in is decided first, for all of them; then the ids enter their queues; their jobs are written last. If the

@@ -37,22 +37,22 @@ def enqueued(requests: Sequence[NewRequest]) -> dict[str, list[dict[str, Any]]]:
         for request in requests
     ]  # fmt: skip
     kinds = [_kind_row(shared) for shared in numbers]
-    besides = [
-        {"of_kind": number, "name": name, "value": value}
-        for (_, plain), number in zip(kinds, numbers.values(), strict=True)
-        for name, value in plain
-    ]
-    return {"kind": [row for row, _ in kinds], "stored": besides, "request": rows}
+    return {
+        "kind": [row for row, _ in kinds],
+        "stored": [field for _, besides in kinds for field in besides],
+        "request": rows,
+    }
 
 
 @lru_cache(maxsize=64)
-def _kind_row(shared: tuple[Any, ...]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _kind_row(shared: tuple[Any, ...]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The row of a kind, and what is stored besides by its names; kept, since most submits are of few kinds."""
-    ruled = load("enqueue").header.groups["kind"]
     sent = dict(zip(_SHARED, map(_sent, shared, _SHARED.values()), strict=True))
+    ruled = [name for name in load("enqueue").header.groups["kind"] if name in sent]
     plain = [(name, sent[name]) for name, item in _SHARED.items() if name not in ruled and sent[name] != item.default]
     plain.append(("data", envelope(STOCK_FUNCTION, sent["task"])))
-    return {name: sent[name] for name in ruled}, [(name, value) for field, value in plain for name in STORED[field]]
+    besides = [{"name": name, "value": value} for field, value in plain for name in STORED[field]]
+    return {name: sent[name] for name in ruled} | {"besides": len(besides)}, besides
 
 
 def _sent(value: Any, item: Field[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,7 +14,9 @@ from perdure.producer import Client
 from perdure.producer.options import Options
 from perdure.protocol.keys import key
 from perdure.protocol.records import STORED, NewRequest
+from perdure.protocol.scripts import load
 from perdure.protocol.settings import Settings
+from perdure.protocol.transitions.rows import enqueued
 
 PATH = "app.tasks.count"
 
@@ -71,3 +73,24 @@ def test_stored_names_are_those_of_the_first_release() -> None:
     """Workers of 0.1.0 read them, and so does whoever reads the protocol's page."""
     assert STORED["queue_timeout"] == ("queue_deadline", "counted_from")
     assert (STORED["step_timeout"], STORED["degraded_payload"][0]) == (("step_ms",), "payload_aside")
+
+
+def test_what_is_stored_as_it_is_costs_two_words() -> None:
+    """Every word of a call is made, sent and read; that of a bare submit had 33 of them."""
+    request = NewRequest(
+        id="a",
+        nonce="b",
+        queue="gpu",
+        task=PATH,
+        payload=b"",
+        max_retries=3,
+        result_ttl=1,
+        failure_ttl=1,
+        description="",
+    )
+
+    def words(*requests: NewRequest) -> int:
+        return len(load("enqueue").arguments({"schema": 1, "client": "", "limit": 0}, enqueued(requests)))
+
+    assert words(replace(request, meta=b"m")) - words(request) == 2
+    assert words(request, replace(request, id="c")) - words(request) == 6
