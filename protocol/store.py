@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -19,7 +20,7 @@ import redis
 from .codec import envelope, pack_exception
 from .errors import DurabilityUnavailable
 from .identities import new_stem
-from .keys import SCHEMA, listed
+from .keys import SCHEMA, key, listed
 from .limits import LONGEST_DELAY, MAX_REQUESTS
 from .records import NewRequest, whole
 from .scripts import Row, load
@@ -95,6 +96,11 @@ class Store(Sweeps):
         values = {"incarnation": incarnation, "worker": worker, "reason": reason}
         return list(self._call("cancel", values, {"request": rows}))
 
+    def listen(self, worker: str, identifier: str) -> None:
+        """Tell the worker of this name that somebody listens to a request; it may not hear it, and stores in time."""
+        with suppress(redis.ResponseError):  # a user who may not publish is told a little later
+            self.connection.publish(key("replies", worker), identifier)
+
     # --- workers ---------------------------------------------------------------------------------
 
     def claim(
@@ -133,7 +139,7 @@ class Store(Sweeps):
         script, began = load("claim"), time.monotonic()
         reply: list[bytes] = script(self.connection, values, groups)
         self.called(time.monotonic() - began)
-        rows = [reply[start : start + 15] for start in range(4, len(reply), 15)]
+        rows = [reply[start : start + 16] for start in range(4, len(reply), 16)]
         now = whole(reply[3]) / 1000
         return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1")
 

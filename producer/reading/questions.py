@@ -228,6 +228,7 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     deadline = began + limit
     reader.notice(record.epoch)
     overdue = Overdue(STREAM_SILENCE)
+    told = False
     watch: ReplyWatch = yield Join(identifier, record.client, outputs=True)
     with watch:
         while True:
@@ -239,6 +240,10 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                 asked = time.monotonic()
                 record = yield from fetched(identifier, deadline + limit)
                 deadline += _away(asked)
+                if watch.listens and not told:
+                    told = True  # who claims it from now on sees by himself that somebody listens
+                    if record.execution:
+                        yield Call(partial(Store.listen, worker=record.worker, identifier=identifier), deadline + limit)
                 if reader.notice(record.epoch) or reader.compare(record.epoch):
                     continue
                 if record.ended:

@@ -32,8 +32,8 @@ CONFIRM: Final = 1.0
 """Seconds that a waiter gives the subscription before it goes on without."""
 
 OUTPUTS: Final = ":outputs"
-"""Behind the name of a channel: the one on which new outputs are told. Who waits for ends only does not listen to it: a
-checkpoint of each of a thousand requests would wake him ten thousand times a second."""
+"""Behind a request's id: the channel on which its new outputs are told. Redis knows by it who listens to a request, and
+a worker stores at once what somebody listens to. Who waits for ends only is not woken by checkpoints."""
 
 DEAF_POLL: Final = 0.5
 """Seconds between two looks at the keys while no hints can be heard."""
@@ -48,16 +48,21 @@ class ReplyWatch:
         """``channel``: of the producer, empty if it listens to none. ``outputs``: new outputs are told as well."""
         self.identifier = identifier
         self.channel = channel
-        self.channels = () if not channel else (channel, channel + OUTPUTS) if outputs else (channel,)
+        self.channels = (channel,) * bool(channel) + (identifier + OUTPUTS,) * outputs
         self.look = True
         """Whether more may have happened than new outputs; for the waiter to clear before it reads."""
         self._replies = replies
         self._event = threading.Event()
 
     @property
+    def listens(self) -> bool:
+        """Whether it is subscribed to all that there is to hear."""
+        return all(map(self._replies.hears, self.channels))
+
+    @property
     def heard(self) -> bool:
-        """Whether hints about it arrive now, as far as anybody can know."""
-        return bool(self.channels) and all(map(self._replies.hears, self.channels))
+        """Whether hints about it arrive now, its end included, as far as anybody can know."""
+        return bool(self.channel) and self.listens
 
     def wait(self, seconds: float) -> None:
         """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.

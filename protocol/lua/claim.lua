@@ -17,10 +17,11 @@
 -- EACH known: id         requests that the worker knows it holds
 -- EACH unable: left       tasks that it could not load, and leaves to others for now
 --
--- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of: id, execution, queue, kind ('request' |
+-- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of 16: id, execution, queue, kind ('request' |
 --          'plain'), task, payload, attempt, seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s;
 --          plain jobs), step timeout of its own (ms; ''), date of its submit, with tabs before what there is besides:
---          date of its last coming into the queue, the producer's trace, what became of the execution before
+--          date of its last coming into the queue, the producer's trace, what became of the execution before; '1' if
+--          somebody listens to its outputs now
 --          status 'ok'; 'blocked' (what waits needs an empty worker, one that isolates, or another one, or this one
 --          holds enough for a degraded pool); 'more' (work was left); 'suspended'; 'reaped' (this incarnation was
 --          declared dead: it holds nothing any more)
@@ -41,6 +42,7 @@
 --- @include claim/choose_payload
 --- @include claim/given_again
 --- @include claim/isolation
+--- @include claim/listening
 --- @include claim/passed_over
 --- @include claim/read_job
 --- @include claim/runnable
@@ -99,7 +101,7 @@ local empty = next(held) == nil
 -- What this call takes: rows of its reply, ids, how many of each queue, parts of queues that were read. It is written
 -- at the end, with one call for each key, and only then leaves its queue: if the script stops before, every id still
 -- stands where it was found, and whatever no lease names counts as waiting.
-local rows, number, bytes = {}, 0, 0
+local rows, ids, number, bytes = {}, {}, 0, 0
 local took, taken, passed = {}, {}, {}
 local leases, holds, started, waited = batch('ZADD'), batch('HSET'), batch('ZADD'), batch('ZREM')
 
@@ -109,6 +111,7 @@ local limit = free
 local function answer(status)
   local reply = { status, int(number), short and '1' or '0', now_text }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
+  for place, listens in ipairs(listening(ids)) do reply[4 + 16 * place] = listens end
   return reply
 end
 
@@ -118,8 +121,9 @@ local function add_row(id, execution, queue, job, point)
   rows[n + 5], rows[n + 6], rows[n + 7], rows[n + 8] = job.task or '', payload, job.attempt or '0', point.seq or '0'
   rows[n + 9], rows[n + 10], rows[n + 11] = point.offset or '0', job.epoch or '0', point.fingerprint or ''
   rows[n + 12], rows[n + 13], rows[n + 14] = job.client or '', job.timeout or '-1', job.step_ms or ''
-  rows[n + 15] = told(job)
+  rows[n + 15], rows[n + 16] = told(job), '0'
   number = number + 1
+  ids[number] = id
   bytes = bytes + #payload
 end
 

@@ -18,11 +18,12 @@
 -- EACH request: chunks       how many chunks of this seq hold the state; 0 if it is in `state`
 -- EACH request: length       bytes of the state
 -- EACH request: stepped      ms for which this execution has stepped
+-- EACH request: tell         '1' if whoever listens is to be told of the outputs
 --
--- Returns  per request 'ok', 'lost' (another execution holds it, or none), 'cancel' (end it with `cancel`),
---          'deadline' (its deadline has passed: it was ended here, with these outputs) or 'gap <n>' (n outputs are
---          stored, fewer than offset: the caller must not go on) or 'missing' (not all of the state's chunks are there:
---          nothing but the lease was stored, write them again)
+-- Returns  per request 'ok', 'heard' (the same, and somebody who listens was told), 'lost' (another execution holds
+--          it, or none), 'cancel' (end it with `cancel`), 'deadline' (its deadline has passed: it was ended here, with
+--          these outputs) or 'gap <n>' (n outputs are stored, fewer than offset: the caller must not go on) or
+--          'missing' (not all of the state's chunks are there: nothing but the lease was stored, write them again)
 --
 -- A lease's end never refuses a write: expired but not reaped is still owned. A second sending is 'ok' and
 -- changes nothing.
@@ -75,7 +76,8 @@ for _ = 1, tonumber(arg()) do
 end
 for place = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
-  local blob, has_state, state, crc, chunks, length, stepped = arg(), arg(), arg(), arg(), arg(), arg(), arg()
+  local blob, has_state, state, crc, chunks, length = arg(), arg(), arg(), arg(), arg(), arg()
+  local stepped, tell = arg(), arg()
   local name = KEY.job .. id
   local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms',
     'company', 'worker_name', 'claimed', 'started_at', 'counted_from')
@@ -105,14 +107,17 @@ for place = 1, tonumber(arg()) do
       if job[8] and tonumber(stepped) >= clear_ms then
         clear(id, job[4], execution, incarnation, job[9], int(stored))
       end
-      -- On a channel of their own: who waits for ends only is not to be told of every checkpoint.
-      if tonumber(outputs) > 0 and (job[5] or '') ~= '' then hint(job[5] .. ':outputs', id, int(stored)) end
+      -- On a channel of the request: Redis knows who listens to it. A producer of an earlier release listens to one for
+      -- all of its requests.
+      local heard = tell == '1' and tonumber(outputs) > 0 and (hint(id .. ':outputs', id, int(stored)) > 0
+        or (job[5] or '') ~= '' and hint(job[5] .. ':outputs', id, int(stored)) > 0)
       if job[6] then
         -- An end takes back what is still to be written.
         leases.send()
         points.send()
       end
-      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6], job[12]) and 'deadline' or 'ok'
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6], job[12]) and 'deadline'
+        or heard and 'heard' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)
     end

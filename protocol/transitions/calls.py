@@ -18,7 +18,7 @@ class Claim:
     What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the
     claim: ``age`` since its submit, ``waited`` since it last came into its queue. ``interruption``: what became of the
     execution before; ``paused``: since something of that was last stored. ``trace``: the producer's, see
-    :mod:`~perdure.protocol.telemetry.tracing`.
+    :mod:`~perdure.protocol.telemetry.tracing`. ``heard``: somebody listened to its outputs at the claim.
     """
 
     id: str
@@ -40,6 +40,7 @@ class Claim:
     interruption: Interruption | None = field(default=None, compare=False)
     paused: float = field(default=0.0, compare=False)
     trace: str = ""
+    heard: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class Claims:
 class Progress:
     """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
 
-    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. A state given as bytes
-    is stored as they are. A field that ``progress.lua`` does not name stands in the checkpoint under its own name.
+    ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. ``tell``: to whoever
+    listens. A state given as bytes is stored as they are. A field that ``progress.lua`` does not name stands in the
+    checkpoint under its own name.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Progress:
     state: PackedState | bytes | None
     fingerprint: str
     stepped: float = 0.0
+    tell: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ def test_the_keys_are_those_of_the_code() -> None:
     """No key without a row, no row without a key."""
     stems = {name: re.sub(r"<.*", "", name) for name in key_rows()}
     assert len(set(NAMES.values())) == len(NAMES)
-    more = {"rq:worker:<name>:executions", "rq:perdure:replies:<client>:outputs"}
+    more = {"rq:worker:<name>:executions", "rq:perdure:replies:<id>:outputs", "rq:perdure:replies:<worker>"}
     assert sorted(stem for name, stem in stems.items() if name not in more) == sorted(NAMES.values())
     for name, row in key_rows().items():
         assert (row[1] == "channel") == (row[3] == ""), name

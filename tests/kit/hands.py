@@ -62,8 +62,9 @@ class Hands:
             blob=blob,
             state=state,
             fingerprint="",
+            tell=True,
         )
-        assert self.store.progress("hands", [progress]) == ["ok"]
+        assert self.store.progress("hands", [progress])[0] in ("ok", "heard")
 
     def finish(self, claim: Claim, offset: int, result: Any = None) -> None:
         end = Finish(

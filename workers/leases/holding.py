@@ -19,6 +19,7 @@ from ...protocol.settings import Settings
 from ...protocol.transitions.calls import Claim, Failure, Finish, Progress
 from ...recovery.failures import failure
 from ..tasks.base import NOTHING, Step
+from .hearing import Hearing
 
 LARGE = CHUNK
 """Bytes of a state above which not every one is captured: copying it takes as long as a short step."""
@@ -105,11 +106,20 @@ class Holding:
     """RQ's record of this execution is in Redis: its first checkpoint or renewal has put it there."""
     moving: bool = False
     """Something of this execution is in Redis."""
+    hearing: Hearing = field(default_factory=Hearing)
 
     @classmethod
     def of(cls, claim: Claim) -> Holding:
         """The holding right after its claim."""
-        return cls(claim=claim, offset=claim.offset, seq=claim.seq)
+        holding = cls(claim=claim, offset=claim.offset, seq=claim.seq)
+        if claim.heard:
+            holding.hearing.listen()
+        return holding
+
+    @property
+    def prompt(self) -> bool:
+        """True while it has put something out for which somebody waits."""
+        return bool(self.pending) and self.hearing.heard
 
     @property
     def key(self) -> tuple[str, str]:
@@ -282,6 +292,7 @@ class Holding:
                 state=state,
                 fingerprint=self.fingerprint,
                 stepped=time.monotonic() - self.accepted if self.accepted else 0.0,
+                tell=bool(outputs) and self.hearing.tell(),
             )
             self.flying, self.flying_sizes, self.sendings = outputs, sizes, 0
         return self.flight

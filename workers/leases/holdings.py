@@ -51,6 +51,8 @@ class Holdings:
     """Something is to be sent before the next checkpoint is due."""
     hungry: bool = False
     """The courier waits for anything that it could store."""
+    prompt: bool = False
+    """A request has put something out for which somebody waits."""
     wanting: bool = True
     """A slot came free, or there may be more work: claim without waiting for a bell."""
     moved: float = field(default_factory=time.monotonic)
@@ -132,8 +134,7 @@ class Holdings:
         """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
 
         Those are requests whose output, state or result cannot be stored, or that must go back to their last
-        checkpoint. ``executions``: for which execution
-        each request was admitted; a step of an older one is not this execution's.
+        checkpoint. ``executions``: for which execution each was admitted; a step of an older one is not this one's.
         """
         broken = []
         unfit = False
@@ -163,7 +164,8 @@ class Holdings:
                     self.urgent = True
                     broken.append(step.request_id)
                 self.urgent = self.urgent or step.ends
-            if self.urgent or (self.hungry and any(map(_stores, steps))):
+                self.prompt = self.prompt or holding.prompt
+            if self.urgent or self.prompt or (self.hungry and any(map(_stores, steps))):
                 self.lock.notify_all()
         return broken
 
@@ -304,6 +306,15 @@ class Holdings:
             holding.stopping = self.urgent = True
             self.lock.notify_all()
             return True
+
+    def listen(self, identifier: str) -> None:
+        """Somebody listens to a request that this worker may hold."""
+        with self.lock:
+            if holding := self.held.get(identifier):
+                holding.hearing.listen()
+                if holding.prompt:
+                    self.prompt = True
+                    self.lock.notify_all()
 
     # --- for the courier (lock held) ---------------------------------------------------------------
 

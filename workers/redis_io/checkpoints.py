@@ -1,6 +1,7 @@
 """Checkpoints: what the requests of this worker have put out gets to Redis, once per interval and before an end.
 
-The interval is longer while Redis is slow (:class:`.pace.Pace`).
+The interval is longer while Redis is slow (:class:`.pace.Pace`). What somebody listens to is stored after each step,
+all of one step in one call; when Redis is slow, that of several.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Checkpoints:
     uploads: Uploads = field(init=False)
     _last: float = 0.0
     """When something was stored last (monotonic seconds)."""
+    _called: float = 0.0
+    """When the last call ended (monotonic seconds)."""
     _full: bool = False
     """Redis was at its maxmemory at the last checkpoint."""
 
@@ -44,16 +47,29 @@ class Checkpoints:
         longest = LEASE * min(holdings.step_timeouts()) / 4  # a checkpoint is a renewal, too
         return self._last + self.line.pace.interval(holdings.settings.checkpoint_interval, longest) - time.monotonic()
 
+    def prompt_in(self) -> float:
+        """Seconds until what somebody listens to may be stored; 0 or less if it may be now."""
+        return self._called + self.line.pace.rest - time.monotonic()
+
     def store(self) -> None:
-        """Checkpoint what has come since the last checkpoint, once per interval, and before an end."""
+        """Checkpoint what has come since the last checkpoint, once per interval, and before an end; at once what
+        somebody listens to.
+        """
         now = time.monotonic()
         holdings = self.line.holdings
         with holdings.lock:
             due = self.due_in() <= 0
-            if not due and not self.uploads.busy:
+            prompt = holdings.prompt and self.prompt_in() <= 0
+            if not due and not prompt and not self.uploads.busy:
                 return
+            if prompt or due:
+                holdings.prompt = False
             # A finish takes its last outputs along; it needs no checkpoint of its own before.
-            rows = [row for item in holdings.held.values() if (row := item.next_progress(due=due))]
+            rows = [
+                row
+                for item in holdings.held.values()
+                if (row := item.next_progress(due=due or (prompt and item.prompt)))
+            ]
             if due and (rows or not self._last):
                 self._last = now
             if any(item.splits for item in holdings.held.values()):
@@ -82,7 +98,8 @@ class Checkpoints:
                 for holding in filter(None, mine):
                     holding.sendings -= 1  # refused before it wrote anything
             raise
-        self.line.ledger.answered(time.monotonic() - began)
+        self._called = time.monotonic()
+        self.line.ledger.answered(self._called - began)
         return answers
 
     def _settle(self, rows: Sequence[Progress], answers: list[str]) -> None:
@@ -99,7 +116,9 @@ class Checkpoints:
             if holding is None:
                 return
             holding.shown = True
-            if answer == "ok" and holding.flight is row:
+            if answer == "heard":
+                holding.hearing.listen()
+            if answer in ("ok", "heard") and holding.flight is row:
                 self.line.ledger.stored(holding, row)
                 holding.confirm()
             elif answer == "missing":

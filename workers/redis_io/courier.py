@@ -168,7 +168,7 @@ class Courier:
         """Wait, store, end, hand back, claim. A connection error costs a pause, never a request."""
         self._tick()
         guarded = self.tended()
-        self._wait()
+        whole = self._wait()
         try:
             if guarded is Guarded.OUTDATED:
                 self._outdated()
@@ -176,13 +176,14 @@ class Courier:
                 self._rejoin()
             self.renewals.adopt_lease()
             self.checkpoints.store()
-            self.renewals.renew()
-            self.endings.end()
-            self.endings.stop()
-            self.endings.confirm_cancels()
-            self.endings.release()
-            if time.monotonic() >= self._claims_from and not self.claimer.claim(self.incarnation):
-                self._rejoin()
+            if whole:
+                self.renewals.renew()
+                self.endings.end()
+                self.endings.stop()
+                self.endings.confirm_cancels()
+                self.endings.release()
+                if time.monotonic() >= self._claims_from and not self.claimer.claim(self.incarnation):
+                    self._rejoin()
             self.line.ledger.flush(self.store, self.incarnation)
         except redis.RedisError as error:
             if not passing(error) and not waited_for(error):
@@ -203,9 +204,12 @@ class Courier:
             return False  # RQ's warm stop lets a plain job end, however long it takes
         return time.monotonic() - holdings.stopping_since > holdings.settings.drain_timeout
 
-    def _wait(self) -> None:
-        """Until there is something to do: an end, a stop, or the next checkpoint."""
+    def _wait(self) -> bool:
+        """Until there is something to do: an end, a stop, or the next checkpoint. False if it is only that somebody
+        listens to what was put out.
+        """
         holdings = self.holdings
+        whole = True
         with holdings.lock:
             if not holdings.urgent and holdings.held and not self.checkpoints.uploads.busy:
                 due = self.checkpoints.due_in()
@@ -214,8 +218,7 @@ class Courier:
                     # would take the interpreter from the step that is waited for.
                     due = max(holdings.settings.checkpoint_interval, LOOK)
                     holdings.hungry = True
-                if due > 0:
-                    holdings.lock.wait(min(due, 0.5))
+                whole = self._sleep(min(due, 0.5))
                 holdings.hungry = False
             elif not holdings.urgent and not holdings.held:
                 pause = self._claims_from - time.monotonic()
@@ -224,6 +227,21 @@ class Courier:
             if holdings.urgent:
                 self.checkpoints.hasten()
             holdings.urgent = False
+        return whole
+
+    def _sleep(self, seconds: float) -> bool:
+        """Until somebody rings, or so many seconds (lock held); False when what somebody listens to may be stored."""
+        holdings = self.holdings
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if holdings.prompt and not holdings.urgent:
+                left = min(left, self.checkpoints.prompt_in())
+                if left <= 0:
+                    return False
+            holdings.lock.wait(left)
+            if not holdings.prompt or holdings.urgent:
+                break
+        return True
 
     def _between(self) -> None:
         """Called by the claimer while it reads a long log or state: what else is held is to go on meanwhile."""

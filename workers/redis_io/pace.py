@@ -47,6 +47,11 @@ class Pace:
         """
         return max(usual, min(self.slow / SHARE, longest))
 
+    @property
+    def rest(self) -> float:
+        """Seconds from the end of one call to the next for what somebody waits for: as long as a call takes now."""
+        return statistics.median(self._seconds) * (1 - SHARE) / SHARE if self._seconds else 0.0
+
     def spread(self, longest: float) -> float:
         """Seconds over which those who come back at once are to spread their first claims; 0 while Redis is quick."""
         return min(TURNS * self.slow, longest)

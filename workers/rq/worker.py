@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import redis
 import rq
 from rq import worker_registration
-from rq.command import parse_payload
 from rq.executions import Execution
 from rq.job import Job
 from rq.worker import DequeueStrategy, WorkerStatus
@@ -50,9 +49,9 @@ from ..tasks.base import RAISED
 from ..tasks.forks import at_home
 from . import arrival
 from .attendants import Attendants, schedule
+from .commands import CommandedWorker
 from .dependents import Dependents
 from .foreign import foreign, stock_worker
-from .plain_ends import PlainEnds
 from .plain_jobs import PlainJobs
 from .signals import SignalWatcher
 
@@ -60,7 +59,7 @@ COLD_AFTER = 1.0
 """Seconds after the first stop signal in which another one is its echo (Ctrl-C reaches a whole process group)."""
 
 
-class Worker(PlainEnds):
+class Worker(CommandedWorker):
     """RQ's worker class for requests; ``rq worker -w perdure.workers.Worker QUEUE`` makes and runs one.
 
     It runs requests in batches under leases, and plain RQ jobs one at a time. Arguments are those of RQ's ``Worker``;
@@ -70,7 +69,6 @@ class Worker(PlainEnds):
     def __init__(self, queues: Any, *args: Any, **kwargs: Any) -> None:
         # RQ makes instances only to look at them too (Worker.all, rq info): nothing is started here.
         super().__init__(queues, *args, **kwargs)
-        self._courier: Courier | None = None
         self._loop: EngineLoop | None = None
         self._beside: Attendants | None = None
         self._leaving: Leaving | None = None
@@ -271,31 +269,6 @@ class Worker(PlainEnds):
         elif now - self._signals[0] >= COLD_AFTER and number != UNFIT_SIGNAL:
             self.log.warning("Worker %s: cold shut down", self.name)
             courier.holdings.stop(cold=True)
-
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
-        """Of RQ's pub/sub thread, which goes on after a lost connection, and would end when another takes too long."""
-        if isinstance(exc, redis.TimeoutError | OSError):
-            exc = redis.ConnectionError(str(exc))
-        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
-
-    def handle_payload(self, message: Any) -> None:
-        """RQ's commands, in RQ's pub/sub thread; the courier talks to Redis about those that name requests."""
-        try:
-            payload = parse_payload(message)
-            words = [payload["command"], payload.get("job_id", ""), payload.get("execution_id", "")]
-            if not all(isinstance(word, str) for word in words):
-                raise TypeError("RQ's thread would end of what it cannot look up")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self.log.warning("Worker %s: ignored a message that is no command of RQ's", self.name)
-            return
-        command, name, execution = words
-        if command in ("stop-job", "stop-execution") and self._courier is not None:
-            if self._courier.holdings.stop_request(name, execution):
-                self.log.info("Worker %s: asked to stop request %s", self.name, name)
-                return
-            # RQ's own answer: should the job fail, it counts as stopped.
-            self.log.warning("Worker %s: cannot interrupt a plain job; if it runs %s, that goes on", self.name, name)
-        super().handle_payload(message)  # type: ignore[no-untyped-call]
 
     def _rejoined(self, incarnation: str) -> None:
         """Declared dead by mistake, and with that unregistered. Called by the courier's thread."""

@@ -23,6 +23,7 @@ from ....protocol.limits import MAX_REQUESTS
 from ....protocol.settings import LEASE, Settings
 from ....protocol.store import Store
 from ....protocol.transitions.calls import Claim, Progress
+from ....workers.leases.hearing import Hearing
 from ....workers.redis_io.pace import Pace
 
 TASK: Final = "app.tasks.stub"
@@ -79,6 +80,7 @@ class Stub:
     incarnation: str = field(default_factory=new_id)
     claims: dict[str, Claim] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
+    hearing: dict[str, Hearing] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     stores: list[Store] = field(default_factory=list)
 
@@ -148,7 +150,7 @@ class Stub:
             if offset:
                 store.all_outputs(claim.id)
                 store.packed_state(claim.id)
-            self.claims[claim.id], self.seqs[claim.id] = claim, seq
+            self.claims[claim.id], self.seqs[claim.id], self.hearing[claim.id] = claim, seq, Hearing()
         return True
 
     def _rejoin(self) -> None:
@@ -174,13 +176,16 @@ class Stub:
                     state=None,
                     fingerprint="",
                     stepped=5.0,
+                    tell=self.hearing[identifier].tell(),
                 )
             )
         for first in range(0, len(rows), MAX_REQUESTS):
             part = rows[first : first + MAX_REQUESTS]
             for row, answer in zip(part, store.progress(self.incarnation, part), strict=True):
-                if answer == "ok":
+                if answer in ("ok", "heard"):
                     stored += 1
+                    if answer == "heard":
+                        self.hearing[row.id].listen()
                 else:
                     del self.claims[row.id]
         with self.figures.lock:

@@ -1,0 +1,44 @@
+"""Hearing: whether somebody listens to what a request puts out, as far as its worker knows.
+
+It hears so from its claim, from who begins to listen later, and from Redis, which says at each telling whether anybody
+has heard it. What somebody listens to is stored after each step; everything else waits for the next checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+SILENCE: Final = 2.0
+"""Seconds after which a request to which nobody has listened counts as heard no more: who lost a connection comes back
+meanwhile.
+"""
+
+ASK: Final = 1.0
+"""Seconds between two tellings of what nobody listens to, as far as is known: who listens may not be able to say so."""
+
+
+@dataclass(slots=True)
+class Hearing:
+    """Of one request. Guarded by the lock of who holds it."""
+
+    _until: float = 0.0
+    _told: float = 0.0
+
+    def listen(self) -> None:
+        """Somebody listens now."""
+        self._until = time.monotonic() + SILENCE
+
+    @property
+    def heard(self) -> bool:
+        """True while what it puts out is to be stored at once."""
+        return self._until > time.monotonic()
+
+    def tell(self) -> bool:
+        """Whether the outputs that are to be stored now are to be told to whoever listens."""
+        now = time.monotonic()
+        if self._until <= now < self._told + ASK:
+            return False
+        self._told = now
+        return True
