@@ -11,19 +11,18 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import redis
 
 from ...protocol.keys import key
+from .subscription import MOST, PING_AFTER, Hint, Subscription
 
 SLICE: Final = 1.0
 """Seconds that the listener reads at a time; after that it looks what has changed around it."""
-
-PING_AFTER: Final = 5.0
-"""Seconds of silence after which the listener asks whether the connection still lives."""
 
 LISTEN_IDLE: Final = 60.0
 """Seconds without any waiter after which the listener ends and gives its connection back."""
@@ -118,6 +117,10 @@ class Replies:
         # Weak: an interest whose waiter an exception has ended between two instructions ends by itself.
         self._watches: dict[str, weakref.WeakSet[ReplyWatch]] = {}
         self._wanted: dict[str, weakref.WeakSet[ReplyWatch]] = {}
+        # What the listener is to change: there may be ten thousand channels, and it looks at each change alone.
+        self._join: set[str] = set()
+        self._leave: set[str] = set()
+        self._told = False
         self._renewed = False
         self._heard: set[str] = set()
         self._deaf = False
@@ -133,9 +136,9 @@ class Replies:
         try:
             if self.register(watch):
                 self.tell()
-            if channel and not watch.heard:
+            if watch.channels and not watch.listens:
                 with self._changed:
-                    self._changed.wait_for(lambda: watch.heard or self._deaf or self._closed, CONFIRM)
+                    self._changed.wait_for(lambda: watch.listens or self._deaf or self._closed, CONFIRM)
         except BaseException:  # Ctrl-C
             self.forget(watch)
             raise
@@ -159,16 +162,20 @@ class Replies:
         with self._changed:
             self._watches.setdefault(watch.identifier, weakref.WeakSet()).add(watch)
             for channel in watch.channels:
-                self._wanted.setdefault(channel, weakref.WeakSet()).add(watch)
+                if channel not in self._wanted:
+                    self._wanted[channel] = weakref.WeakSet()
+                    self._leave.discard(channel)
+                    if channel not in self._heard:
+                        self._join.add(channel)
+                self._wanted[channel].add(watch)
             running = self._thread is not None and self._thread.is_alive()
             if not running and not self._closed:
                 self._deaf = False
                 self._thread = threading.Thread(target=self._run, name="perdure-replies", daemon=True)
                 self._thread.start()
-            # The first to want a channel tells the listener; one that is just starting sees it by itself.
-            return running and any(
-                channel not in self._heard and len(self._wanted[channel]) == 1 for channel in watch.channels
-            )
+            # Who is the first to want something new tells the listener; one that is just starting sees it by itself.
+            tells, self._told = running and bool(self._join) and not self._told, bool(self._join)
+            return tells
 
     def forget(self, watch: ReplyWatch) -> None:
         """End an interest. The channel is left when the listener next looks around."""
@@ -176,7 +183,8 @@ class Replies:
             # Harmless when repeated, and after half a registration.
             _discard(self._watches, watch.identifier, watch)
             for channel in watch.channels:
-                _discard(self._wanted, channel, watch)
+                if _discard(self._wanted, channel, watch):
+                    self._abandon(channel)
             if not self._watches:
                 self._idle_since = time.monotonic()
 
@@ -207,15 +215,12 @@ class Replies:
         while True:
             began = time.monotonic()
             self._renewed = False
-            connection = self._connect()
-            pubsub = connection.pubsub()  # type: ignore[no-untyped-call]
             try:
-                self._listen(pubsub)
+                with Subscription(self._connect()) as subscription:
+                    self._listen(subscription)
                 return
             except (redis.RedisError, OSError):
                 tries = 0 if time.monotonic() - began > PING_AFTER else tries + 1
-            finally:
-                _close(pubsub, connection)
             with self._changed:
                 self._heard = set()
                 self._deaf = True
@@ -226,58 +231,46 @@ class Replies:
                     self._thread = None
                     return
 
-    def _listen(self, pubsub: Any) -> None:
+    def _listen(self, subscription: Subscription) -> None:
         """Serve until nobody waits any more. Raises what redis-py raises when the connection breaks."""
-        subscribed: set[str] = set()
-        last, pinged = time.monotonic(), False
+        with self._changed:
+            self._join, self._leave = {self.own, *self._wanted}, set()
         while True:
             with self._changed:
                 self._forget_lost()
                 if self._finished():
                     self._thread, self._heard = None, set()
                     return
-                wanted = {self.own, *self._wanted}
-            if fresh := wanted - subscribed:
-                pubsub.subscribe(*(key("replies", channel) for channel in fresh))
-            if stale := subscribed - wanted:
-                pubsub.unsubscribe(*(key("replies", channel) for channel in stale))
-                with self._changed:
-                    self._heard -= stale
-            subscribed = wanted
-            message = pubsub.get_message(timeout=SLICE)
-            now = time.monotonic()
+                join, leave = [*islice(self._join, MOST)], [*islice(self._leave, MOST)]
+                self._join.difference_update(join)
+                self._leave.difference_update(leave)
+                self._heard.difference_update(leave)
+                self._told = bool(self._join)
+            subscription.change(join, leave)
+            # What is still to be changed does not wait for a message.
+            hints = subscription.hints(0.0 if self._join or self._leave else SLICE)
             if self._renewed:
                 raise redis.ConnectionError("another server may be the primary by now")
-            if message is not None:
-                last, pinged = now, False
-                self._take(message)
-            elif now - last > 2 * PING_AFTER:
-                raise redis.TimeoutError("the server did not answer a ping")
-            elif now - last > PING_AFTER and not pinged:
-                pubsub.ping()
-                pinged = True
+            self._take(hints)
 
-    def _take(self, message: dict[str, Any]) -> None:
-        channel = message["channel"]
-        name = channel.decode(errors="replace") if isinstance(channel, bytes) else str(channel)
-        if message["type"] == "subscribe":
-            with self._changed:
-                subscribed = name.removeprefix(key("replies"))
-                self._heard.add(subscribed)
-                for watches in self._watches.values():
-                    for watch in watches:
-                        if subscribed in watch.channels and watch.heard:
-                            watch.subscribed()
-                if self._deaf:
-                    self._deaf = False
-                    self._wake_waiters()  # they may have read just before this, and missed what came between
-                self._changed.notify_all()
-        elif message["type"] == "message":
-            identifier, _, what = bytes(message["data"]).partition(b" ")
-            if what:
-                with self._changed:
-                    for watch in self._watches.get(identifier.decode(errors="replace"), ()):
-                        watch.wake(what)
+    def _take(self, hints: Sequence[Hint]) -> None:
+        with self._changed:
+            for hint in hints:
+                if hint.channel:
+                    self._confirm(hint.channel)
+                for watch in self._watches.get(hint.request, ()):
+                    watch.wake(hint.what)
+
+    def _confirm(self, channel: str) -> None:
+        """What is published on it is heard from now on (lock held)."""
+        self._heard.add(channel)
+        for watch in self._wanted.get(channel, ()):
+            if watch.listens:
+                watch.subscribed()
+        if self._deaf:
+            self._deaf = False
+            self._wake_waiters()  # they may have read just before this, and missed what came between
+        self._changed.notify_all()
 
     def _finished(self) -> bool:
         return self._closed or (not self._watches and time.monotonic() - self._idle_since > LISTEN_IDLE)
@@ -300,19 +293,23 @@ class Replies:
         for sets in (self._watches, self._wanted):
             for name in [name for name, watches in sets.items() if not len(watches)]:
                 del sets[name]
+                if sets is self._wanted:
+                    self._abandon(name)
+
+    def _abandon(self, channel: str) -> None:
+        """Nobody wants it any more (lock held). The listener leaves it when it next looks around."""
+        self._join.discard(channel)
+        if channel != self.own:
+            self._leave.add(channel)
 
 
-def _discard(sets: dict[str, weakref.WeakSet[ReplyWatch]], name: str, watch: ReplyWatch) -> None:
+def _discard(sets: dict[str, weakref.WeakSet[ReplyWatch]], name: str, watch: ReplyWatch) -> bool:
+    """True if that was the last."""
     watches = sets.get(name)
-    if watches is not None:
-        watches.discard(watch)
-        if not len(watches):
-            del sets[name]
-
-
-def _close(pubsub: Any, connection: redis.Redis) -> None:
-    try:
-        pubsub.close()
-        connection.close()
-    except (redis.RedisError, OSError):
-        pass  # it was broken already
+    if watches is None:
+        return False
+    watches.discard(watch)
+    if len(watches):
+        return False
+    del sets[name]
+    return True

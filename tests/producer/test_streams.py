@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +28,7 @@ import redis
 from perdure.producer import AsyncClient, Client, Handle
 from perdure.producer.lanes import LANES
 from perdure.producer.reading.outputs import OutputReader
+from perdure.producer.reading.subscription import Hint
 from perdure.protocol.codec import pack_entry, unpack_entry
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
@@ -682,20 +683,19 @@ def test_who_waits_for_an_end_is_not_told_of_outputs(
         waiting = pool.submit(handle.result)
         until(lambda: [item["sub"] for item in subscribers(connection)] == ["1"])
         (claim,) = hands.claim()
-        heard: list[dict[str, Any]] = []
+        heard: list[Hint] = []
         take = client._session.replies._take
 
-        def taking(message: dict[str, Any]) -> None:
-            heard.append(message)
-            take(message)
+        def taking(hints: Sequence[Hint]) -> None:
+            heard.extend(hints)
+            take(hints)
 
         monkeypatch.setattr(client._session.replies, "_take", taking)
         for offset in range(3):
             hands.put(claim, offset, offset)
         hands.finish(claim, 3)
         waiting.result(LONG)
-    hints = [item["data"] for item in heard if item["type"] == "message" and b" " in item["data"]]
-    assert hints == [f"{handle.id} end".encode()]
+    assert [(hint.request, hint.what) for hint in heard if hint.request] == [(handle.id, b"end")]
 
 
 def test_a_listener_that_is_cut_off_comes_back(connection: redis.Redis, redis_url: str) -> None:
