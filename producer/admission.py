@@ -17,8 +17,9 @@ from typing import TypeVar
 from ..protocol.errors import Degraded, DurabilityUnavailable, IdempotencyConflict, RedisUnavailable
 from ..protocol.records import NewRequest
 from ..protocol.store import Store
+from ..protocol.transport.patience import Waiting
 from ..protocol.transport.refusals import conflict, key_conflict, queue_full, refusal
-from .session import Session, Waiting
+from .session import Session
 from .submission import chunks
 
 Answer = TypeVar("Answer")

@@ -18,14 +18,15 @@ from ..protocol.records import Checkpoint, Details, Event, RequestRecord
 from ..protocol.settings import Settings
 from .admission import Submission, advance
 from .arguments import DEFAULT, Default, waited, whole
-from .async_session import AsyncSession, LoopWatch
+from .async_session import AsyncSession
 from .client import Client
 from .handle import Reference
 from .options import Submit, SubmitMany, taking
 from .reading import questions
+from .reading.loop_watch import LoopWatch
 from .reading.outputs import OutputReader
 from .reading.questions import Limit
-from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
+from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Read, Sleep, Step
 from .reading.timeline import attempts_of
 from .session import PATIENCE
 
@@ -151,12 +152,18 @@ class AsyncHandle(Reference[AsyncSession]):
                     return
                 if isinstance(step, Give):
                     answer = None
-                    yield step.output
+                    for output in step.outputs:
+                        yield output
                 else:
                     answer = await self._do(step)
 
     async def _do(self, step: Step) -> Any:
         match step:
+            case Sleep(watch, silence, most, place, deadline):
+                assert isinstance(watch, LoopWatch)
+                return await watch.hint(silence, most, place, deadline)
+            case Read(id, place, deadline, check):
+                return await self._session.page(id, place, deadline, check=check)
             case Fetch(id, deadline, _):
                 return await self._session.fetch(id, deadline)
             case Call(operation, deadline):
@@ -165,9 +172,6 @@ class AsyncHandle(Reference[AsyncSession]):
                 return self._session.hear(id)
             case Join(id, channel, outputs):
                 return self._session.watch(id, channel, outputs=outputs)
-            case Sleep(watch, seconds):
-                assert isinstance(watch, LoopWatch)
-                return await watch.hint(seconds)
         raise TypeError(f"no step: {step!r}")
 
 

@@ -19,7 +19,7 @@ from .reading import questions
 from .reading.gathering import Gathering
 from .reading.outputs import OutputReader
 from .reading.questions import Limit
-from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Sleep, Step
+from .reading.steps import Call, Fetch, Give, Hear, Join, Question, Read, Sleep, Step
 from .reading.timeline import attempts_of
 from .session import Session
 
@@ -203,7 +203,8 @@ class Handle(Reference[Session]):
                     final: Answer = end.value
                     return final
                 if isinstance(step, Give):
-                    answer = yield step.output
+                    answer = None
+                    yield from step.outputs
                 else:
                     answer = self._do(step)
 
@@ -221,8 +222,10 @@ class Handle(Reference[Session]):
                 return self._session.call(operation, deadline=deadline)
             case Join(id, channel, outputs):
                 return self._session.replies.watch(id, channel, outputs=outputs)
-            case Sleep(watch, seconds):
-                return watch.wait(seconds)
+            case Read(id, place, deadline, check):
+                return self._session.call(lambda store: store.output_page(id, place, check=check), deadline=deadline)
+            case Sleep(watch, silence, most):
+                return watch.wait(silence, most)
         raise TypeError(f"no step: {step!r}")
 
 

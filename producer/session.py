@@ -20,7 +20,7 @@ from ..protocol.errors import PerdureError, RedisUnavailable, TryAgainLater, Usa
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..protocol.transport.explaining import explain, url_of
-from ..protocol.transport.patience import PAUSE_CAP, pause
+from ..protocol.transport.patience import PAUSE_CAP, Waiting, pause
 from ..protocol.transport.refusals import memory_full, waited_for
 from .lanes import Lanes, Owner, separate
 from .reading.gathering import Callbacks
@@ -35,15 +35,6 @@ LANE_WAIT: Final = 60.0
 """Seconds; a call is a millisecond, or a timeout when Redis is away."""
 
 CLOSED: Final = "this Client is closed; make a new one"
-
-
-class Waiting(Exception):
-    """The same call may be taken in a moment: Redis does not answer, or refuses for a reason that passes."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-        """What redis-py raised."""
 
 
 class Session:

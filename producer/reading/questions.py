@@ -9,31 +9,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import redis
-
 from ...protocol.errors import DeadlineExceeded, PerdureError, RequestCanceled, RequestFailed, UnknownRequest
-from ...protocol.reading.output_log import LogPage, LogPlace
+from ...protocol.reading.output_log import LogPage
 from ...protocol.records import Checkpoint, Details, Event, FailureKind, RequestRecord
 from ...protocol.settings import Settings
 from ...protocol.states import State
 from ...protocol.store import Store
 from ..arguments import DEFAULT, Default, waited
+from .lateness import Overdue, not_yet
 from .outputs import OutputReader
 from .replies import ReplyWatch
-from .steps import Call, Fetch, Give, Hear, Join, Question, Sleep
+from .steps import Call, Fetch, Give, Hear, Join, Question, Read, Sleep
 from .timeline import complete
 
 STREAM_SILENCE: Final = 1.0
 RESULT_SILENCE: Final = 5.0
 """Seconds without a hint after which the keys are read anyhow."""
-
-OVERDUE: Final = 5.0
-"""Seconds that a worker has for ending what it runs, when the deadline has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +58,6 @@ class Limit:
 
     def of(self, record: RequestRecord) -> float:
         return 2 * self.seconds if self.default and record.stretched else self.seconds
-
-
-class NotYet(TimeoutError):
-    """What was waited for has not come. ``what`` is that without the advice, which is for callers in Python."""
-
-    def __init__(self, what: str, advice: str, identifier: str) -> None:
-        super().__init__(f"{what}. It goes on; {advice}, or look at it with: perdure show {identifier}")
-        self.what = what
 
 
 Ahead = list[Callable[[], Any]]
@@ -122,7 +110,7 @@ def outputs(identifier: str) -> Question[list[Any]]:
     found: list[Any] = []
     while True:
         place = reader.place
-        page: LogPage = yield Call(_page(identifier, place))
+        page: LogPage = yield Read(identifier, place, None)
         found += reader.take(page)
         if reader.entry < place.entry or page.lost:  # it began again while we read, so do we
             reader, found = OutputReader(identifier, restarts=True), []
@@ -162,13 +150,14 @@ def _end_of(
     record: RequestRecord, watch: ReplyWatch, deadline: float, seconds: float, ahead: Ahead | None
 ) -> Question[RequestRecord]:
     """Wait for hints of an end and look; of new outputs nothing is asked."""
-    overdue = Overdue(RESULT_SILENCE)
+    overdue = Overdue()
     while True:
         yield from overdue.look(record, deadline)
         while not watch.look:
-            if not (yield from _sleep(watch, overdue.silence, deadline)):
+            if (left := deadline - time.monotonic()) <= 0:
                 hint = "wait again with result(timeout=SECONDS) (None: as long as it takes)"
-                raise (yield from _not_yet(record, f"has not ended within {seconds:g} s", hint))
+                raise (yield from not_yet(record, f"has not ended within {seconds:g} s", hint))
+            yield Sleep(watch, RESULT_SILENCE, min(overdue.within, left))
         watch.look = False
         record = yield from fetched(record.id, deadline, ahead)
         if record.ended:
@@ -227,13 +216,15 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
     limit = silence.of(record)
     deadline = began + limit
     reader.notice(record.epoch)
-    overdue = Overdue(STREAM_SILENCE)
+    overdue = Overdue()
     told = False
+    ahead: LogPage | None = None
     watch: ReplyWatch = yield Join(identifier, record.client, outputs=True)
     with watch:
         while True:
             asked = time.monotonic()
-            moved = yield from _drain(reader, identifier, limit, deadline + limit)
+            moved = yield from _drain(reader, identifier, limit, deadline + limit, ahead)
+            ahead = None
             deadline = time.monotonic() + limit if moved else deadline + _away(asked)
             if not moved or watch.look:
                 watch.look = False
@@ -252,34 +243,10 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
                     deadline, watch.look = time.monotonic() + limit, True
                     continue
                 yield from overdue.look(record, deadline + limit)
-            if not (yield from _sleep(watch, overdue.silence, deadline)):
+            if (left := deadline - time.monotonic()) <= 0:
                 hint = f"read on with stream(start={reader.count}, timeout=SECONDS)"
-                raise (yield from _not_yet(record, f"has had no new output for {limit:g} s", hint))
-
-
-class Overdue:
-    """A request's deadline, for who waits for its end: where no worker and no reaper runs, the waiter ends the request.
-
-    ``silence``: seconds after which the keys are to be read without a hint, for as much as the last look says.
-    """
-
-    def __init__(self, silence: float) -> None:
-        self.silence = self._longest = silence
-        self._since: float | None = None
-
-    def look(self, record: RequestRecord, deadline: float) -> Question[None]:
-        """Raises :class:`NotYet` for what runs on after its deadline: only its worker or a sweep may end it."""
-        left = (yield Call(partial(Store.end_late, records=[record]), deadline)) if record.due else math.inf
-        if left > 0:
-            # A little later than asked for, and not a little earlier: a watch spreads its waits.
-            self.silence, self._since = min(self._longest, 1.2 * left + 0.05), None
-        elif self._since is None:
-            self.silence, self._since = 0.0, time.monotonic()
-        elif (late := time.monotonic() - self._since) < OVERDUE:
-            self.silence = min(self._longest, 1.2 * (OVERDUE - late) + 0.05)
-        else:
-            hint = "a reaper, once there is one (perdure reaper), ends it; wait again with result()"
-            raise (yield from _not_yet(record, f"has not ended {late:.0f} s after its deadline", hint))
+                raise (yield from not_yet(record, f"has had no new output for {limit:g} s", hint))
+            ahead = yield Sleep(watch, STREAM_SILENCE, min(overdue.within, left), reader.place, deadline + limit)
 
 
 def _away(asked: float) -> float:
@@ -289,19 +256,29 @@ def _away(asked: float) -> float:
 
 
 def _drain(
-    reader: OutputReader, identifier: str, limit: float, deadline: float, *, check: bool = False
+    reader: OutputReader,
+    identifier: str,
+    limit: float,
+    deadline: float,
+    page: LogPage | None = None,
+    *,
+    check: bool = False,
 ) -> Question[bool]:
-    """Give what the log has and the reader has not; returns whether there was anything. ``check`` as for a page."""
+    """Give what the log has and the reader has not; returns whether there was anything.
+
+    ``page``: what was read already; ``check`` as for :class:`Read`.
+    """
     moved = False
     while True:
-        page: LogPage = yield Call(_page(identifier, reader.place, check=check), deadline)
-        for output in reader.take(page):
+        if page is None:
+            page = yield Read(identifier, reader.place, deadline, check)
+        if fresh := reader.take(page):
             moved = True
-            yield Give(output)
+            yield Give(fresh)
         if not page.more and reader.place == page.next:
             return moved
         # The caller may have taken its time over them.
-        deadline = time.monotonic() + limit
+        page, deadline = None, time.monotonic() + limit
 
 
 def _close(reader: OutputReader, identifier: str, limit: float, deadline: float, patience: float) -> Question[bool]:
@@ -314,37 +291,3 @@ def _close(reader: OutputReader, identifier: str, limit: float, deadline: float,
     if problem := (yield from error(record)):
         raise problem
     return reader.complete()
-
-
-def _sleep(watch: ReplyWatch, silence: float, deadline: float) -> Question[bool]:
-    """Wait for a hint; False if the deadline has passed already."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return False
-    yield Sleep(watch, min(silence, left))
-    return True
-
-
-def _page(identifier: str, place: LogPlace, *, check: bool = False) -> Callable[[Store], LogPage]:
-    return partial(Store.output_page, identifier=identifier, place=place, check=check)
-
-
-def _not_yet(record: RequestRecord, what: str, hint: str) -> Question[NotYet]:
-    state = yield from _state(record)
-    return NotYet(f"request {record.id} {what}: it is {state}", hint, record.id)
-
-
-def _state(record: RequestRecord) -> Question[str]:
-    """Where it stands, and why nothing moves if its workers say so; for an error, so that no other takes its place."""
-    if record.execution:
-        return f"running on {record.worker}"
-
-    def read(store: Store) -> str:
-        with suppress(redis.RedisError):
-            return store.trouble(record.queue, record.task)
-        return ""
-
-    trouble: str = yield Call(read, time.monotonic())
-    if record.status is State.QUEUED:
-        return f"waiting in the queue {record.queue} ({trouble or 'does a worker serve it?'})"
-    return f"{record.status} in the queue {record.queue}" + (f" ({trouble})" if trouble else "")

@@ -34,6 +34,11 @@ OUTPUTS: Final = ":outputs"
 """Behind a request's id: the channel on which its new outputs are told. Redis knows by it who listens to a request, and
 a worker stores at once what somebody listens to. Who waits for ends only is not woken by checkpoints."""
 
+LOOKS: Final = 200
+"""Looks a second at the keys that all waiters of a client take together for hints that may have been lost. None is lost
+but with its connection, after which all look at once.
+"""
+
 DEAF_POLL: Final = 0.5
 """Seconds between two looks at the keys while no hints can be heard."""
 
@@ -63,15 +68,19 @@ class ReplyWatch:
         """Whether hints about it arrive now, its end included, as far as anybody can know."""
         return bool(self.channel) and self.listens
 
-    def wait(self, seconds: float) -> None:
-        """Return when a hint came since the last call, or after ``seconds``, or sooner if hints cannot come.
+    def patience(self, silence: float, most: float) -> float:
+        """Seconds to wait for a hint before the keys are read anyhow: ``silence``, longer where many wait, and sooner
+        if hints cannot come; at most ``most``. Spread, so that not all ask in the same moment.
+        """
+        usual = silence if self.heard else min(silence, DEAF_POLL)
+        return max(0.0, min(max(usual, self._replies.waiters / LOOKS) * (1 - random.random() / 10), most))
+
+    def wait(self, silence: float, most: float) -> None:
+        """Return when a hint came since the last call, or after :meth:`patience`.
 
         Read the keys afterwards, whatever the reason: what comes while they are read ends the next wait.
         """
-        if not self.heard:
-            seconds = min(seconds, DEAF_POLL)
-        # Spread, so that waiters who all heard nothing do not all ask in the same moment.
-        if not self._event.wait(max(0.0, seconds * random.uniform(0.9, 1))):
+        if not self._event.wait(self.patience(silence, most)):
             self.look = True
         self._event.clear()
 
@@ -187,6 +196,11 @@ class Replies:
                     self._abandon(channel)
             if not self._watches:
                 self._idle_since = time.monotonic()
+
+    @property
+    def waiters(self) -> int:
+        """Requests of which somebody wants to hear."""
+        return len(self._watches)
 
     def hears(self, channel: str) -> bool:
         """Whether hints of this producer arrive now, as far as anybody can know."""

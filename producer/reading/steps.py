@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ...protocol.reading.output_log import LogPlace
 from ...protocol.store import Store
 from .replies import ReplyWatch
 
@@ -36,6 +37,16 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """Read the page of a log behind a place. ``check``: of ``read_page`` in ``protocol/reading/output_log.py``."""
+
+    id: str
+    place: LogPlace
+    deadline: float | None
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`ReplyWatch`.
 
@@ -56,19 +67,22 @@ class Hear:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Wait for a hint, or so many seconds."""
+    """Wait for a hint (:meth:`ReplyWatch.wait`). The answer may be the page at ``place``; else it is ``None``."""
 
     watch: ReplyWatch
-    seconds: float
+    silence: float
+    most: float
+    place: LogPlace | None = None
+    deadline: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Give:
-    """An output for the caller."""
+    """Outputs for the caller, one by one."""
 
-    output: Any
+    outputs: list[Any]
 
 
-Step = Fetch | Call | Hear | Join | Sleep | Give
+Step = Fetch | Call | Read | Hear | Join | Sleep | Give
 Answer = TypeVar("Answer")
 Question = Generator[Step, Any, Answer]

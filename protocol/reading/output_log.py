@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, Self
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Self
 
 import redis
 
@@ -35,28 +35,34 @@ PAGE: Final = 256 * 1024
 SHORT: Final = 4096
 """Bytes of an entry up to which it is read again with those behind it, to see that it is still there."""
 
+TINY: Final = 64
+"""Bytes of an entry up to which it is its own mark."""
 
-@dataclass(frozen=True, slots=True)
-class LogPlace:
+
+class LogPlace(NamedTuple):
     """Where a reader is in a log: after ``entry`` entries, the last of which has this mark."""
 
     entry: int = 0
     mark: bytes = b""
     short: bool = True
     """The last entry is read again with those behind it."""
-    count: int = 0
-    """Outputs up to this place."""
+    outputs: int = 0
+    """How many there are up to this place."""
     limit: int = FIRST
 
+    @property
+    def brief(self) -> bool:
+        """Whether one command reads on from here."""
+        return self.short or not self.mark
 
-@dataclass(frozen=True, slots=True)
-class LogPage:
+
+class LogPage(NamedTuple):
     """Some entries from a place on. ``lost``: what was read before does not stand there any more, and these are none.
 
     ``more``: there may be more behind them. ``next``: the place behind them.
     """
 
-    entries: list[tuple[int, int, list[Any]]] = field(default_factory=list)
+    entries: Sequence[tuple[int, int, list[Any]]] = ()
     more: bool = False
     lost: bool = False
     next: LogPlace = LogPlace()
@@ -65,12 +71,13 @@ class LogPage:
     def after(cls, place: LogPlace, raw: Sequence[bytes], limit: int) -> Self:
         """The page of these entries; ``limit`` is how many are to be read next time, if there may be more."""
         more = len(raw) >= place.limit
-        last = raw[-1] if raw else b""
-        found = replace(place, entry=place.entry + len(raw), limit=limit if more else FIRST)
+        limit = limit if more else FIRST
+        if not raw:
+            return cls(more=more, next=place._replace(limit=limit))
         entries = [unpack_entry(item) for item in raw]
-        if raw:
-            _, offset, outputs = entries[-1]
-            found = replace(found, mark=_mark(last), short=len(last) <= SHORT, count=offset + len(outputs))
+        _, offset, outputs = entries[-1]
+        last = raw[-1]
+        found = LogPlace(place.entry + len(raw), _mark(last), len(last) <= SHORT, offset + len(outputs), limit)
         return cls(entries, more, next=found)
 
 
@@ -82,7 +89,7 @@ class Outputs:
     """All outputs of a log's newest epoch, page by page."""
 
     values: list[Any] = field(default_factory=list)
-    place: LogPlace = LogPlace()
+    place: LogPlace = field(default_factory=LogPlace)
     _epoch: int = -1
 
     def take(self, page: LogPage) -> bool:
@@ -106,31 +113,40 @@ def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, chec
     name = key("output", identifier)
     raw: list[bytes]
     first, last = place.entry, place.entry + place.limit - 1
-    if not place.mark:
-        raw = connection.lrange(name, first, last)  # type: ignore[assignment]
-    elif place.short:
-        raw = connection.lrange(name, first - 1, last)  # type: ignore[assignment]
+    if place.brief:
+        return page_of(connection, identifier, place, ask_page(connection, identifier, place))
+    with connection.pipeline(transaction=False) as pipe:
+        pipe.llen(name)
+        pipe.hget(key("checkpoint", identifier), "offset")
+        number, stored = pipe.execute()
+    if number < first:
+        return LOST
+    if number == first and not check and stored == b"%d" % place.outputs:
+        return LogPage(next=place)
+    # In this order, over one connection: what stands there afterwards stood there before. A log that was rolled
+    # back does not get its old entries back.
+    with connection.pipeline(transaction=False) as pipe:
+        pipe.lrange(name, first, last)
+        pipe.lrange(name, first - 1, first - 1)
+        raw, before = pipe.execute()
+    if not before or _mark(before[0]) != place.mark:
+        return LOST
+    return LogPage.after(place, raw, _next_limit(connection, name, place, raw))
+
+
+def ask_page(connection: redis.Redis, identifier: str, place: LogPlace) -> Any:
+    """The command that reads on from a place that is ``brief``; in a pipeline, it answers later."""
+    first = place.entry - bool(place.mark)  # with the last entry that was read, to see that it is still there
+    return connection.lrange(key("output", identifier), first, place.entry + place.limit - 1)
+
+
+def page_of(connection: redis.Redis, identifier: str, place: LogPlace, raw: list[bytes]) -> LogPage:
+    """What :func:`ask_page` was answered, as a page."""
+    if place.mark:
         if not raw or _mark(raw[0]) != place.mark:
             return LOST
         del raw[0]
-    else:
-        with connection.pipeline(transaction=False) as pipe:
-            pipe.llen(name)
-            pipe.hget(key("checkpoint", identifier), "offset")
-            number, stored = pipe.execute()
-        if number < first:
-            return LOST
-        if number == first and not check and stored == b"%d" % place.count:
-            return LogPage(next=place)
-        # In this order, over one connection: what stands there afterwards stood there before. A log that was rolled
-        # back does not get its old entries back.
-        with connection.pipeline(transaction=False) as pipe:
-            pipe.lrange(name, first, last)
-            pipe.lrange(name, first - 1, first - 1)
-            raw, before = pipe.execute()
-        if not before or _mark(before[0]) != place.mark:
-            return LOST
-    return LogPage.after(place, raw, _next_limit(connection, name, place, raw))
+    return LogPage.after(place, raw, _next_limit(connection, key("output", identifier), place, raw))
 
 
 def _next_limit(connection: redis.Redis, name: str, place: LogPlace, raw: Sequence[bytes]) -> int:
@@ -148,4 +164,4 @@ def _next_limit(connection: redis.Redis, name: str, place: LogPlace, raw: Sequen
 
 
 def _mark(raw: bytes) -> bytes:
-    return hashlib.blake2b(raw, digest_size=16).digest()
+    return raw if len(raw) <= TINY else hashlib.blake2b(raw, digest_size=16).digest()

@@ -14,8 +14,9 @@ from ..codec import RestrictedPickle, unpack_entry, unpack_exception, unpack_res
 from ..keys import key, unlisted
 from ..packed_state import unpack_state
 from ..records import Checkpoint, Details, Event, RequestRecord, whole
+from .histories import read_history
 from .mode import DEGRADED, Mode
-from .output_log import LogPage, LogPlace, Outputs, read_page
+from .output_log import LogPage, LogPlace, Outputs, ask_page, page_of, read_page
 from .words import WorkerWord, read_words, trouble
 
 _FIELDS = (
@@ -23,14 +24,6 @@ _FIELDS = (
     "started_at", "ended_at", "cancel", "error_kind", "error_reason", "last", "degraded", "stretched",
     "deadline", "queue_deadline",
 )  # fmt: skip
-
-
-HISTORY_FIRST = 8
-HISTORY_MOST = 128
-"""Lines of a history that are read at once, at first and at most; one has at most some ten kilobytes."""
-
-HISTORY_PAGE = 64 * 1024
-"""Bytes that a page of a history should have."""
 
 
 class Reads:
@@ -176,11 +169,27 @@ class Reads:
 
     def fetch_many(self, identifiers: Sequence[str]) -> list[RequestRecord | None]:
         """Several requests in one round trip; payloads stay where they are."""
+        return self.look(identifiers, ())[0]
+
+    def look(
+        self, identifiers: Sequence[str], places: Sequence[tuple[str, LogPlace]]
+    ) -> tuple[list[RequestRecord | None], list[LogPage]]:
+        """Requests, and the pages behind places of logs, in one round trip; a page behind a long entry takes more."""
         with self.connection.pipeline(transaction=False) as pipe:
             for identifier in identifiers:
                 pipe.hmget(key("job", identifier), _FIELDS)
-            replies = pipe.execute()
-        return [_record(identifier, reply) for identifier, reply in zip(identifiers, replies, strict=True)]
+            for identifier, place in places:
+                if place.brief:
+                    ask_page(pipe, identifier, place)
+            replies = iter(pipe.execute())
+        records = [_record(identifier, next(replies)) for identifier in identifiers]
+        pages = [
+            page_of(self.connection, identifier, place, next(replies))
+            if place.brief
+            else self.output_page(identifier, place)
+            for identifier, place in places
+        ]
+        return records, pages
 
     def fetch_with_result(self, identifier: str) -> tuple[RequestRecord | None, Callable[[], Any]]:
         """:meth:`fetch`, and what :meth:`result` would return or raise if it is called, in one round trip."""
@@ -294,21 +303,7 @@ class Reads:
 
     def history(self, identifier: str) -> list[Event]:
         """What happened to a request, oldest first; its ordinary course is not in it."""
-        events = []
-        # In pages: a line may have the stacks of a crash.
-        start, limit = 0, HISTORY_FIRST
-        while True:
-            lines: Any = self.connection.lrange(key("history", identifier), start, start + limit - 1)
-            for line in lines:
-                try:
-                    events.append(Event.parse(line))
-                except ValueError:
-                    pass  # nobody of ours wrote it
-            if len(lines) < limit:
-                return events
-            start += limit
-            fitting = HISTORY_PAGE * limit // max(1, sum(map(len, lines)))
-            limit = max(HISTORY_FIRST, min(HISTORY_MOST, 2 * limit, fitting))
+        return read_history(self.connection, identifier)
 
 
 def queue_names(members: Iterable[bytes], swept: Iterable[bytes] = ()) -> list[str]:

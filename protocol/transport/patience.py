@@ -22,6 +22,15 @@ PAUSE_CAP: Final = 1.0
 """Seconds between two tries: a random part of a pause that doubles from base to cap."""
 
 
+class Waiting(Exception):
+    """The same call may be taken in a moment: Redis does not answer, or refuses for a reason that passes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+        """What redis-py raised."""
+
+
 def pause(tries: int) -> float:
     """Seconds before the next try, after ``tries`` + 1 failed ones. Random, so that many clients spread."""
     return random.uniform(0, min(PAUSE_CAP, PAUSE_BASE * 2 ** min(tries, 16)))

@@ -10,7 +10,7 @@ import click
 
 from ...producer.arguments import DEFAULT
 from ...producer.options import Options
-from ...producer.reading.questions import NotYet
+from ...producer.reading.lateness import NotYet
 from ...protocol.errors import PerdureError, RequestCanceled, RequestFailed
 from ...protocol.keys import with_priority
 from ..options import option_flags, read_json, read_options

@@ -75,7 +75,7 @@ async def gone(client: AsyncClient) -> None:
     """Whatever waited has left nothing behind."""
     await soon(lambda: len(asyncio.all_tasks()) == 1)
     assert not watches(client)
-    assert not client._session._due
+    assert not client._session._together._wishes
 
 
 def watches(client: AsyncClient) -> Any:
@@ -89,6 +89,12 @@ async def told(coroutine: Coroutine[Any, Any, Any]) -> BaseException:
     except PerdureError as error:
         return error
     raise AssertionError(f"it returned {value!r}")
+
+
+async def first(handle: AsyncHandle, timeout: float = LONG) -> Any:
+    """The first output."""
+    async with aclosing(handle.stream(timeout=timeout)) as stream:
+        return await anext(stream)
 
 
 async def collected(handle: AsyncHandle) -> list[Any]:
@@ -294,7 +300,7 @@ def test_a_request_without_a_producer_can_be_waited_for(play: Any, hands: Hands,
         handle = await client.submit(PATH, 1)
         connection.hset(key("job", handle.id), "client", "")
         waiting = asyncio.ensure_future(handle.result(timeout=LONG))
-        await soon(lambda: client._session._reading is None)
+        await soon(lambda: client._session._together._reading is None)
         hands.finish(hands.claim()[0], 0, 7)
         assert await waiting == 7
 
@@ -323,7 +329,7 @@ def test_thousands_wait_on_one_connection(
         assert subscribers(connection) == []  # nobody waits yet
         waiting = [asyncio.ensure_future(handle.result(timeout=math.inf)) for handle in handles]
         await soon(lambda: len(watches(client)) == number and subscribers(connection))
-        await soon(lambda: client._session._reading is None)
+        await soon(lambda: client._session._together._reading is None)
         assert len(calls) <= number / 10
         threads = [one for one in threading.enumerate() if one.name.startswith("perdure-")]
         assert len(threads) <= 2 * LANES + 1
@@ -409,6 +415,69 @@ def test_a_canceled_task_leaves_nothing_behind(play: Any, hands: Hands) -> None:
     play(scene)
 
 
+def test_streams_are_read_together(play: Any, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has news comes in few round trips, however many streams there are, and one thread after the other reads."""
+    number = 120
+    looks: list[int] = []
+    look = Store.look
+
+    def counted(self: Store, identifiers: Any, places: Any) -> Any:
+        looks.append(len(places))
+        return look(self, identifiers, places)
+
+    monkeypatch.setattr(Store, "look", counted)
+
+    async def scene(client: AsyncClient) -> None:
+        handles = await client.submit_many([(PATH, index) for index in range(number)])
+        tasks = [asyncio.ensure_future(first(handle)) for handle in handles]
+        await soon(lambda: len(watches(client)) == number and client._session._together._reading is None)
+        claims = hands.claim(number=number)
+        await soon(lambda: all(watch.heard for found in watches(client).values() for watch in found))
+        looks.clear()
+        hands.put_all(claims)
+        assert await asyncio.gather(*tasks) == [handle.id for handle in handles]
+        assert sum(looks) >= number
+        assert len(looks) <= number / 4
+
+    play(scene)
+
+
+def test_a_log_that_cannot_be_read_costs_only_its_own_stream(play: Any, hands: Hands, connection: redis.Redis) -> None:
+    async def scene(client: AsyncClient) -> None:
+        handles = await client.submit_many([(PATH, index) for index in range(5)])
+        connection.set(key("output", handles[2].id), "no list")
+        connection.set(key("job", "broken"), "no hash")
+        tasks = [asyncio.ensure_future(first(handle)) for handle in handles]
+        asked = [asyncio.ensure_future(client.get(name).status()) for name in ("broken", handles[0].id)]
+        for claim in hands.claim(number=5):
+            if claim.id != handles[2].id:
+                hands.put(claim, 0, claim.id)
+        found = await asyncio.gather(*tasks, *asked, return_exceptions=True)
+        assert [isinstance(item, PerdureError) for item in found] == [False, False, True, False, False, True, False]
+        assert [found[index] for index in (0, 1, 3, 4)] == [handles[index].id for index in (0, 1, 3, 4)]
+
+    play(scene)
+
+
+def test_many_that_are_silent_look_seldom(play: Any) -> None:
+    """All together some two hundred times a second, and each at its deadline all the same."""
+
+    async def scene(client: AsyncClient) -> None:
+        handles = await client.submit_many([(PATH, index) for index in range(1000)])
+        tasks = [asyncio.ensure_future(first(handle)) for handle in handles]
+        await soon(lambda: len(watches(client)) == 1000)
+        (watch,) = watches(client)[handles[0].id]
+        assert 4.5 <= watch.patience(1.0, math.inf) <= 5.0
+        assert watch.patience(1.0, 0.25) == 0.25
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        alone = asyncio.ensure_future(first(handles[0], 0.3))
+        assert isinstance((await asyncio.gather(alone, return_exceptions=True))[0], TimeoutError)
+
+    play(scene)
+
+
 def test_canceling_one_task_takes_no_answer_from_others(play: Any) -> None:
     async def scene(client: AsyncClient) -> None:
         handle = await client.submit(PATH, 1)
@@ -417,8 +486,8 @@ def test_canceling_one_task_takes_no_answer_from_others(play: Any) -> None:
             await asyncio.sleep(0)
             for _ in range(turns):
                 await asyncio.sleep(0)
-            if client._session._reading is not None:
-                client._session._reading.cancel()
+            if client._session._together._reading is not None:
+                client._session._together._reading.cancel()
             assert await asking == "queued"
 
     play(scene)
@@ -517,7 +586,7 @@ def test_in_an_outage_each_wait_ends_at_its_own_timeout(own_server: Server) -> N
             handle = await client.submit(PATH, 1)
             await asyncio.to_thread(own_server.kill)
             patient = [asyncio.ensure_future(handle.result(timeout=math.inf)) for _ in range(20)]
-            await soon(lambda: client._session._due)
+            await soon(lambda: client._session._together._wishes)
             for question in (handle.result(timeout=0.2), anext(handle.stream(timeout=0.2)), handle.status()):
                 error = await told(question)
                 assert isinstance(error, RedisUnavailable)

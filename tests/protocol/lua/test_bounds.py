@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from perdure.protocol.keys import key
-from perdure.protocol.reading.reads import HISTORY_PAGE
+from perdure.protocol.reading.histories import PAGE
 from tests.kit.protocol.pool import Hand, Pool
 
 QUEUES = [f"q{number}" for number in range(40)]
@@ -109,5 +109,5 @@ def test_a_history_is_read_in_calls_of_few_bytes(pool: Pool, monkeypatch: pytest
     events = pool.store.history("a")
     assert [len(event.evidence) for event in events] == sizes
     # The first page with long lines cannot know of them.
-    assert sorted(pages)[-2] <= 2 * HISTORY_PAGE
+    assert sorted(pages)[-2] <= 2 * PAGE
     assert len(pages) < 40
