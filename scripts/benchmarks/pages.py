@@ -27,6 +27,7 @@ from .reports import (
     saturation_tables,
     scale_pictures,
     scale_tables,
+    stream_tables,
 )
 from .tables import Table, shown
 
@@ -38,6 +39,7 @@ TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], list[Table]]]] = {
     "goodput": goodput_tables,
     "scale": scale_tables,
     "saturation": saturation_tables,
+    "streams": stream_tables,
 }
 """The tables of each part, from its figures."""
 

@@ -119,6 +119,16 @@ def saturation(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     return SaturationBenchmark(stage, crew, sizes, say).run()
 
 
+def streams(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
+    """How long outputs are on their way to who reads them, and how many streams one client reads."""
+    from .measures.streaming import QUICK, SMOKE, StreamBenchmark, StreamSizes, ratios
+
+    sizes = SMOKE if options.smoke else QUICK if options.quick else StreamSizes()
+    found = StreamBenchmark(stage, crew, replace(sizes, rounds=options.rounds or sizes.rounds), say).run()
+    found["ratios"] = ratios(found)
+    return found
+
+
 def engine(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """The engine against transformers, which is taken from here if nothing may be installed."""
     from .measures.engine import QUICK, SMOKE, EngineBenchmark, EngineSizes, own_interpreter, ratios
@@ -185,6 +195,7 @@ RUNNERS: dict[str, Part] = {
     "queue": queue,
     "recovery": recovery,
     "checkpoints": checkpoints,
+    "streams": streams,
     "engine": engine,
     "goodput": goodput,
     "scale": scale,

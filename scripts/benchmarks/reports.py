@@ -162,6 +162,46 @@ def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
     return [Table("More requests than one Redis can checkpoint at the usual interval", heads, cells, [note])]
 
 
+def stream_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Lags beside the bare way; one client and many streams; what a reader costs the engine, and a start."""
+    sizes = found["sizes"]
+    figures = {
+        "p50_ms": "p50 ms", "p99_ms": "p99", "first_ms": "first output, p50", "redis_us": "Redis µs an output",
+        "client_us": "client µs an output",
+    }  # fmt: skip
+    lags = [[name, *(row[figure] for figure in figures)] for name, row in found["medians"].items()]
+    many = [
+        [
+            f"{row['streams']:,}", row["asked_per_s"], row["read_per_s"], row["wrong"], row["p50_ms"], row["p99_ms"],
+            100 * row["cpu"], 100 * row["silent_cpu"], row["writer_late_s"],
+        ]
+        for row in found["many"]
+    ]  # fmt: skip
+    note = (
+        f"{sizes['steps']} steps of {sizes['pause'] * 1000:g} ms, each of which puts out the time; medians of "
+        f"{sizes['rounds']} rounds. The lag is that from the end of the step to the caller of `async for`; those of "
+        "first outputs are in a column of their own."
+    )
+    of_many = (
+        f"one AsyncClient on one core; {sizes['rate']:g} outputs a second of each for {sizes['seconds']} s, from a "
+        "writer that plays the workers. Late: by how much the writer missed its times at most."
+    )
+    tokens, costs = found["tokens"], found["import"]
+    cells = [
+        ["tokens/s of a batch that is read against one that is not", tokens["ratio"]],
+        ["`import perdure` and a client against `import redis`, processor time", costs["ratio"]],
+    ]
+    heads = [
+        "streams", "asked/s", "read/s", "missing or wrong", "p50 ms", "p99", "% of a core", "silent, % of a core",
+        "late s",
+    ]  # fmt: skip
+    return [
+        Table("From a step to who reads its output", ["", *figures.values()], lags, [note]),
+        Table("Many streams in one process", heads, many, [of_many]),
+        Table("What it costs", ["", "×"], cells),
+    ]
+
+
 def scale_pictures(found: Mapping[str, Any], note: str) -> Pictures:
     """Curves: what each operation costs the server against the number of those that wait."""
     rows = found["rows"]

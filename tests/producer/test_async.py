@@ -91,7 +91,7 @@ async def told(coroutine: Coroutine[Any, Any, Any]) -> BaseException:
     raise AssertionError(f"it returned {value!r}")
 
 
-async def first(handle: AsyncHandle, timeout: float = LONG) -> Any:
+async def first(handle: AsyncHandle, timeout: float = LONG) -> Any:  # noqa: ASYNC109  (of the stream)
     """The first output."""
     async with aclosing(handle.stream(timeout=timeout)) as stream:
         return await anext(stream)

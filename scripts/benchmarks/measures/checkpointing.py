@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,11 +165,16 @@ class CheckpointBenchmark:
             names = self.batch(client, name, self.sizes.tokens)
         return {"tokens_per_s": self.rate(name, names), **counted}
 
-    def batch(self, client: Client, name: str, tokens: int) -> set[str]:
-        """The ids of as many requests as there are slots, each of so many tokens, when all have ended."""
+    def batch(self, client: Client, name: str, tokens: int, *, read: bool = False) -> set[str]:
+        """The ids of as many requests as there are slots, each of so many tokens, when all have ended; ``read``: each
+        by a stream.
+        """
         payload = {"prompt": "Once upon a time", "max_tokens": tokens, "min_tokens": tokens}
         items = [(TASK, {**payload, "seed": seed}) for seed in range(self.sizes.slots)]
         handles = client.submit_many(items, queue=_queue(name))
+        if read:
+            with ThreadPoolExecutor(len(handles)) as pool:
+                deque(pool.map(lambda handle: deque(handle.stream(), 0), handles), 0)
         for handle in handles:
             generated = handle.result()["usage"]["completion_tokens"]
             if generated != tokens:

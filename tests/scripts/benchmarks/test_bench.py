@@ -205,6 +205,19 @@ def test_saturation_in_its_smoke_form(tmp_path: Path) -> None:
     assert found["full"]["checkpoints_a_second"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_streams_in_its_smoke_form(tmp_path: Path) -> None:
+    """Every output came once and in order, ours and the bare way's, and every figure is there."""
+    found = bench(tmp_path, "streams", "--smoke")["parts"]["streams"]
+    assert set(found["medians"]) == {"perdure, 2 streams", "XADD and XREAD, 2 streams"}
+    for figures in found["medians"].values():
+        assert all(value > 0 for value in figures.values()), figures
+    assert [(row["outputs"], row["wrong"]) for row in found["many"]] == [(600, 0)]
+    assert found["tokens"]["ratio"] > 0
+    assert found["import"]["ratio"] > 0
+
+
 def test_a_slow_road_is_late_and_not_narrow() -> None:
     """Pieces come later by the delay, all of them and in order; many at once take no longer than one."""
     with socket.create_server(("127.0.0.1", 0)) as server, SlowRoad("127.0.0.1", server.getsockname()[1], 0.2) as road:
