@@ -309,10 +309,18 @@ class Store(Sweeps):
         status, due = self._call("heartbeat", values, groups)
         return Pulse(status, due == "1")
 
-    def measure(self, incarnation: str, number: int, counts: Mapping[str, int]) -> str:
-        """Add to the counters what a worker has measured; call ``number`` of its incarnation. ``ok``, ``already``."""
+    def measure(
+        self, incarnation: str, number: int, counts: Mapping[str, int], interval: float = 0.0, usual: float = 0.0
+    ) -> str:
+        """Add to the counters what a worker has measured; call ``number`` of its incarnation. ``ok``, ``already``.
+
+        ``interval``: seconds from one of its checkpoints to the next, now; ``usual``: while Redis is quick.
+        """
         rows = [{"name": name, "by": by} for name, by in counts.items()]
-        return str(self._call("measure", {"incarnation": incarnation, "number": number}, {"count": rows}))
+        values: dict[str, str | bytes | int | float] = {
+            "incarnation": incarnation, "number": number, "interval": in_ms(interval), "usual": in_ms(usual),
+        }  # fmt: skip
+        return str(self._call("measure", values, {"count": rows}))
 
 
 def _not_on_disk(connection: redis.Redis) -> str:

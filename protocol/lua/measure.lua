@@ -2,6 +2,8 @@
 --
 -- ARGV incarnation  of the worker process
 -- ARGV number       of this call, growing; the same when it is sent again
+-- ARGV interval     ms from one of its checkpoints to the next, now
+-- ARGV usual        the same while Redis is quick; both stand in the worker's record, for people
 -- EACH count: name  field of the counters (see measures.py)
 -- EACH count: by    what to add
 --
@@ -17,10 +19,10 @@
 
 never_refused()
 
-local incarnation, number = arg(), tonumber(arg())
+local incarnation, number, interval, usual = arg(), tonumber(arg()), arg(), arg()
 local record = KEY.incarnation .. incarnation
 if number_of(redis.call('HGET', record, 'measured')) >= number then return 'already' end
-redis.call('HSET', record, 'measured', int(number))
+redis.call('HSET', record, 'measured', int(number), 'interval', interval, 'usual', usual)
 if redis.call('TTL', record) < 0 then redis.call('EXPIRE', record, DAY) end
 for _ = 1, tonumber(arg()) do
   local name, by = arg(), arg()

@@ -39,7 +39,8 @@ class Reads:
         device is not to be used; ``health``: where its health is served; ``model``: its setting; ``stale``: a file
         that was edited after it had been loaded; ``task`` and ``slots``: of what it claimed last. A spare has loaded
         its tasks, and claims only when it is told to (``spare``); one that was told to stop, or has lost its device,
-        is ``leaving``.
+        is ``leaving``. ``interval`` and ``usual``: seconds from one of its checkpoints to the next, now and while Redis
+        is quick; ``None`` before its first.
         """
         beats: Any = self.connection.zrange(key("beats"), 0, -1, withscores=True)
         with self.connection.pipeline(transaction=False) as pipe:
@@ -71,6 +72,8 @@ class Reads:
                     "stale": fields.get("stale", ""),
                     "task": fields.get("task", ""),
                     "slots": whole(fields.get("slots")) or None,
+                    "interval": whole(fields.get("interval")) / 1000 or None,
+                    "usual": whole(fields.get("usual")) / 1000 or None,
                     "unable": [
                         {
                             "task": item.task,

@@ -48,6 +48,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "e2e_request_latency": Measure(_LONG),
     "recovery": Measure(_PAUSE, ("queue", "reason")),
     "checkpoint": Measure(_SHORT, ()),
+    "checkpoint_interval": Measure(_EACH, ()),
     "checkpoint_bytes": Measure(_BYTES, scale=1),
 }
 """Every histogram, by its name without prefix and unit."""
@@ -73,8 +74,9 @@ class Meter:
     _buckets: Counter[tuple[str, int, tuple[str, ...]]] = field(default_factory=Counter)
     _sums: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     _counts: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
-    _flight: tuple[str, int, dict[str, int]] | None = None
+    _flight: tuple[str, int, dict[str, int], tuple[float, float]] | None = None
     _number: int = 0
+    _shown: tuple[float, float] = (0.0, 0.0)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Enter one value of a histogram."""
@@ -86,15 +88,22 @@ class Meter:
         """Count ``by`` more of an event."""
         self._counts[event, labels] += by
 
-    def flush(self, incarnation: str, send: Callable[[str, int, dict[str, int]], object]) -> None:
-        """Send what has come, if anything has. Raises what ``send`` raises; then it is sent again the next time."""
+    def flush(
+        self, incarnation: str, send: Callable[[str, int, dict[str, int], float, float], object], *intervals: float
+    ) -> None:
+        """Send what has come, if anything has, with the two ``intervals`` of ``Store.measure``.
+
+        Raises what ``send`` raises; then it is sent again the next time.
+        """
         if self._flight is None:
             counts = self._take()
-            if not counts:
+            if not counts and intervals == self._shown:
                 return
             self._number += 1
-            self._flight = (incarnation, self._number, counts)
-        send(*self._flight)
+            now, usual = intervals
+            self._flight = (incarnation, self._number, counts, (now, usual))
+        name, number, sent, self._shown = self._flight
+        send(name, number, sent, *self._shown)
         self._flight = None
 
     def _take(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -222,6 +223,7 @@ def judge_pool(
         if worker["unfit"]:
             what = f"worker {worker['worker']} leaves its device"
             found.append(Finding(Level.WARN, what, worker["unfit"], "repair the device, or take it out"))
+    found += _slow(ready)
     found += _unable(ready)
     found += _stale(ready)
     for entry in unfit:
@@ -247,6 +249,22 @@ def judge_pool(
         what = f"checkpoints have {size(states)}, and the server has room for {size(room)} more"
         found.append(Finding(Level.WARN, what, "as many again as there are now do not fit", "redis.conf: maxmemory"))
     return found
+
+
+def _slow(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Whose checkpoints come less often, since Redis is busy."""
+    stretched = [
+        item for item in workers if item["held"] and (item["interval"] or 0) > 1.5 * (item["usual"] or math.inf)
+    ]
+    if not stretched:
+        return []
+    worst = max(stretched, key=lambda item: item["interval"])
+    what = (
+        f"{len(stretched)} of {len(workers)} workers checkpoint less often, {worst['worker']} every "
+        f"{worst['interval']:.1f} s instead of every {worst['usual']:g} s"
+    )
+    why = "calls take long: Redis is busy, or far away; until that ends, a crash costs that much work"
+    return [Finding(Level.WARN, what, why, "redis-cli --latency; give Redis a core of its own")]
 
 
 def _unable(workers: Sequence[Mapping[str, Any]]) -> list[Finding]:

@@ -75,6 +75,8 @@ def as_item(worker: dict[str, Any]) -> dict[str, Any]:
         "dead_in": round(worker["dead_in"], 3),
         "held": len(worker["held"]),
         "slots": worker["slots"],
+        "checkpoint_interval": worker["interval"],
+        "usual_checkpoint_interval": worker["usual"],
         "task": worker["task"] or None,
         "unfit": worker["unfit"] or None,
         "unable": worker["unable"],

@@ -102,6 +102,9 @@ METRICS: Final[Mapping[str, Described]] = {
         "recovery", "From the last thing stored by an execution that was lost or handed back to the first of the next."
     ),
     "perdure_checkpoint_seconds": _histogram("checkpoint", "Round trip of a call that stores checkpoints."),
+    "perdure_checkpoint_interval_seconds": _histogram(
+        "checkpoint_interval", "Time from one checkpoint to the next; longer than the setting while Redis is busy."
+    ),
     "perdure_checkpoint_bytes": _histogram("checkpoint_bytes", "Outputs and state of one checkpoint, as packed."),
     # How it stands.
     "perdure_requests_waiting": _gauge("Requests in a queue, suspects included.", "queue", "priority"),

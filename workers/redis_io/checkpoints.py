@@ -41,11 +41,19 @@ class Checkpoints:
         """The next checkpoint is due at once."""
         self._last = 0.0
 
+    @property
+    def usual(self) -> float:
+        """Seconds from one checkpoint to the next while Redis is quick."""
+        return self.line.holdings.settings.checkpoint_interval
+
+    def interval(self) -> float:
+        """Seconds from one checkpoint to the next, now (lock held)."""
+        longest = LEASE * min(self.line.holdings.step_timeouts()) / 4  # a checkpoint is a renewal, too
+        return self.line.pace.interval(self.usual, longest)
+
     def due_in(self) -> float:
         """Seconds until the next checkpoint is due; 0 or less if it is (lock held)."""
-        holdings = self.line.holdings
-        longest = LEASE * min(holdings.step_timeouts()) / 4  # a checkpoint is a renewal, too
-        return self._last + self.line.pace.interval(holdings.settings.checkpoint_interval, longest) - time.monotonic()
+        return self._last + self.interval() - time.monotonic()
 
     def prompt_in(self) -> float:
         """Seconds until what somebody listens to may be stored; 0 or less if it may be now."""
@@ -87,7 +95,7 @@ class Checkpoints:
     def _call(self, rows: Sequence[Progress]) -> list[str]:
         holdings = self.line.holdings
         with holdings.lock:
-            mine = [holdings.current(row.id, row.execution) for row in rows]
+            mine, interval = [holdings.current(row.id, row.execution) for row in rows], self.interval()
             for holding in filter(None, mine):
                 holding.sendings += 1
         began = time.monotonic()
@@ -99,7 +107,7 @@ class Checkpoints:
                     holding.sendings -= 1  # refused before it wrote anything
             raise
         self._called = time.monotonic()
-        self.line.ledger.answered(self._called - began)
+        self.line.ledger.answered(self._called - began, interval)
         return answers
 
     def _settle(self, rows: Sequence[Progress], answers: list[str]) -> None:

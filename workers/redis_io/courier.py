@@ -184,7 +184,7 @@ class Courier:
                 self.endings.release()
                 if time.monotonic() >= self._claims_from and not self.claimer.claim(self.incarnation):
                     self._rejoin()
-            self.line.ledger.flush(self.store, self.incarnation)
+            self._show()
         except redis.RedisError as error:
             if not passing(error) and not waited_for(error):
                 self.line.log.error("Redis refused a call: %s", error)  # a broken script, say: shown each time
@@ -293,6 +293,12 @@ class Courier:
         if self._refusals >= REFUSALS:
             raise RuntimeError(f"Redis refused {REFUSALS} calls in a row, and answered others") from error
 
+    def _show(self, *, last: bool = False) -> None:
+        """Send the figures of this worker once a heartbeat, and in any case at the end."""
+        with self.holdings.lock:
+            interval = self.checkpoints.interval()
+        self.line.ledger.flush(self.store, self.incarnation, interval, self.checkpoints.usual, last=last)
+
     def _in_contact(self) -> None:
         self._refusals = 0
         now = time.monotonic()
@@ -330,7 +336,7 @@ class Courier:
                 self.endings.end()
                 self.endings.confirm_cancels()
                 self.endings.release_all("its worker was stopped")
-                self.line.ledger.flush(self.store, self.incarnation, last=True)
+                self._show(last=True)
                 return
             except redis.RedisError as error:
                 if time.monotonic() > deadline:

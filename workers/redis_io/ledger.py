@@ -41,9 +41,10 @@ class Measurements:
         self.meter.observe("checkpoint_bytes", len(row.blob) + state, queue)
         self._put_out(holding, row)
 
-    def answered(self, seconds: float) -> None:
-        """A call that stored checkpoints took so long."""
+    def answered(self, seconds: float, interval: float) -> None:
+        """A call that stored checkpoints took so long; ``interval`` (seconds) is that from one to the next."""
         self.meter.observe("checkpoint", seconds)
+        self.meter.observe("checkpoint_interval", interval)
 
     def renewed(self, number: int) -> None:
         """So many leases were renewed by themselves."""
@@ -92,9 +93,12 @@ class Measurements:
             lost(claim)
         holding.moving = True
 
-    def flush(self, store: Store, incarnation: str, *, last: bool = False) -> None:
-        """Send the figures, if it is time; ``last``, in any case. Raises what redis-py raises."""
+    def flush(self, store: Store, incarnation: str, *intervals: float, last: bool = False) -> None:
+        """Send the figures, if it is time; ``last``, in any case. Raises what redis-py raises.
+
+        ``intervals``: seconds from one checkpoint to the next, now and while Redis is quick.
+        """
         now = time.monotonic()
         if last or now - self._sent >= self.interval:
             self._sent = now
-            self.meter.flush(incarnation, store.measure)
+            self.meter.flush(incarnation, store.measure, *intervals)

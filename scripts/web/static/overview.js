@@ -128,6 +128,7 @@ function notes(frame) {
   if (mode.degraded) note("bad", `The pool is degraded: ${mode.live} of ${mode.expected} workers, since `, clock(mode.since), ". It refuses low priority and asks less of itself until they are back.");
   for (const item of frame.workers) {
     for (const lack of item.unable || []) note("bad", `${item.name} could not load ${lack.task}: ${lack.reason}`);
+    if (item.held && item.checkpoint_interval > 1.5 * item.usual_checkpoint_interval) note("warn", `Redis is busy: ${item.name} checkpoints every ${duration(item.checkpoint_interval)} instead of every ${duration(item.usual_checkpoint_interval)}. A crash costs that much work.`);
   }
   for (const item of frame.unfit) note("bad", `${item.device} on ${item.host} is not used: ${item.reason} (${item.worker}, `, clock(item.at), ")");
   for (const item of frame.quarantined) note("bad", `${item.place} of ${item.host} is quarantined: ${item.reason || "it ended again and again"}. ${item.release ? `To try it again: ${item.release}` : ""}`);

@@ -30,7 +30,7 @@ def test_a_value_on_a_bound_belongs_to_its_bucket():
     meter, sent = Meter(), {}
     for value in (0.3, 0.300001, 1e9):
         meter.observe("queue_time", value, "gpu")
-    meter.flush("i", lambda _incarnation, _number, counts: sent.update(counts))
+    meter.flush("i", lambda _incarnation, _number, counts, *_: sent.update(counts), 0.1, 0.1)
     assert sent == {
         "bucket:queue_time:0.3:gpu": 1,
         "bucket:queue_time:0.5:gpu": 1,
@@ -43,21 +43,23 @@ def test_what_was_not_answered_is_sent_again_as_it_was():
     """Also for the incarnation that it was first sent for; what has come since waits."""
     meter, sent = Meter(), []
 
-    def send(incarnation: str, number: int, counts: dict[str, int]) -> None:
-        sent.append((incarnation, number, counts))
+    def send(incarnation: str, number: int, counts: dict[str, int], *intervals: float) -> None:
+        sent.append((incarnation, number, counts, intervals))
         if len(sent) == 1:
             raise redis.ConnectionError
 
     meter.count("checkpoints", 2, "gpu")
     with pytest.raises(redis.ConnectionError):
-        meter.flush("first", send)
+        meter.flush("first", send, 0.1, 0.1)
     meter.count("checkpoints", 5, "gpu")
     for _ in range(3):
-        meter.flush("second", send)
+        meter.flush("second", send, 0.1, 0.1)
+    meter.flush("second", send, 0.4, 0.1)  # nothing but that
     assert sent == [
-        ("first", 1, {"checkpoints:gpu": 2}),
-        ("first", 1, {"checkpoints:gpu": 2}),
-        ("second", 2, {"checkpoints:gpu": 5}),
+        ("first", 1, {"checkpoints:gpu": 2}, (0.1, 0.1)),
+        ("first", 1, {"checkpoints:gpu": 2}, (0.1, 0.1)),
+        ("second", 2, {"checkpoints:gpu": 5}, (0.1, 0.1)),
+        ("second", 3, {}, (0.4, 0.1)),
     ]
 
 

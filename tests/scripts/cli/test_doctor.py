@@ -57,6 +57,7 @@ def test_a_missing_task_is_judged_per_priority() -> None:
     """One worker for gpu, and one for gpu-low only: they serve one queue together."""
     lack = {"task": "app.big", "reason": "no memory"}
     one = {"worker": "one", "queues": ["gpu"], "ready": True, "dead_in": 3, "unfit": "", "unable": [lack], "stale": ""}
+    one |= {"held": [], "interval": None, "usual": None}
     other = one | {"worker": "other", "queues": ["gpu-low"], "unable": []}
     found = judge_pool(
         workers=[one, other],
@@ -214,7 +215,7 @@ def test_a_server_that_keeps_requests_in_more_memory_is_told(
 WELL: dict[str, Any] = {
     "workers": [
         {"worker": "w", "host": "h", "queues": ["gpu"], "ready": True, "dead_in": 4.0, "age": 1.0, "unfit": "",
-        "unable": [], "stale": ""},
+        "unable": [], "stale": "", "held": ["a"], "interval": 0.12, "usual": 0.1},
     ],
     "stock": {}, "queues": [], "overdue": [], "pulse_age": 0.3, "unfit": [], "mode": "", "states": 10, "room": None,
     "reap_interval": 0.5, "heartbeat": 1.0,
@@ -249,6 +250,8 @@ QUEUE = QueueFacts(
          "install"),
         ({"workers": [WELL["workers"][0] | {"unable": LACKS}, WELL["workers"][0] | {"worker": "v"}]}, Level.WARN,
          "w could not load app.t", "install"),
+        ({"workers": [WELL["workers"][0] | {"interval": 1.2}]}, Level.WARN,
+         "1 of 1 workers checkpoint less often, w every 1.2 s instead of every 0.1 s", "redis-cli --latency"),
         ({"unfit": [{"device": "GPU-1", "host": "h", "reason": "Xid"}]}, Level.WARN, "GPU-1 on h is not used",
          "repair"),
         ({"pulse_age": 60.0}, Level.FAIL, "nobody has swept for 60 s", "perdure reaper"),

@@ -85,6 +85,8 @@ def test_workers_are_listed_with_what_became_of_devices(connection: redis.Redis)
         "dead_in",
         "held",
         "slots",
+        "checkpoint_interval",
+        "usual_checkpoint_interval",
         "task",
         "unfit",
         "unable",

@@ -212,6 +212,19 @@ def test_checkpoints_come_further_apart_while_calls_take_long(connection: redis.
         assert checkpoints.due_in() <= 0.1
 
 
+def test_a_worker_shows_how_often_it_checkpoints(connection: redis.Redis) -> None:
+    """In its record, once a heartbeat, also when it has nothing else to tell: when it stretches, and comes back."""
+    bench = Bench(connection)
+    bench.holdings.settings = Settings()
+    bench.pool.store.heartbeat(incarnation=bench.courier.incarnation, worker="w1", queues=["gpu"], pid=1, host="h")
+    for seconds, shown in ((0.001, 0.1), (0.3, 0.6), (0.001, 0.1)):
+        slow_calls(bench, seconds)
+        bench.courier.line.ledger._sent = 0.0
+        bench.courier._show()
+        (worker,) = bench.pool.store.workers()
+        assert (worker["interval"], worker["usual"]) == (shown, 0.1)
+
+
 def test_renewals_and_ends_wait_for_no_stretched_checkpoint(bench: Bench) -> None:
     """With calls of 2 s the next checkpoint is due in 4 s: rounds go on, and what is due in them is done."""
     bench.pool.submit("a", "b")
