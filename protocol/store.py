@@ -139,7 +139,7 @@ class Store(Sweeps):
         script, began = load("claim"), time.monotonic()
         reply: list[bytes] = script(self.connection, values, groups)
         self.called(time.monotonic() - began)
-        rows = [reply[start : start + 16] for start in range(4, len(reply), 16)]
+        rows = [reply[start : start + 17] for start in range(4, len(reply), 17)]
         now = whole(reply[3]) / 1000
         return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1")
 

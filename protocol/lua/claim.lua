@@ -17,11 +17,12 @@
 -- EACH known: id         requests that the worker knows it holds
 -- EACH unable: left       tasks that it could not load, and leaves to others for now
 --
--- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of 16: id, execution, queue, kind ('request' |
+-- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of 17: id, execution, queue, kind ('request' |
 --          'plain'), task, payload, attempt, seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s;
 --          plain jobs), step timeout of its own (ms; ''), date of its submit, with tabs before what there is besides:
 --          date of its last coming into the queue, the producer's trace, what became of the execution before; '1' if
---          somebody listens to its outputs now
+--          somebody listens to its outputs now; '1' if its checkpoints have more to look at than who holds it (a
+--          deadline, a step timeout of its own, company)
 --          status 'ok'; 'blocked' (what waits needs an empty worker, one that isolates, or another one, or this one
 --          holds enough for a degraded pool); 'more' (work was left); 'suspended'; 'reaped' (this incarnation was
 --          declared dead: it holds nothing any more)
@@ -111,7 +112,7 @@ local limit = free
 local function answer(status)
   local reply = { status, int(number), short and '1' or '0', now_text }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
-  for place, listens in ipairs(listening(ids)) do reply[4 + 16 * place] = listens end
+  for place, listens in ipairs(listening(ids)) do reply[3 + 17 * place] = listens end
   return reply
 end
 
@@ -122,6 +123,7 @@ local function add_row(id, execution, queue, job, point)
   rows[n + 9], rows[n + 10], rows[n + 11] = point.offset or '0', job.epoch or '0', point.fingerprint or ''
   rows[n + 12], rows[n + 13], rows[n + 14] = job.client or '', job.timeout or '-1', job.step_ms or ''
   rows[n + 15], rows[n + 16] = told(job), '0'
+  rows[n + 17] = (job.deadline or job.step_ms or job.company) and '1' or '0'
   number = number + 1
   ids[number] = id
   bytes = bytes + #payload

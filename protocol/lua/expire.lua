@@ -38,6 +38,9 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEY.checkpoints, '-inf', before,
     if redis.call('HEXISTS', KEY.checkpoint .. id, 'at') == 1 then
       redis.call('HSET', KEY.checkpoint .. id, 'at', int(now_ms))
     end
+  elseif number_of(redis.call('HGET', KEY.checkpoint .. id, 'at')) > tonumber(before) then
+    -- The index is exact to some seconds; the checkpoint itself knows.
+    redis.call('ZADD', KEY.checkpoints, redis.call('HGET', KEY.checkpoint .. id, 'at'), id)
   elseif ENDED[job[3] or ''] then
     -- It has ended. Its outputs may still be read; only going on from them is over.
     drop_checkpoint(id)

@@ -19,6 +19,8 @@
 -- EACH request: length       bytes of the state
 -- EACH request: stepped      ms for which this execution has stepped
 -- EACH request: tell         '1' if whoever listens is to be told of the outputs
+-- EACH request: brief        '1' if this execution has stored something before, and its claim has said of nothing that
+--                            is to be watched: then only what may change is read, and `kept` stands there already
 --
 -- Returns  per request 'ok', 'heard' (the same, and somebody who listens was told), 'lost' (another execution holds
 --          it, or none), 'cancel' (end it with `cancel`), 'deadline' (its deadline has passed: it was ended here, with
@@ -77,25 +79,31 @@ end
 for place = 1, tonumber(arg()) do
   local id, execution, seq, offset, outputs = arg(), arg(), arg(), arg(), arg()
   local blob, has_state, state, crc, chunks, length = arg(), arg(), arg(), arg(), arg(), arg()
-  local stepped, tell = arg(), arg()
+  local stepped, tell, brief = arg(), arg(), arg() == '1'
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'client', 'deadline', 'step_ms',
-    'company', 'worker_name', 'claimed', 'started_at', 'counted_from')
-  if not owns(id, execution, job[1], job[11]) then
+  -- In a small hash Redis looks for each field from the first one on, and for one that is not there through all.
+  local job = brief and redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'started_at')
+    or redis.call('HMGET', name, 'execution', 'status', 'cancel', 'origin', 'started_at', 'client', 'deadline',
+      'step_ms', 'company', 'worker_name', 'claimed', 'counted_from')
+  if not owns(id, execution, job[1], job[5]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   elseif cancel_asked(job[3], job[2]) then
-    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
+    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[8], lease_ms)), id)
     answers[#answers + 1] = 'cancel'
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
-    show_execution(id, execution, job[9] or '', job[10])
-    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[7], lease_ms)), id)
-    local point = redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
-    point.claimed = job[10]
+    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[8], lease_ms)), id)
+    local point = has_state == '1'
+      and redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at', 'chunks', 'writing')
+      or redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
+    if not brief then show_execution(id, execution, job[10] or '', job[11]) end
+    point.claimed = job[11]
     local new = tonumber(seq) > number_of(point[2])
     local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
-    local stored, have
-    if not missing then
+    local stored, have = nil, 0
+    if brief and not point[2] then
+      missing = false -- somebody has deleted its checkpoint: there is nothing that this one could follow
+    elseif not missing then
       stored, have = store(id, point, {
         seq = seq, offset = offset, outputs = outputs, blob = blob, has_state = has_state, state = state, crc = crc,
         chunks = chunks, length = length, stepped = stepped, kept = kept_of[place] or {},
@@ -104,19 +112,19 @@ for place = 1, tonumber(arg()) do
     if missing then
       answers[#answers + 1] = 'missing'
     elseif stored then
-      if job[8] and tonumber(stepped) >= clear_ms then
-        clear(id, job[4], execution, incarnation, job[9], int(stored))
+      if job[9] and tonumber(stepped) >= clear_ms then
+        clear(id, job[4], execution, incarnation, job[10], int(stored))
       end
       -- On a channel of the request: Redis knows who listens to it. A producer of an earlier release listens to one for
       -- all of its requests.
       local heard = tell == '1' and tonumber(outputs) > 0 and (hint(id .. ':outputs', id, int(stored)) > 0
-        or (job[5] or '') ~= '' and hint(job[5] .. ':outputs', id, int(stored)) > 0)
-      if job[6] then
+        or not brief and (job[6] or '') ~= '' and hint(job[6] .. ':outputs', id, int(stored)) > 0)
+      if job[7] then
         -- An end takes back what is still to be written.
         leases.send()
         points.send()
       end
-      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[6], job[12]) and 'deadline'
+      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[7], job[12]) and 'deadline'
         or heard and 'heard' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)

@@ -18,7 +18,8 @@ class Claim:
     What people measure (not compared: a claim that is given again is the same one), in seconds at the moment of the
     claim: ``age`` since its submit, ``waited`` since it last came into its queue. ``interruption``: what became of the
     execution before; ``paused``: since something of that was last stored. ``trace``: the producer's, see
-    :mod:`~perdure.protocol.telemetry.tracing`. ``heard``: somebody listened to its outputs at the claim.
+    :mod:`~perdure.protocol.telemetry.tracing`. ``heard``: somebody listened to its outputs at the claim. ``watched``:
+    it has a deadline, a step timeout of its own, or company.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Claim:
     paused: float = field(default=0.0, compare=False)
     trace: str = ""
     heard: bool = field(default=False, compare=False)
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,9 @@ class Progress:
     """What one running request has to store: outputs ``offset … offset+outputs`` and perhaps a state.
 
     ``stepped``: seconds since the engine took it in, which is after a model was loaded for it. ``tell``: to whoever
-    listens. A state given as bytes is stored as they are. A field that ``progress.lua`` does not name stands in the
-    checkpoint under its own name.
+    listens. ``brief``: this execution has stored something before, and its claim was not ``watched``. A state given as
+    bytes is stored as they are. A field that ``progress.lua`` does not name stands in the checkpoint under its own
+    name, from the first one of an execution on.
     """
 
     id: str
@@ -71,6 +74,7 @@ class Progress:
     fingerprint: str
     stepped: float = 0.0
     tell: bool = False
+    brief: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

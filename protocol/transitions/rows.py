@@ -79,9 +79,10 @@ def progressed(requests: Sequence[Progress]) -> dict[str, list[dict[str, Any]]]:
             "outputs": item.outputs, "blob": item.blob, "has_state": int(item.state is not None),
             "state": b"" if state.chunks else state.pieces[0], "crc": state.crc, "chunks": state.chunks,
             "length": state.length, "stepped": round(item.stepped * 1000),
-            "tell": int(item.tell and item.outputs > 0),
+            "tell": int(item.tell and item.outputs > 0), "brief": int(item.brief),
         })  # fmt: skip
-        besides += [{"of_request": number, "name": name, "value": getattr(item, name)} for name in kept()]
+        if not item.brief:
+            besides += [{"of_request": number, "name": name, "value": getattr(item, name)} for name in kept()]
     return {"kept": besides, "request": rows}
 
 
@@ -113,6 +114,7 @@ def claim_of(row: Sequence[bytes], now: float) -> Claim:
         paused=max(0.0, now - interruption.moved) if interruption else 0.0,
         trace=trace.decode(errors="replace") if trace else "",
         heard=row[15] == b"1",
+        watched=row[16] == b"1",
     )
 
 

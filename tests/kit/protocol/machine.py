@@ -112,6 +112,7 @@ class Agent:
             state=packed([claim.execution, mine.seq + 1]),
             fingerprint=self.model,
             stepped=stepped,
+            brief=mine.seq > claim.seq and not claim.watched,
         )
 
     def finish(self, mine: Mine, outputs: int, ahead: int = 0) -> Finish:

@@ -1,11 +1,11 @@
 -- One command for many members: a call of Redis costs a script as much as the work in it.
--- add(name, ...) collects members of the key `name`; send() runs the command once for each key (for DEL and the like,
--- which take only names, once).
+-- add(name, first, second) collects members of the key `name`, one or two words each; send() runs the command once for
+-- each key (for DEL and the like, which take only names, once).
 local function batch(command)
   local names, members = {}, {}
   local calls = {}
-  function calls.add(name, ...)
-    if select('#', ...) == 0 then
+  function calls.add(name, first, second)
+    if not first then
       names[#names + 1] = name
       return
     end
@@ -15,7 +15,8 @@ local function batch(command)
       members[name] = list
       names[#names + 1] = name
     end
-    for _, value in ipairs({ ... }) do list[#list + 1] = value end
+    list[#list + 1] = first
+    if second then list[#list + 1] = second end
   end
   function calls.send()
     if #names == 0 then return end
