@@ -123,7 +123,8 @@ class Packer:
     def pack(self, *arguments: Any) -> Any:
         """A command in Redis' protocol. redis-py's own splits its name, and looks at each word once more."""
         plain: tuple[Any, ...] = tuple([repr(value) if type(value) in _NUMBERS else value for value in arguments])
-        return [pack_command(plain)] if plain[0] == "EVALSHA" else HiredisRespSerializer().pack(*plain)
+        name = plain[0]
+        return [pack_command(plain)] if type(name) is str and " " not in name else HiredisRespSerializer().pack(*plain)
 
 
 _NUMBERS = (int, float)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -24,10 +24,12 @@ from .keys import SCHEMA, key, listed
 from .limits import LONGEST_DELAY, MAX_REQUESTS
 from .records import NewRequest, whole
 from .scripts import Row, load
-from .transitions.calls import Chunk, Claims, Failure, Finish, Progress, Pulse
 from .transitions.rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms, progressed
 from .transitions.sweeps import Sweeps
 from .transport.refusals import newer_protocol
+
+if TYPE_CHECKING:
+    from .transitions.calls import Chunk, Claims, Failure, Finish, Progress, Pulse
 
 MAX_UNFIT = 500
 """Characters of the reason for which a device is not used."""
@@ -124,6 +126,8 @@ class Store(Sweeps):
         ``first_beat``: seconds that an incarnation of which no heartbeat has come may take for its first, if longer
         than the heartbeat timeout.
         """
+        from .transitions.calls import Claims  # not before: producers have no use for it
+
         values: dict[str, str | int] = {
             "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
             "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "task": task,
@@ -285,6 +289,8 @@ class Store(Sweeps):
         after it had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each task that it
         could not load.
         """
+        from .transitions.calls import Pulse
+
         values = {
             "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
             "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready),

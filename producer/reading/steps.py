@@ -8,16 +8,14 @@ both ask the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ...protocol.reading.output_log import LogPlace
 from ...protocol.store import Store
 from .replies import ReplyWatch
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(NamedTuple):
     """Read a request's record (or ``None``). ``deadline``: monotonic; ``None`` is the client's patience.
 
     ``ahead`` is for what was read along, if anything: a function that gives the result as ``Store.result`` does.
@@ -28,16 +26,14 @@ class Fetch:
     ahead: list[Callable[[], Any]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Run an operation on a store."""
 
     operation: Callable[[Store], Any]
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """Read the page of a log behind a place. ``check``: of ``read_page`` in ``protocol/reading/output_log.py``."""
 
     id: str
@@ -46,8 +42,7 @@ class Read:
     check: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
+class Join(NamedTuple):
     """Begin to hear hints about a request whose producer is ``channel``; the answer is a :class:`ReplyWatch`.
 
     ``outputs``: also that there are new outputs, not only that it has ended.
@@ -58,15 +53,13 @@ class Join:
     outputs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Hear:
+class Hear(NamedTuple):
     """As :class:`Join` for a request that this client has submitted itself; ``None`` if it does not listen yet."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
+class Sleep(NamedTuple):
     """Wait for a hint (:meth:`ReplyWatch.wait`). The answer may be the page at ``place``; else it is ``None``."""
 
     watch: ReplyWatch
@@ -76,8 +69,7 @@ class Sleep:
     deadline: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Give:
+class Give(NamedTuple):
     """Outputs for the caller, one by one."""
 
     outputs: list[Any]

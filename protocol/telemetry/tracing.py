@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..records import NewRequest
-from ..transitions.calls import Claim
+
+if TYPE_CHECKING:
+    from ..transitions.calls import Claim
 
 # OpenTelemetry's names for messaging and generation are not stable yet: they stand here, and nowhere else.
 SYSTEM: Final = "messaging.system"

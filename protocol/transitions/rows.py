@@ -8,13 +8,15 @@ from dataclasses import Field, fields
 from datetime import datetime
 from functools import cache, lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..codec import envelope
 from ..packed_state import stored
 from ..records import STORED, Interruption, NewRequest, whole
 from ..scripts import load
-from .calls import Claim, Progress
+
+if TYPE_CHECKING:
+    from .calls import Claim, Progress
 
 STOCK_FUNCTION = "perdure.workers.envelope.wrong_worker"
 """What a stock RQ worker runs when it takes a request of ours: see that function."""
@@ -65,6 +67,8 @@ def _sent(value: Any, item: Field[Any]) -> Any:
 @cache
 def kept() -> tuple[str, ...]:
     """Fields of :class:`Progress` that ``progress.lua`` has no rule for: the checkpoint has them by their names."""
+    from .calls import Progress  # not before: producers have no use for it, and its classes take time to make
+
     ruled = load("progress").header.groups["request"]
     return tuple(item.name for item in fields(Progress) if item.name not in ruled)
 
@@ -88,6 +92,8 @@ def progressed(requests: Sequence[Progress]) -> dict[str, list[dict[str, Any]]]:
 
 def claim_of(row: Sequence[bytes], now: float) -> Claim:
     """A claim of the fields that ``claim.lua`` returns; ``now`` in seconds since 1970 on the server's clock."""
+    from .calls import Claim
+
     identifier, execution, queue, kind, task = (value.decode(errors="replace") for value in row[:5])
     created, *besides = row[14].split(b"\t", 3)
     enqueued, trace, interrupted = besides if len(besides) == 3 else (b"", b"", b"")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -22,8 +22,10 @@ from ..records import RequestRecord, whole
 from ..scripts import load
 from ..settings import Settings
 from ..transport.refusals import newer_protocol
-from .calls import Reaped, Sweep
 from .rows import as_text, in_ms
+
+if TYPE_CHECKING:
+    from .calls import Sweep
 
 TIDIED = 16
 """Queues whose sets one call of ``expire`` looks through."""
@@ -91,6 +93,8 @@ class Sweeps(Reads):
         }  # fmt: skip
         groups = {"queue": [] if incarnation else [{"queue": queue} for queue in queues]}
         reply = self._call("reap", values, groups)
+        from .calls import Reaped, Sweep  # not before: producers have no use for it
+
         rows = [Reaped(*reply[start : start + 6]) for start in range(2, len(reply), 6)]
         return Sweep(reply[0] == "1", reply[1] == "1", rows)
 

@@ -82,6 +82,9 @@ class StreamBenchmark:
         reader = self._agent("read")
         with Client(self.stage.url) as client:  # once it has answered, it is loaded
             client.submit(TASK, {"steps": 1, "pause": 0.0}, queue=QUEUE).result(60)
+        # A client has its threads and connections from its first stream on.
+        reader.ask(60, do="submit", number=2, payload={"steps": 3, "pause": 0.01})
+        reader.ask(60, do="ended", steps=3)
         before = self.stage.sample()
         reader.ask(60, do="submit", number=streams, payload={"steps": self.sizes.steps, "pause": self.sizes.pause})
         found = reader.ask(120, do="ended", steps=self.sizes.steps)
@@ -89,6 +92,10 @@ class StreamBenchmark:
 
     def _bare(self, streams: int) -> tuple[str, dict[str, float]]:
         reader, writer = self._agent("bare"), self._agent("bare-write")
+        ids = reader.ask(60, do="submit", number=2, payload={"steps": 3})["ids"]
+        writer.ask(60, do="write", ids=ids, rate=100.0, steps=3, together=True)
+        reader.ask(60, do="ended", steps=3)
+        self.stage.clear()
         before = self.stage.sample()
         ids = reader.ask(60, do="submit", number=streams, payload={"steps": self.sizes.steps})["ids"]
         writer.ask(120, do="write", ids=ids, rate=1 / self.sizes.pause, steps=self.sizes.steps, together=True)
