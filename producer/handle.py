@@ -224,8 +224,8 @@ class Handle(Reference[Session]):
                 return self._session.replies.watch(id, channel, outputs=outputs)
             case Read(id, place, deadline, check):
                 return self._session.call(lambda store: store.output_page(id, place, check=check), deadline=deadline)
-            case Sleep(watch, silence, most):
-                return watch.wait(silence, most)
+            case Sleep(watch, silence, most, ahead):
+                return watch.wait(silence, most, ahead)
         raise TypeError(f"no step: {step!r}")
 
 

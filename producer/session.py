@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -17,6 +17,7 @@ import redis
 
 from ..protocol.connection import connect, resolve_url
 from ..protocol.errors import PerdureError, RedisUnavailable, TryAgainLater, UsageError
+from ..protocol.reading.output_log import LogPage, LogPlace
 from ..protocol.settings import Settings
 from ..protocol.store import Store
 from ..protocol.transport.explaining import explain, url_of
@@ -59,7 +60,7 @@ class Session:
         self._connection = connection
         self._closed = False
         self._lanes = Lanes(connection, self.settings)
-        self.replies = Replies(lambda: separate(connection), self.client_id, self._publish)
+        self.replies = Replies(lambda: separate(connection), self.client_id, self._publish, self._look)
         self.callbacks = Callbacks(self)
         self.children: list[weakref.WeakMethod[Callable[[], None]]] = []
         """What else is to begin anew in a child that was forked."""
@@ -160,6 +161,12 @@ class Session:
         with suppress(PerdureError, Waiting):
             # Also from close(): the listener is to end now, and not after its slice.
             self._attempt(lambda store: store.connection.publish(channel, word), 0.0)
+
+    def _look(self, places: Sequence[tuple[str, LogPlace]]) -> Sequence[LogPage]:
+        """Pages of logs for the listener; none if they cannot be read now: who waits asks himself, and is told why."""
+        with suppress(Exception):
+            return self._attempt(lambda store: store.look((), places), 0.0)[1]
+        return ()
 
     def unavailable(self, error: Exception) -> RedisUnavailable:
         """What to tell the user about this error of redis-py."""

@@ -16,10 +16,12 @@ from functools import partial
 from typing import Final, Protocol, TypeVar
 
 from ...protocol.errors import PerdureError, RedisUnavailable, UsageError
+from ...protocol.reading.output_log import LogPage, LogPlace
 from ...protocol.records import RequestRecord
 from ...protocol.store import Store
 from .questions import RESULT_SILENCE
-from .replies import DEAF_POLL, Replies, ReplyWatch
+from .replies import Replies
+from .watches import DEAF_POLL, ReplyWatch
 
 Answer = TypeVar("Answer")
 
@@ -121,7 +123,7 @@ class Interest(ReplyWatch):
         super().__init__(replies, identifier, channel)
         self._gathering = gathering
 
-    def wake(self, what: bytes = b"") -> None:
+    def wake(self, what: bytes = b"", place: LogPlace | None = None, page: LogPage | None = None) -> None:
         if not what.isdigit():  # new outputs are no end
             self._gathering.hint(self.identifier, lost=not what)
 

@@ -7,8 +7,8 @@ import random
 from typing import Final
 
 from ...protocol.reading.output_log import LogPage, LogPlace
-from .replies import Replies, ReplyWatch
 from .together import Together
+from .watches import Listener, ReplyWatch
 
 TICK: Final = 0.1
 """Seconds between two checks of who has waited long enough; shorter waits have a timer of their own."""
@@ -22,13 +22,13 @@ class Bell:
         self.together = together
         self.waiting: set[LoopWatch] = set()
         self._phase = random.uniform(0, TICK)  # not the same as another client's
-        self._rung: list[LoopWatch] = []
+        self._rung: list[tuple[LoopWatch, LogPlace | None, LogPage | None]] = []
         self._ringing = False
         self._checks = False
 
-    def ring(self, watch: LoopWatch) -> None:
-        """A hint for this watch has come. Called by other threads too."""
-        self._rung.append(watch)
+    def ring(self, watch: LoopWatch, place: LogPlace | None = None, page: LogPage | None = None) -> None:
+        """A hint for this watch has come, with the ``page`` at ``place``. Called by other threads too."""
+        self._rung.append((watch, place, page))
         if not self._ringing:
             self._ringing = True
             try:
@@ -39,8 +39,8 @@ class Bell:
     def _deliver(self) -> None:
         self._ringing = False  # first: what comes from here on rings again
         rung, self._rung = self._rung, []
-        for watch in rung:
-            watch.rung()
+        for watch, place, page in rung:
+            watch.rung(place, page)
 
     def check(self) -> None:
         """See to it that silence is looked after, as long as anybody waits."""
@@ -61,16 +61,22 @@ class Bell:
 class LoopWatch(ReplyWatch):
     """A watch whose waiter is a task. Woken by other threads, awaited on its loop only."""
 
-    def __init__(self, replies: Replies, identifier: str, channel: str, bell: Bell, *, outputs: bool = False) -> None:
+    def __init__(self, replies: Listener, identifier: str, channel: str, bell: Bell, *, outputs: bool = False) -> None:
         super().__init__(replies, identifier, channel, outputs=outputs)
         self.when = 0.0
         """Until when its waiter waits, by the loop's clock."""
         self._bell = bell
-        self._ringing = False
         self._rung = False
+        self._ahead = False
         self._future: asyncio.Future[LogPage | None] | None = None
-        self._wanted: tuple[LogPlace, float] | None = None
+        self._deadline = 0.0
         self._reading = False
+
+    def ahead(self) -> LogPlace | None:
+        """Nowhere while a page is on its way to the loop already."""
+        place = None if self._ahead or self._reading else super().ahead()
+        self._ahead = self._ahead or place is not None
+        return place
 
     async def hint(
         self, silence: float, most: float, place: LogPlace | None = None, deadline: float = 0.0
@@ -83,7 +89,7 @@ class LoopWatch(ReplyWatch):
             return None
         bell = self._bell
         self._future = bell.loop.create_future()
-        self._wanted = None if place is None else (place, deadline)
+        self._place, self._deadline = place, deadline
         seconds = self.patience(silence, most)
         self.when = bell.loop.time() + seconds
         bell.waiting.add(self)
@@ -93,32 +99,33 @@ class LoopWatch(ReplyWatch):
             return await self._future
         finally:
             bell.waiting.discard(self)
-            self._future, self._reading = None, False
+            self._future, self._place, self._reading = None, None, False
             if timer is not None:
                 timer.cancel()
 
-    def wake(self, what: bytes = b"") -> None:
+    def wake(self, what: bytes = b"", place: LogPlace | None = None, page: LogPage | None = None) -> None:
         if not what.isdigit():
             self.look = True
-        if not self._ringing:
-            self._ringing = True  # until the loop has noticed; a burst of hints is one
-            self._bell.ring(self)
+        self._bell.ring(self, place, page)
 
     def subscribed(self) -> None:
         self.wake()
 
-    def rung(self) -> None:
+    def rung(self, place: LogPlace | None, page: LogPage | None) -> None:
         """A hint came; on the loop."""
-        self._ringing = False
+        if place is not None:
+            self._ahead = False
         future = self._future
         if future is None or future.done() or self._reading:
             self._rung = True
-        elif self._wanted is None:
+        elif self._place is None:
             future.set_result(None)
+        elif page is not None and place is self._place:
+            future.set_result(page)
         else:
             self._reading = True
             self._bell.waiting.discard(self)
-            self._bell.together.give_page(self.identifier, *self._wanted, future)
+            self._bell.together.give_page(self.identifier, self._place, self._deadline, future)
 
     def expire(self) -> None:
         """Nothing came for as long as was to be waited."""

@@ -23,9 +23,9 @@ from ...protocol.store import Store
 from ..arguments import DEFAULT, Default, waited
 from .lateness import Overdue, not_yet
 from .outputs import OutputReader
-from .replies import ReplyWatch
 from .steps import Call, Fetch, Give, Hear, Join, Question, Read, Sleep
 from .timeline import complete
+from .watches import ReplyWatch
 
 STREAM_SILENCE: Final = 1.0
 RESULT_SILENCE: Final = 5.0

@@ -13,13 +13,14 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import islice
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import redis
 
 from ...protocol.keys import key
+from ...protocol.reading.output_log import LogPage, LogPlace
 from .subscription import MOST, PING_AFTER, Hint, Subscription
+from .watches import ReplyWatch
 
 SLICE: Final = 1.0
 """Seconds that the listener reads at a time; after that it looks what has changed around it."""
@@ -30,76 +31,7 @@ LISTEN_IDLE: Final = 60.0
 CONFIRM: Final = 1.0
 """Seconds that a waiter gives the subscription before it goes on without."""
 
-OUTPUTS: Final = ":outputs"
-"""Behind a request's id: the channel on which its new outputs are told. Redis knows by it who listens to a request, and
-a worker stores at once what somebody listens to. Who waits for ends only is not woken by checkpoints."""
-
-LOOKS: Final = 200
-"""Looks a second at the keys that all waiters of a client take together for hints that may have been lost. None is lost
-but with its connection, after which all look at once.
-"""
-
-DEAF_POLL: Final = 0.5
-"""Seconds between two looks at the keys while no hints can be heard."""
-
 _WAKE = b"wake"
-
-
-class ReplyWatch:
-    """One waiter's interest in one request. A context manager: the interest ends with the block."""
-
-    def __init__(self, replies: Replies, identifier: str, channel: str, *, outputs: bool = False) -> None:
-        """``channel``: of the producer, empty if it listens to none. ``outputs``: new outputs are told as well."""
-        self.identifier = identifier
-        self.channel = channel
-        self.channels = (channel,) * bool(channel) + (identifier + OUTPUTS,) * outputs
-        self.look = True
-        """Whether more may have happened than new outputs; for the waiter to clear before it reads."""
-        self._replies = replies
-        self._event = threading.Event()
-
-    @property
-    def listens(self) -> bool:
-        """Whether it is subscribed to all that there is to hear."""
-        return all(map(self._replies.hears, self.channels))
-
-    @property
-    def heard(self) -> bool:
-        """Whether hints about it arrive now, its end included, as far as anybody can know."""
-        return bool(self.channel) and self.listens
-
-    def patience(self, silence: float, most: float) -> float:
-        """Seconds to wait for a hint before the keys are read anyhow: ``silence``, longer where many wait, and sooner
-        if hints cannot come; at most ``most``. Spread, so that not all ask in the same moment.
-        """
-        usual = silence if self.heard else min(silence, DEAF_POLL)
-        return max(0.0, min(max(usual, self._replies.waiters / LOOKS) * (1 - random.random() / 10), most))
-
-    def wait(self, silence: float, most: float) -> None:
-        """Return when a hint came since the last call, or after :meth:`patience`.
-
-        Read the keys afterwards, whatever the reason: what comes while they are read ends the next wait.
-        """
-        if not self._event.wait(self.patience(silence, most)):
-            self.look = True
-        self._event.clear()
-
-    def wake(self, what: bytes = b"") -> None:
-        """End the wait. ``what`` is a hint's: ``end``, or how many outputs there are; none if hints were lost."""
-        if not what.isdigit():
-            self.look = True
-        self._event.set()
-
-    def subscribed(self) -> None:
-        """Hints begin to arrive. Nothing to do for a waiter that came by :meth:`Replies.watch`: it waited for this."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._replies.forget(self)
 
 
 class Replies:
@@ -110,11 +42,18 @@ class Replies:
     """
 
     def __init__(
-        self, connect: Callable[[], redis.Redis], client_id: str, publish: Callable[[str, bytes], object]
+        self,
+        connect: Callable[[], redis.Redis],
+        client_id: str,
+        publish: Callable[[str, bytes], object],
+        look: Callable[[Sequence[tuple[str, LogPlace]]], Sequence[LogPage]],
     ) -> None:
-        """``connect`` makes a client for the listener alone; ``publish`` sends to a channel, and raises nothing."""
+        """``connect`` makes a client for the listener alone; ``publish`` sends to a channel, and ``look`` reads pages
+        of logs, or gives none. Both raise nothing.
+        """
         self._connect = connect
         self._publish = publish
+        self._look = look
         self.own = client_id
         """The channel on which this client hears of what it has submitted itself."""
         self._closed = False
@@ -268,12 +207,20 @@ class Replies:
             self._take(hints)
 
     def _take(self, hints: Sequence[Hint]) -> None:
+        woken: dict[ReplyWatch, bytes] = {}
         with self._changed:
             for hint in hints:
                 if hint.channel:
                     self._confirm(hint.channel)
                 for watch in self._watches.get(hint.request, ()):
-                    watch.wake(hint.what)
+                    if watch not in woken or not hint.what.isdigit():
+                        woken[watch] = hint.what
+        # All that have news in one round trip, before their waiters are woken: each would only ask for it.
+        places = {watch: place for watch in woken if (place := watch.ahead()) is not None}
+        pages = self._look([(watch.identifier, place) for watch, place in places.items()]) if places else ()
+        read = dict(zip(places, pages, strict=False))
+        for watch, what in woken.items():
+            watch.wake(what, places.get(watch), read.get(watch))
 
     def _confirm(self, channel: str) -> None:
         """What is published on it is heard from now on (lock held)."""

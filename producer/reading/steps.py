@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...protocol.reading.output_log import LogPlace
 from ...protocol.store import Store
-from .replies import ReplyWatch
+from .watches import ReplyWatch
 
 
 class Fetch(NamedTuple):
