@@ -10,7 +10,7 @@ from ...protocol.reading.output_log import LogPage, LogPlace
 from .together import Together
 from .watches import Listener, ReplyWatch
 
-TICK: Final = 0.1
+TICK: Final = 0.2
 """Seconds between two checks of who has waited long enough; shorter waits have a timer of their own."""
 
 

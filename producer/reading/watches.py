@@ -13,7 +13,7 @@ OUTPUTS: Final = ":outputs"
 """Behind a request's id: the channel on which its new outputs are told. Redis knows by it who listens to a request, and
 a worker stores at once what somebody listens to. Who waits for ends only is not woken by checkpoints."""
 
-LOOKS: Final = 200
+LOOKS: Final = 100
 """Looks a second at the keys that all waiters of a client take together for hints that may have been lost. None is lost
 but with its connection, after which all look at once.
 """

@@ -460,14 +460,14 @@ def test_a_log_that_cannot_be_read_costs_only_its_own_stream(play: Any, hands: H
 
 
 def test_many_that_are_silent_look_seldom(play: Any) -> None:
-    """All together some two hundred times a second, and each at its deadline all the same."""
+    """All together some hundred times a second, and each at its deadline all the same."""
 
     async def scene(client: AsyncClient) -> None:
         handles = await client.submit_many([(PATH, index) for index in range(1000)])
         tasks = [asyncio.ensure_future(first(handle)) for handle in handles]
         await soon(lambda: len(watches(client)) == 1000)
         (watch,) = watches(client)[handles[0].id]
-        assert 4.5 <= watch.patience(1.0, math.inf) <= 5.0
+        assert 9.0 <= watch.patience(1.0, math.inf) <= 10.0
         assert watch.patience(1.0, 0.25) == 0.25
         for task in tasks:
             task.cancel()
