@@ -218,7 +218,8 @@ class Courier:
                     # would take the interpreter from the step that is waited for.
                     due = max(holdings.settings.checkpoint_interval, LOOK)
                     holdings.hungry = True
-                whole = self._sleep(min(due, 0.5))
+                # A step may take longer than an interval: what else is due must not wait behind what is heard.
+                whole = self._sleep(min(due, 0.5)) or self.checkpoints.due_in() <= 0
                 holdings.hungry = False
             elif not holdings.urgent and not holdings.held:
                 pause = self._claims_from - time.monotonic()

@@ -40,12 +40,17 @@ class StreamSizes:
     many: tuple[int, ...] = (1_000, 10_000)
     rate: float = 3.0
     seconds: int = 20
+    silence: float = 10.0
+    """Seconds for which silent streams are watched."""
     generations: int = 5
     model: str = "smollm2"
+    imports: int = 15
 
 
 QUICK = StreamSizes(rounds=2, steps=100, many=(2_000,), seconds=8, generations=2, model="tiny")
-SMOKE = StreamSizes(rounds=1, streams=(2,), steps=10, many=(100,), seconds=2, generations=1, model="tiny")
+SMOKE = StreamSizes(
+    rounds=1, streams=(2,), steps=10, many=(100,), seconds=2, silence=1.0, generations=1, model="tiny", imports=2
+)
 
 
 class StreamBenchmark:
@@ -72,7 +77,7 @@ class StreamBenchmark:
             **self.series.to_json(),
             "many": many,
             "tokens": tokens,
-            "import": _imports(),
+            "import": _imports(self.sizes.imports),
         }
 
     def _ours(self, streams: int) -> tuple[str, dict[str, float]]:
@@ -131,7 +136,7 @@ class StreamBenchmark:
                 os.sched_setaffinity(pid, set(cores[1:]))
         steps = int(self.sizes.rate * self.sizes.seconds)
         ids = reader.ask(120, do="submit", number=number, payload={"steps": 1, "pause": 1.0})["ids"]
-        share = reader.ask(300, do="subscribed")["share"]
+        share = reader.ask(300, do="subscribed", seconds=self.sizes.silence)["share"]
         writer.tell(do="write", ids=ids, rate=self.sizes.rate, steps=steps, together=False)
         found = reader.ask(600, do="ended", steps=steps)
         written = writer.hear(60)
@@ -163,7 +168,7 @@ class StreamBenchmark:
         return {**series.to_json(), "ratio": median(ratio(one, other) for one, other in pairs)}
 
 
-def _imports(times: int = 15) -> dict[str, float]:
+def _imports(times: int) -> dict[str, float]:
     """Milliseconds of processor time of a Python that imports redis, and of one that imports us and makes a client."""
 
     def cost(code: str) -> float:

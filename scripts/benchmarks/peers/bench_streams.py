@@ -104,15 +104,15 @@ class PerdureReader(Reader):
         self.follow([handle.stream(timeout=120) for handle in self.handles])
         return {"ids": [handle.id for handle in self.handles]}
 
-    async def on_subscribed(self) -> dict[str, Any]:
-        """Wait until each of them is listened to; then, how much of a core ten seconds of silence take."""
+    async def on_subscribed(self, seconds: float) -> dict[str, Any]:
+        """Wait until each of them is listened to; then, how much of a core so many seconds of silence take."""
         names = [key("replies", f"{handle.id}:outputs") for handle in self.handles]
         while not all(number for _, number in self.look.pubsub_numsub(*names)):  # noqa: ASYNC110  (no event tells)
             await asyncio.sleep(0.2)
         # Each looks once more when it is subscribed. Then there is silence.
         while await self._share(1.0) > 0.2:
             pass
-        share = await self._share(10.0)
+        share = await self._share(seconds)
         self.used, self.began = time.process_time(), time.monotonic()
         return {"share": share}
 

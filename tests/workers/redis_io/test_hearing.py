@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -198,6 +199,25 @@ def test_what_is_heard_rests_as_long_as_a_call_takes(bench: Bench) -> None:
         bench.courier.line.pace.took(1e-6)
     bench.courier._round()
     assert stored(bench) == [2, 2, 0]
+
+
+def test_long_steps_that_are_heard_hold_nothing_else_up(bench: Bench) -> None:
+    """A step takes longer than an interval: the courier waits for it with nothing to store, and claims too."""
+    holdings = bench.holdings
+    holdings.settings = replace(holdings.settings, checkpoint_interval=0.001)
+    bench.courier.checkpoints._last = 1.0
+    bench.pool.submit("d")
+
+    def step() -> None:
+        eventually(lambda: holdings.hungry)
+        turn(bench, 0)
+
+    with ThreadPoolExecutor(1) as other:
+        stepping = other.submit(step)
+        bench.courier._round()
+        stepping.result()
+    assert stored(bench) == [1, 1, 1]
+    assert "d" in holdings.held
 
 
 def test_what_nobody_listens_to_any_more_waits(bench: Bench) -> None:
