@@ -246,6 +246,7 @@ def held(lab: Lab, worker: Process) -> int:
     return next((len(item["held"]) for item in lab.store.workers() if item["worker"] == worker.name), -1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_drains_a_long_step_is_not_missed(lab: Lab) -> None:
     """``perdure up`` on Ctrl-C: its reaper sweeps while the worker waits for the step, and has nothing to complain
     of.

@@ -348,6 +348,7 @@ def test_a_full_queue_takes_no_more(redis_client: redis.Redis) -> None:
     assert redis_client.zcard(key("retries", "default")) == 1
 
 
+@pytest.mark.slow
 def test_concurrent_producers_never_exceed_the_limit(redis_url: str, connection: redis.Redis) -> None:
     """Processes of their own, each in one go: exactly as many are stored as fit."""
     code = (

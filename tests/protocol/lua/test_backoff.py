@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.kit.protocol.backoff import backoff, schedule
 
 
@@ -12,6 +14,7 @@ def test_delays_double_up_to_their_cap() -> None:
     assert 22.5 < backoff("a", 2_000, 1.0, 30.0) <= 30
 
 
+@pytest.mark.slow
 def test_retries_of_one_batch_come_back_apart() -> None:
     """The jitter spreads neighbours evenly over the quarter."""
     delays = sorted(backoff(f"request-{number}", 1, 1.0, 30.0) for number in range(400))

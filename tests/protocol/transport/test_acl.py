@@ -56,6 +56,7 @@ def refused(connection: redis.Redis) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_each_user_does_its_work(lab: Lab, urls: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A whole pool under these users: submits, a kill, a retry, a cancel, looks, and Redis denies nothing."""
     lab.reaper(environment={"RQ_REDIS_URL": urls["reaper"]})

@@ -60,14 +60,14 @@ def test_an_unknown_setting_is_named_with_the_nearest(perdure: Run) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("submit", PATH, "{}"),
+        pytest.param(("submit", PATH, "{}"), marks=pytest.mark.slow),
         ("show", "a"),
         ("list",),
         ("result", "a"),
         ("cancel", "a"),
         ("requeue", "a"),
         ("worker", "gpu"),
-        ("reaper",),
+        pytest.param(("reaper",), marks=pytest.mark.slow),
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -332,6 +332,7 @@ def test_show_says_what_was_asked_for_and_what_it_waits_for(
     assert (facts["idempotent"], facts["meta"], facts["priority"]) == (False, {}, "normal")
 
 
+@pytest.mark.slow
 def test_list_shows_requests_page_by_page(perdure: Run, client: Client) -> None:
     assert perdure("list").stdout == ""
     client.submit_many([{"task": PATH, "payload": 1, "id": f"r{number}"} for number in range(5)])
@@ -351,6 +352,7 @@ def test_list_shows_requests_page_by_page(perdure: Run, client: Client) -> None:
 # --- cancel, requeue -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cancel_says_what_became_of_each(perdure: Run, client: Client, hands: Hands) -> None:
     for name in ("running", "waiting"):
         client.submit(PATH, 1, id=name)

@@ -138,6 +138,7 @@ def test_an_untested_rq_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rq.SimpleWorker", "rq.Worker"])
+@pytest.mark.slow
 def test_a_stock_worker_gives_requests_back(lab: Lab, kind: str) -> None:
     """RQ's own worker on our queue loses nothing and names the class that is missing; ours runs it later."""
     stock = lab.worker("-w", kind, ours=False)

@@ -108,6 +108,7 @@ def test_what_waits_keeps_its_place(turns: Turns) -> None:
     assert list(turns.holdings.held) == names[:4]
 
 
+@pytest.mark.slow
 def test_exact_text_is_the_same_after_a_smaller_batch(connection: redis.Redis) -> None:
     """Occupancy changes, shapes do not: byte for byte what each gives alone, also what the failed pass had computed."""
     settings = Settings(model="tiny", device="cpu", threads=1, slots=8)

@@ -113,6 +113,7 @@ def test_no_task_takes_the_stop_signal_away() -> None:
     assert done.stdout.splitlines() == ["seen 12 ['theirs']", "signal"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_stops_after_a_task_s_event_loop(lab: Lab) -> None:
     """As uvicorn, aiohttp and grpc.aio do: handlers are added and removed again."""
     worker = lab.worker()

@@ -38,6 +38,7 @@ def test_a_task_is_pickled_by_its_name(tasks: Any) -> None:
         pickle.dumps(hidden)
 
 
+@pytest.mark.slow
 def test_an_enqueued_task_becomes_a_request(lab: Lab, tasks: Any) -> None:
     """Task objects and paths, keywords and one payload; the result is RQ's, the outputs and options are ours."""
     queue = Queue("gpu", connection=lab.connection)
