@@ -117,8 +117,11 @@ for place = 1, tonumber(arg()) do
       end
       -- On a channel of the request: Redis knows who listens to it. A producer of an earlier release listens to one for
       -- all of its requests.
-      local heard = tell == '1' and tonumber(outputs) > 0 and (hint(id .. ':outputs', id, int(stored)) > 0
-        or not brief and (job[6] or '') ~= '' and hint(job[6] .. ':outputs', id, int(stored)) > 0)
+      local heard = tell == '1' and tonumber(outputs) > 0
+      if heard and hint(id .. ':outputs', id, int(stored)) == 0 then
+        local client = brief and redis.call('HGET', name, 'client') or job[6] or ''
+        heard = client ~= '' and hint(client .. ':outputs', id, int(stored)) > 0
+      end
       if job[7] then
         -- An end takes back what is still to be written.
         leases.send()

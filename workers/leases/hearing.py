@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 SILENCE: Final = 2.0
-"""Seconds after which a request to which nobody has listened counts as heard no more: who lost a connection comes back
-meanwhile.
+"""Seconds since a request was last heard after which a telling that nobody hears ends it: who lost a connection comes
+back meanwhile. Between two outputs there may be any time.
 """
 
 ASK: Final = 1.0
@@ -23,22 +23,23 @@ ASK: Final = 1.0
 class Hearing:
     """Of one request. Guarded by the lock of who holds it."""
 
-    _until: float = 0.0
+    heard: bool = False
+    """What it puts out is to be stored at once."""
+    _heard_at: float = 0.0
     _told: float = 0.0
 
     def listen(self) -> None:
         """Somebody listens now."""
-        self._until = time.monotonic() + SILENCE
+        self.heard, self._heard_at = True, time.monotonic()
 
-    @property
-    def heard(self) -> bool:
-        """True while what it puts out is to be stored at once."""
-        return self._until > time.monotonic()
+    def unheard(self) -> None:
+        """It was told, and nobody has heard it."""
+        self.heard = self.heard and time.monotonic() < self._heard_at + SILENCE
 
     def tell(self) -> bool:
         """Whether the outputs that are to be stored now are to be told to whoever listens."""
         now = time.monotonic()
-        if self._until <= now < self._told + ASK:
+        if not self.heard and now < self._told + ASK:
             return False
         self._told = now
         return True

@@ -293,7 +293,7 @@ class Holding:
                 fingerprint=self.fingerprint,
                 stepped=time.monotonic() - self.accepted if self.accepted else 0.0,
                 tell=bool(outputs) and self.hearing.tell(),
-                brief=self.moving and not self.claim.watched,
+                brief=self.moving and self.offset > 0 and not self.claim.watched,
             )
             self.flying, self.flying_sizes, self.sendings = outputs, sizes, 0
         return self.flight

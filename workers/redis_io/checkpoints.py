@@ -83,14 +83,21 @@ class Checkpoints:
             if any(item.splits for item in holdings.held.values()):
                 self.hasten()  # the rest goes out in the rounds that follow, without waiting
                 holdings.excuse()
+        full = False
         try:
             self.line.send(self.uploads.advance(rows), _size, self._call, self._settle)
         except redis.ResponseError as error:
-            if not memory_full(error):
+            full = memory_full(error)
+            if not full:
                 raise
             self._give_way(error)
         else:
             self._full = self._full and not rows
+        finally:
+            with holdings.lock:
+                # What was cut off is sent again, and not only at the next checkpoint.
+                left = not full and any(item.flight and item.hearing.heard for item in holdings.held.values())
+                holdings.prompt = holdings.prompt or left
 
     def _call(self, rows: Sequence[Progress]) -> list[str]:
         holdings = self.line.holdings
@@ -126,6 +133,8 @@ class Checkpoints:
             holding.shown = True
             if answer == "heard":
                 holding.hearing.listen()
+            elif row.tell:
+                holding.hearing.unheard()
             if answer in ("ok", "heard") and holding.flight is row:
                 self.line.ledger.stored(holding, row)
                 holding.confirm()

@@ -44,8 +44,8 @@ def listening(connection: redis.Redis, *names: str) -> Iterator[Any]:
         pubsub.close()
 
 
-def progress(hand: Hand, claim: Any, outputs: list[Any], seq: int, *, tell: bool = True) -> str:
-    row = replace(hand.progress(claim, outputs, seq - 1, seq), tell=tell)
+def progress(hand: Hand, claim: Any, outputs: list[Any], seq: int, *, tell: bool = True, brief: bool = False) -> str:
+    row = replace(hand.progress(claim, outputs, seq - 1, seq), tell=tell, brief=brief)
     return hand.store.progress(hand.incarnation, [row])[0]
 
 
@@ -98,7 +98,8 @@ def test_a_checkpoint_says_whether_it_was_heard(pool: Pool, hand: Hand, connecti
         assert pubsub.get_message() is None
     with listening(connection, channel("me")) as pubsub:
         assert progress(hand, b, ["y"], 2) == "heard"
-        assert pubsub.get_message(timeout=5)["data"] == b"b 2"
+        assert progress(hand, b, ["z"], 3, brief=True) == "heard"
+        assert [pubsub.get_message(timeout=5)["data"] for _ in range(2)] == [b"b 2", b"b 3"]
     assert progress(hand, a, ["z"], 3) == "ok"
 
 
@@ -228,14 +229,35 @@ def test_what_nobody_listens_to_any_more_waits(bench: Bench) -> None:
     assert a.hearing.heard
     with listening(bench.pool.connection, channel("b")):
         for item in (a, b):
-            item.hearing._until = time.monotonic() + 0.5
+            item.hearing._heard_at = time.monotonic() - 60  # between two outputs there may be any time
         turn(bench, 1)
+        assert bench.holdings.prompt
         bench.courier._round()
-        eventually(lambda: not a.hearing.heard)
-        assert b.hearing.heard
+        assert [a.hearing.heard, b.hearing.heard] == [False, True]
     turn(bench, 2)
     bench.courier._round()
     assert stored(bench) == [2, 3, 0]
+
+
+def test_what_was_cut_off_is_sent_again_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not only at the next checkpoint."""
+    store, send = bench.pool.store, bench.pool.store.progress
+
+    def cut(incarnation: str, requests: Any) -> list[str]:
+        monkeypatch.setattr(store, "progress", send)
+        raise redis.ConnectionError("cut off")
+
+    monkeypatch.setattr(store, "progress", cut)
+    turn(bench, 0)
+    bench.courier._round()
+    assert stored(bench) == [0, 0, 0]
+    assert bench.holdings.prompt
+
+    def again() -> bool:
+        bench.courier._round()
+        return stored(bench) == [1, 1, 0]
+
+    eventually(again)
 
 
 def test_what_is_not_heard_asks_once_a_second() -> None:
