@@ -7,13 +7,18 @@ has heard it. What somebody listens to is stored after each step; everything els
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 SILENCE: Final = 2.0
 """Seconds since a request was last heard after which a telling that nobody hears ends it: who lost a connection comes
 back meanwhile. Between two outputs there may be any time.
 """
+
+EARLY: Final = 5.0
+"""Seconds for which it is kept that somebody listens to a request that is not held here yet."""
+
+MOST_EARLY: Final = 1000
 
 ASK: Final = 1.0
 """Seconds between two tellings of what nobody listens to, as far as is known: who listens may not be able to say so."""
@@ -43,3 +48,21 @@ class Hearing:
             return False
         self._told = now
         return True
+
+
+@dataclass(slots=True)
+class Early:
+    """Who began to listen after his request was claimed, and was heard of before the answer to that claim."""
+
+    _at: dict[str, float] = field(default_factory=dict)
+
+    def note(self, identifier: str) -> None:
+        """Somebody listens to a request that is not held here."""
+        now = time.monotonic()
+        self._at = {name: at for name, at in self._at.items() if now - at < EARLY}
+        if len(self._at) < MOST_EARLY:
+            self._at[identifier] = now
+
+    def take(self, identifier: str) -> bool:
+        """Whether somebody has begun to listen to a request that is held from now on."""
+        return time.monotonic() - self._at.pop(identifier, -EARLY) < EARLY

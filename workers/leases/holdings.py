@@ -19,6 +19,7 @@ from ...protocol.transitions.calls import Claim
 from ...recovery.failures import POLICIES, classify
 from ..tasks.base import NOTHING, RAISED, Step
 from .capacity import Capacity
+from .hearing import Early
 from .holding import Handback, Holding
 from .mailbox import Drop, Mailbox, OutputsStored, Stop
 
@@ -28,8 +29,7 @@ MAX_BUFFER = 32 * 1024 * 1024
 PASSED_OVER = "its steps began to bring no state after one was passed over; from now on each is kept here"
 
 NO_CHECKPOINT = "damaged"
-"""Stands for the fingerprint of a checkpoint that cannot be read; no worker ever shows it, so the request
-restarts from zero."""
+"""The fingerprint of a checkpoint that cannot be read: no worker shows it, so the request restarts from zero."""
 
 
 @dataclass(slots=True)
@@ -40,13 +40,13 @@ class Holdings:
     mailbox: Mailbox
     lock: threading.Condition = field(default_factory=threading.Condition)
     held: dict[str, Holding] = field(default_factory=dict)
+    early: Early = field(default_factory=Early)
     handbacks: list[Handback] = field(default_factory=list)
     capacity: Capacity = field(init=False)
     task: str = ""
     """What is held now; the worker runs one task at a time."""
     parked: threading.Event = field(default_factory=threading.Event)
     """Set by the loop when it takes no further step."""
-
     urgent: bool = False
     """Something is to be sent before the next checkpoint is due."""
     hungry: bool = False
@@ -60,8 +60,7 @@ class Holdings:
     stepping: bool = False
     """The loop is inside the task's code."""
     apart: frozenset[str] | None = None
-    """The requests whose step runs now beside the loop, which shows no life for them; ``None`` for a task that the
-    loop itself steps."""
+    """The requests whose step runs now beside the loop; ``None`` for a task that the loop itself steps."""
     dropping: set[str] = field(default_factory=set)
     """Not held any more, but the loop has not dropped them yet."""
     storing: dict[str, str] = field(default_factory=dict)
@@ -131,10 +130,10 @@ class Holdings:
             return max(self.step_timeouts())
 
     def offer(self, steps: Sequence[Step], executions: Mapping[str, str]) -> list[str]:
-        """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it.
+        """Take the steps of one turn of the engine; returns ids of requests that must be dropped from it: those whose
+        output, state or result cannot be stored, or that must go back to their last checkpoint.
 
-        Those are requests whose output, state or result cannot be stored, or that must go back to their last
-        checkpoint. ``executions``: for which execution each was admitted; a step of an older one is not this one's.
+        ``executions``: for which execution each was admitted; a step of an older one is not this one's.
         """
         broken = []
         unfit = False
@@ -308,13 +307,14 @@ class Holdings:
             return True
 
     def listen(self, identifier: str) -> None:
-        """Somebody listens to a request that this worker may hold."""
+        """Somebody listens to a request that this worker may hold, or is about to."""
         with self.lock:
-            if holding := self.held.get(identifier):
-                holding.hearing.listen()
-                if holding.prompt:
-                    self.prompt = True
-                    self.lock.notify_all()
+            if (holding := self.held.get(identifier)) is None:
+                self.early.note(identifier)
+                return
+            holding.hearing.listen()
+            self.prompt = self.prompt or holding.prompt
+            self.lock.notify_all()
 
     # --- for the courier (lock held) ---------------------------------------------------------------
 

@@ -151,7 +151,9 @@ class Claimer:
                 holdings.moved = time.monotonic()  # idle was not hung
             for claim in claims:
                 # Held before its checkpoint is read: that may take longer than a lease.
-                holdings.held[claim.id] = Holding.of(claim)
+                holdings.held[claim.id] = holding = Holding.of(claim)
+                if holdings.early.take(claim.id):
+                    holding.hearing.listen()
                 holdings.task = claim.task
                 self.claimed += 1
         # Those that begin come first, then what has least to be read.

@@ -17,7 +17,7 @@ from perdure.protocol.connection import connect
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
 from perdure.protocol.store import Store
-from perdure.workers.leases.hearing import Hearing
+from perdure.workers.leases.hearing import MOST_EARLY, Hearing
 from perdure.workers.tasks.base import Step
 from tests.kit.lab import Lab, eventually
 from tests.kit.protocol.pool import TASK, Hand, Pool
@@ -237,6 +237,22 @@ def test_what_nobody_listens_to_any_more_waits(bench: Bench) -> None:
     turn(bench, 2)
     bench.courier._round()
     assert stored(bench) == [2, 3, 0]
+
+
+def test_who_is_heard_of_before_the_claim_s_answer_counts(connection: redis.Redis) -> None:
+    """A claim is on its way back, its client sees that the request runs, and says that he listens."""
+    bench = Bench(connection)
+    bench.pool.submit("a", "b")
+    for number in range(2000):
+        bench.holdings.listen(f"another-{number}")
+    assert len(bench.holdings.early._at) == MOST_EARLY
+    bench.holdings.early._at.clear()
+    bench.holdings.listen("a")
+    bench.claim()
+    bench.holdings.capacity.loaded(TASK, 4, None)
+    bench.claim()
+    assert [bench.holdings.held[name].hearing.heard for name in "ab"] == [True, False]
+    assert bench.holdings.early._at == {}
 
 
 def test_what_was_cut_off_is_sent_again_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
