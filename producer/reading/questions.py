@@ -228,11 +228,11 @@ def stream(reader: OutputReader, identifier: str, silence: Limit, patience: floa
             deadline = time.monotonic() + limit if moved else deadline + _away(asked)
             if not moved or watch.look:
                 watch.look = False
-                asked = time.monotonic()
+                asked, listens = time.monotonic(), watch.listens
                 record = yield from fetched(identifier, deadline + limit)
                 deadline += _away(asked)
-                if watch.listens and not told:
-                    told = True  # who claims it from now on sees by himself that somebody listens
+                if listens and not told:
+                    told = True  # who claims it after this look sees by himself that somebody listens
                     if record.execution:
                         yield Call(partial(Store.listen, worker=record.worker, identifier=identifier), deadline + limit)
                 if reader.notice(record.epoch) or reader.compare(record.epoch):

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ import redis
 
 from perdure.producer import AsyncClient, Client, Handle
 from perdure.producer.lanes import LANES
+from perdure.producer.reading import questions
 from perdure.producer.reading.outputs import OutputReader
+from perdure.producer.reading.steps import Call, Fetch, Join, Read, Sleep
 from perdure.producer.reading.subscription import Hint
+from perdure.producer.reading.watches import ReplyWatch
 from perdure.protocol.codec import pack_entry, unpack_entry
 from perdure.protocol.connection import connect
 from perdure.protocol.errors import (
@@ -42,9 +46,10 @@ from perdure.protocol.errors import (
     UnknownRequest,
 )
 from perdure.protocol.keys import key
-from perdure.protocol.reading.output_log import FIRST, LOST, MOST, LogPlace, Outputs
+from perdure.protocol.reading.output_log import FIRST, LOST, MOST, LogPage, LogPlace, Outputs
 from perdure.protocol.records import FailureKind
 from perdure.protocol.settings import Settings
+from perdure.protocol.states import State
 from perdure.scripts.pool.server import Server
 from tests.kit.hands import LONG, PATH, Hands, subscribed_anew, subscribers, until
 
@@ -696,6 +701,34 @@ def test_who_waits_for_an_end_is_not_told_of_outputs(
         hands.finish(claim, 3)
         waiting.result(LONG)
     assert [(hint.request, hint.what) for hint in heard if hint.request] == [(handle.id, b"end")]
+
+
+def test_who_claims_while_a_stream_subscribes_is_told(client: Client) -> None:
+    """Between a look at the request and the subscription: that claim has seen nobody who listens."""
+    handle = client.submit(PATH, 1)
+    waiting = handle.record()
+    running = replace(waiting, execution="e", worker="w", status=State.STARTED)
+    watch = ReplyWatch(client._session.replies, handle.id, waiting.client, outputs=True)
+    question = questions.stream(OutputReader(handle.id), handle.id, questions.Limit(math.inf), 1.0)
+    heard = client._session.replies._heard
+
+    def next_step(answer: Any = None) -> Any:
+        step = question.send(answer)
+        return question.send(LogPage()) if isinstance(step, Read) else step
+
+    assert isinstance(next_step(), Fetch)
+    assert isinstance(next_step(waiting), Join)
+    assert isinstance(next_step(watch), Fetch)
+    heard.update(watch.channels)  # while the request is read, as it still waits
+    assert isinstance(next_step(waiting), Sleep)
+    watch.look = True
+    assert isinstance(next_step(), Fetch)
+    told = next_step(running)
+    assert isinstance(told, Call)
+    assert told.operation.keywords == {"worker": "w", "identifier": handle.id}  # type: ignore[attr-defined]
+    assert isinstance(next_step(), Sleep)
+    question.close()
+    heard.clear()
 
 
 def test_a_listener_that_is_cut_off_comes_back(connection: redis.Redis, redis_url: str) -> None:
