@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...protocol.connection import connect
+from ...protocol.errors import PerdureError
 from ..pool.executable import find_binary
 from ..pool.server import Server
 from .stage import Fault, FaultTargets
@@ -142,13 +143,31 @@ class Busy(Refusal):
         self._connection.disconnect()  # type: ignore[no-untyped-call]
 
 
+TRIES: Final = 20
+"""Times that faketime is started."""
+
 CLOCK: Final = "clock"
 """File in the folder of a run: by how much the clock of its Redis is off, as faketime reads it."""
 
 
+def _preload() -> str:
+    """What makes a process' clock faketime's. Raises :class:`PerdureError`.
+
+    faketime names a semaphore by its process, and one that was killed leaves it: another process of that number cannot
+    run then, the next one can.
+    """
+    for _ in range(TRIES):
+        done = subprocess.run(
+            ["faketime", "-f", "+0", "printenv", "LD_PRELOAD"], capture_output=True, text=True, timeout=30, check=False
+        )
+        if done.returncode == 0:
+            return done.stdout.strip()
+    raise PerdureError(f"faketime does not run here: {done.stderr.strip().splitlines()[0]}; see ls /dev/shm/*faketime*")
+
+
 def with_a_clock(folder: Path) -> Path:
     """An executable that runs the usual server under faketime. A step is seen within a second."""
-    preload = subprocess.check_output(["faketime", "-f", "+0", "printenv", "LD_PRELOAD"], text=True, timeout=30).strip()
+    preload = _preload()
     (folder / CLOCK).write_text("+0")
     names = {
         "LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": str(folder / CLOCK), "FAKETIME_CACHE_DURATION": "1",

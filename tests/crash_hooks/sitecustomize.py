@@ -23,7 +23,7 @@ ROLES = {
 PLACES = {
     "bell": ("redis.client", "Redis", "blpop"),
     "birth": ("rq.worker", "SimpleWorker", "register_birth"),
-    "commands": ("rq.worker", "SimpleWorker", "subscribe"),
+    "commands": ("perdure.workers.rq.commands", "CommandedWorker", "subscribe"),
     "death": ("rq.worker", "SimpleWorker", "register_death"),
     "guardian": ("perdure.workers.guardian.companion", "Companion", "_launch"),
     "ready": ("perdure.workers.guardian.companion", "Companion", "tell"),
