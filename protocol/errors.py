@@ -14,6 +14,7 @@
     ├── RequestCanceled           the request was canceled or stopped
     ├── OutputsRestarted          the outputs began again from zero
     │   └── OutputsLost           ... because Redis has lost what it had confirmed
+    ├── OutputsDamaged            the output log holds what is no output
     ├── TryAgainLater             not accepted now; nothing was stored
     │   ├── QueueFull
     │   └── Degraded
@@ -127,6 +128,10 @@ class OutputsRestarted(PerdureError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.request_id, self.offset)
+
+
+class OutputsDamaged(PerdureError, ValueError):
+    """An entry of the output log is none: somebody else has written there. A worker that meets it begins from zero."""
 
 
 class OutputsLost(OutputsRestarted):

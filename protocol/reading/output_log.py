@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, Self
 import redis
 
 from ..codec import unpack_entry
+from ..errors import OutputsDamaged
 from ..keys import key
 
 FIRST: Final = 8
@@ -109,6 +110,8 @@ def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, chec
 
     The page after an entry that is not short may be empty although another one with as many outputs stands in its
     place; ``check`` asks for certain. Plain reads: a user who may do nothing else can follow a log.
+
+    Raises :class:`OutputsDamaged`.
     """
     name = key("output", identifier)
     raw: list[bytes]
@@ -131,7 +134,7 @@ def read_page(connection: redis.Redis, identifier: str, place: LogPlace, *, chec
         raw, before = pipe.execute()
     if not before or _mark(before[0]) != place.mark:
         return LOST
-    return LogPage.after(place, raw, _next_limit(connection, name, place, raw))
+    return _page(connection, identifier, place, raw)
 
 
 def ask_page(connection: redis.Redis, identifier: str, place: LogPlace) -> Any:
@@ -146,7 +149,18 @@ def page_of(connection: redis.Redis, identifier: str, place: LogPlace, raw: list
         if not raw or _mark(raw[0]) != place.mark:
             return LOST
         del raw[0]
-    return LogPage.after(place, raw, _next_limit(connection, key("output", identifier), place, raw))
+    return _page(connection, identifier, place, raw)
+
+
+def _page(connection: redis.Redis, identifier: str, place: LogPlace, raw: Sequence[bytes]) -> LogPage:
+    limit = _next_limit(connection, key("output", identifier), place, raw)
+    try:
+        return LogPage.after(place, raw, limit)
+    except (ValueError, TypeError) as error:
+        raise OutputsDamaged(
+            f"the output log of request {identifier} cannot be read behind its entry {place.entry}: {error}; "
+            "somebody else has written to it"
+        ) from None
 
 
 def _next_limit(connection: redis.Redis, name: str, place: LogPlace, raw: Sequence[bytes]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -48,41 +49,29 @@ class Hands:
 
     def put(self, claim: Claim, offset: int, *outputs: Any, state: bytes | None = None, old: bool = False) -> None:
         """``old``: as a release did that knew of no tokens."""
-        self.seq[claim.execution] = max(self.seq[claim.execution], claim.seq) + 1
+        row = self._row(claim, offset, outputs, state)
         if old:
-            blob = pack([claim.epoch, offset, outputs], limit=10**6, what="output")
-        else:
-            blob = pack_entry(claim.epoch, offset, outputs)
-        progress = Progress(
+            row = replace(row, blob=pack([claim.epoch, offset, outputs], limit=10**6, what="output"))
+        assert self.store.progress("hands", [row])[0] in ("ok", "heard")
+
+    def put_all(self, claims: Sequence[Claim]) -> None:
+        """The first output of each, its id, in one call."""
+        rows = [self._row(claim, 0, [claim.id]) for claim in claims]
+        assert set(self.store.progress("hands", rows)) <= {"ok", "heard"}
+
+    def _row(self, claim: Claim, offset: int, outputs: Sequence[Any], state: bytes | None = None) -> Progress:
+        self.seq[claim.execution] = max(self.seq[claim.execution], claim.seq) + 1
+        return Progress(
             id=claim.id,
             execution=claim.execution,
             seq=self.seq[claim.execution],
             offset=offset,
             outputs=len(outputs),
-            blob=blob,
+            blob=pack_entry(claim.epoch, offset, outputs),
             state=state,
             fingerprint="",
             tell=True,
         )
-        assert self.store.progress("hands", [progress])[0] in ("ok", "heard")
-
-    def put_all(self, claims: Sequence[Claim]) -> None:
-        """The first output of each, its id, in one call."""
-        rows = [
-            Progress(
-                id=claim.id,
-                execution=claim.execution,
-                seq=1,
-                offset=0,
-                outputs=1,
-                blob=pack_entry(claim.epoch, 0, [claim.id]),
-                state=None,
-                fingerprint="",
-                tell=True,
-            )
-            for claim in claims
-        ]
-        assert set(self.store.progress("hands", rows)) <= {"ok", "heard"}
 
     def finish(self, claim: Claim, offset: int, result: Any = None) -> None:
         end = Finish(

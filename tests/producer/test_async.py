@@ -447,14 +447,16 @@ def test_a_log_that_cannot_be_read_costs_only_its_own_stream(play: Any, hands: H
         handles = await client.submit_many([(PATH, index) for index in range(5)])
         connection.set(key("output", handles[2].id), "no list")
         connection.set(key("job", "broken"), "no hash")
+        connection.rpush(key("output", handles[3].id), b"no entry")
         tasks = [asyncio.ensure_future(first(handle)) for handle in handles]
         asked = [asyncio.ensure_future(client.get(name).status()) for name in ("broken", handles[0].id)]
         for claim in hands.claim(number=5):
-            if claim.id != handles[2].id:
+            if claim.id not in (handles[2].id, handles[3].id):
                 hands.put(claim, 0, claim.id)
         found = await asyncio.gather(*tasks, *asked, return_exceptions=True)
-        assert [isinstance(item, PerdureError) for item in found] == [False, False, True, False, False, True, False]
-        assert [found[index] for index in (0, 1, 3, 4)] == [handles[index].id for index in (0, 1, 3, 4)]
+        assert [isinstance(item, PerdureError) for item in found] == [False, False, True, True, False, True, False]
+        assert [found[index] for index in (0, 1, 4)] == [handles[index].id for index in (0, 1, 4)]
+        assert f"the output log of request {handles[3].id} cannot be read" in str(found[3])
 
     play(scene)
 
