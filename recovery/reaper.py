@@ -33,8 +33,11 @@ log = logging.getLogger("perdure.reaper")
 EXPIRE_INTERVAL: Final = 10.0
 """Seconds between two looks for stale checkpoints: they are an hour old, nobody waits for them."""
 
-MAX_ROUNDS: Final = 16
-"""Calls of ``reap`` in one sweep. What is left after them is taken by the next sweep."""
+MAX_ROUNDS: Final = 32
+"""Calls of ``reap`` in one sweep. What is left after them is taken by the next sweep, which follows at once."""
+
+PORTION: Final = 64
+"""Requests of one call of ``reap``: Redis does nothing else in it."""
 
 UNSERVED_INTERVAL: Final = 0.5
 """Seconds between two looks at what workers cannot load."""
@@ -63,6 +66,7 @@ class Reaper:
         self._asked_at = -UNSERVED_INTERVAL
         self._degradation = Degradation(store, settings, self.name)
         self._outages = 0
+        self._more = False
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
         """One round over all queues: reap, promote what is due, end what is late, see whether the pool is degraded, and
@@ -77,17 +81,22 @@ class Reaper:
         queues = store.survey()
         reaped: list[Reaped] = []
         for _ in range(MAX_ROUNDS):
+            began = time.monotonic()
             swept = store.reap(
                 queues,
+                limit=PORTION,
                 kind=FailureKind.WORKER_LOST,
                 reason=f"no heartbeat for {self.settings.heartbeat_timeout:g} s",
                 **POLICIES[FailureKind.WORKER_LOST].flags,
             )
+            answered = time.monotonic()
             for item in swept.reaped:
                 self._report(item)
             reaped += swept.reaped
+            self._more = swept.left and bool(swept.reaped)
             if not swept.left:
                 break
+            time.sleep(max(0.0, 2 * answered - began - time.monotonic()))  # what lives has half of Redis' time
         store.promote(queues, rounds=MAX_ROUNDS)
         if time.monotonic() - self._asked_at >= UNSERVED_INTERVAL:
             self._asked_at = time.monotonic()
@@ -138,7 +147,8 @@ class Reaper:
             if self._outages:
                 log.info("%s: Redis answers again", self.name)
                 self._outages = 0
-            stop.wait(max(0.0, self.settings.reap_interval - (time.monotonic() - begin)))
+            if not self._more:
+                stop.wait(max(0.0, self.settings.reap_interval - (time.monotonic() - begin)))
 
     def _log_outage(self, error: BaseException) -> None:
         if self._outages == 0:

@@ -21,9 +21,12 @@
 --          execution's end was applied before: a reply was lost); 'lost'
 
 --- @include lib/basics/arguments
+--- @include lib/basics/counters
 --- @include lib/basics/never_refused
 --- @include lib/failure/decide
 --- @include lib/lease/owns
+--- @include lib/lease/part
+--- @include lib/lease/read_run
 --- @include lib/lease/refuse_end
 --- @include lib/rq/worker_state
 
@@ -36,16 +39,18 @@ local flight = redis.call('HLEN', KEY.held .. incarnation) -- before the first o
 for _ = 1, tonumber(arg()) do
   local id, execution, kind, reason, exception = arg(), arg(), arg(), arg(), arg()
   local charge, crash, loss, retry = arg(), arg(), arg(), arg()
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'last', 'origin', 'started_at')
-  if not owns(id, execution, job[1], job[4]) then
-    answers[#answers + 1] = refuse_end(id, execution, incarnation, job[3] or nil, job[2])
+  local job = read_run(id)
+  if not owns(id, execution, job.execution, job.started_at) then
+    answers[#answers + 1] = refuse_end(id, execution, incarnation, job.origin, job.last)
   else
-    answers[#answers + 1] = decide(job[3], id, execution, incarnation, {
+    answers[#answers + 1] = decide(job.origin, id, job, execution, incarnation, {
       kind = kind, reason = reason, exception = exception, charge = charge, crash = crash, loss = loss, retry = retry,
       flight = flight, base = tonumber(base), cap = tonumber(cap), max_crashes = tonumber(max_crashes),
       max_crashes_total = tonumber(max_crashes_total), max_executions = tonumber(max_executions),
     })
   end
 end
+write_parted()
+write_tally()
 show_state(worker, incarnation)
 return answers

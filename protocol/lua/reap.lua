@@ -42,6 +42,8 @@
 --- @include lib/lease/detach
 --- @include lib/lease/lease
 --- @include lib/lease/owns
+--- @include lib/lease/part
+--- @include lib/lease/read_run
 --- @include lib/lease/runs
 --- @include lib/lease/void
 --- @include lib/pool/expect_one_less
@@ -96,20 +98,20 @@ local function reap_plain(queue, id, execution, holder, worker, why, text, blob)
 end
 
 local function reap_one(id, execution, holder, worker, why, text, blob, policy)
-  local job = redis.call('HMGET', KEY.job .. id, 'execution', 'origin', 'task', 'started_at')
-  if not owns(id, execution, job[1], job[4]) then
-    void(id, execution, holder, job[2] or nil)
+  local job = read_run(id)
+  if not owns(id, execution, job.execution, job.started_at) then
+    void(id, execution, holder, job.origin)
     return
   end
   local outcome
-  count('lost:' .. job[2], why)
-  if job[3] then
+  tally('lost:' .. job.origin, why)
+  if job.task then
     policy.kind, policy.reason, policy.exception, policy.retry, policy.taken = why, text, blob, retry, '1'
     policy.base, policy.cap, policy.max_crashes = tonumber(base), tonumber(cap), tonumber(max_crashes)
     policy.max_crashes_total, policy.max_executions = tonumber(max_crashes_total), tonumber(max_executions)
-    outcome = decide(job[2], id, execution, holder, policy)
+    outcome = decide(job.origin, id, job, execution, holder, policy)
   else
-    outcome = reap_plain(job[2], id, execution, holder, worker, why, text, blob)
+    outcome = reap_plain(job.origin, id, execution, holder, worker, why, text, blob)
   end
   taken = taken + 1
   report(holder, worker, id, execution, why, outcome)
@@ -158,6 +160,8 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
 end
 
 local function answer(judged)
+  write_parted()
+  write_tally()
   local reply = { judged, left }
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
   return reply

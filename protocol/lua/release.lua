@@ -37,6 +37,7 @@
 --- @include lib/failure/to_retries
 --- @include lib/lease/detach
 --- @include lib/lease/owns
+--- @include lib/lease/read_run
 --- @include lib/lease/refuse_end
 --- @include lib/pool/serves
 --- @include lib/queue/to_front
@@ -69,21 +70,22 @@ end
 for i = #rows, 1, -1 do
   local id, execution, fingerprint = rows[i][1], rows[i][2], rows[i][3]
   local name = KEY.job .. id
-  local job = redis.call('HMGET', name, 'execution', 'last', 'origin', 'cancel', 'status', 'started_at')
-  local queue = job[3] or ''
-  if not owns(id, execution, job[1], job[6]) then
-    answers[i] = refuse_end(id, execution, incarnation, job[3] or nil, job[2])
-  elseif cancel_asked(job[4], job[5]) then
+  local job = read_run(id)
+  local queue = job.origin or ''
+  if not owns(id, execution, job.execution, job.started_at) then
+    answers[i] = refuse_end(id, execution, incarnation, job.origin, job.last)
+  elseif cancel_asked(job.cancel, job.status) then
     detach(queue, id, execution, incarnation, worker)
-    end_canceled(queue, id, execution, worker, job[5], reason, 'canceled')
+    end_canceled(queue, id, execution, worker, job.status, reason, 'canceled')
     answers[i] = 'canceled'
   else
-    local offset = redis.call('HGET', KEY.checkpoint .. id, 'offset') or '0'
-    local since = redis.call('HGET', name, 'claimed')
-    local claimed, started = number_of(since, now_ms), seconds_of(since)
-    credit_progress(id, claimed)
+    local point = read_best(id)
+    local offset = point.offset or '0'
+    local claimed, started = number_of(job.claimed, now_ms), seconds_of(job.claimed)
+    credit_progress(job, point, claimed)
+    write_changes(id, job)
     detach(queue, id, execution, incarnation, worker)
-    local gone, executions = false, number_of(redis.call('HGET', name, 'executions'))
+    local gone, executions = false, number_of(job.executions)
     local times = executions
     if fingerprint ~= '' then
       gone = not shown(queue, fingerprint, tonumber(alive_ms))
@@ -102,8 +104,10 @@ for i = #rows, 1, -1 do
       bury(queue, id, execution, worker, started, 'UNKNOWN', why, exception)
       answers[i] = 'failed'
     else
-      redis.call('HSET', name, 'execution', '', 'last', execution .. ':released')
-      interrupt(id, execution, worker, 'RELEASED', claimed)
+      change(job, 'execution', '')
+      change(job, 'last', execution .. ':released')
+      interrupt(job, point, execution, worker, 'RELEASED', claimed)
+      write_changes(id, job)
       history(id, 'released', worker, execution, offset, '', reason)
       count('released', queue)
       if gone then restart(id, 'no living worker has the model that began it', execution) end

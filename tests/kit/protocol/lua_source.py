@@ -90,6 +90,10 @@ def written() -> Iterator[tuple[str, str]]:
                     assert field in ("field",), (script, name, field)
                     continue
                 yield found, literal
+        for text in re.findall(r"(?<!function )change\(job, ([^,]+),", source):
+            literal = _literal(text)
+            assert literal, (script, text)
+            yield "job", literal
         for match in re.finditer(r"(?<!function )mark_ended\(", source):
             for field in split(source[match.end() :])[3::2]:
                 literal = _literal(field)
@@ -114,7 +118,7 @@ def counted() -> set[str]:
     """The events of the counters: ``count('event', ...)`` and ``count('event:' .. queue, reason)``."""
     found = set()
     for source in sources().values():
-        found |= set(re.findall(r"(?<![\w.])count\('(\w+):?'", source))
+        found |= set(re.findall(r"(?<![\w.])(?:count|tally)\('(\w+):?'", source))
         found |= set(re.findall(r"add\(KEY\.counters, '(\w+)'", source))
     return found
 

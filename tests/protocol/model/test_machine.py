@@ -50,7 +50,7 @@ MISTAKES: dict[str, dict[str, Change]] = {
     },
     "a reaped request keeps its lease": {
         "lib/failure/decide": (
-            "detach(queue, id, execution, incarnation, worker)\n  if cancel_asked(",
+            "part(queue, id, execution, incarnation, worker)\n  if cancel_asked(",
             "if cancel_asked(",
         )
     },

@@ -9,12 +9,17 @@ local function to_suspects(queue, id)
   ring(queue)
 end
 
--- Into the queue: command is RPUSH or LPUSH, for the back or the front of its list.
-local function push(command, queue, id)
-  redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
-  if redis.call('HEXISTS', KEY.job .. id, 'company') == 1 then
+-- Where it waits: command is RPUSH or LPUSH, for the back or the front of the queue's list. company: of its hash.
+local function place(command, queue, id, company)
+  if company then
     to_suspects(queue, id)
   else
     redis.call(command, KEY.queue .. queue, id)
   end
+end
+
+-- Into the queue.
+local function push(command, queue, id)
+  redis.call('HSET', KEY.job .. id, 'status', 'queued', 'enqueued_at', utc())
+  place(command, queue, id, redis.call('HGET', KEY.job .. id, 'company'))
 end

@@ -1,7 +1,11 @@
--- Wake one idle worker. It may get lost: an idle worker claims every second in any case. If eight rings wait, nobody is
--- idle.
+local rung_here = {}
+
+-- Wake one idle worker. It may get lost: an idle worker claims every second in any case. If eight rings wait,
+-- nobody is idle.
 local function ring(queue)
-  local name = KEY.bell .. queue
+  local name, before = KEY.bell .. queue, rung_here[queue] or 0
+  if before >= 8 then return end -- of this very call
+  rung_here[queue] = before + 1
   local rung = redis.call('LLEN', name)
   if rung >= 8 then return end
   redis.call('LPUSH', name, '1')
