@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, Literal
 
 from .errors import InvalidRequest, SettingsError, UsageError
@@ -68,7 +69,10 @@ NAMES: Final[dict[str, str]] = {
     "retries": f"{OURS}retries:",
     "ended": f"{OURS}ended:",
     "bounced": f"{OURS}bounced:",
-    "swept": f"{OURS}queues",
+    "aside": f"{OURS}aside",
+    "looker": f"{OURS}looker:",
+    "turn": f"{OURS}turn:",
+    "swept": f"{OURS}queues",  # of 0.2 and before: read, and emptied
     "spent": f"{OURS}spent:",
     "deadlines": f"{OURS}deadlines:",
     "suspects": f"{OURS}suspects:",
@@ -161,6 +165,12 @@ def listed(queues: Iterable[str]) -> str:
 def unlisted(text: str) -> list[str]:
     """The queues of such a text."""
     return [queue.replace("%2C", ",").replace("%25", "%") for queue in text.split(",")]
+
+
+@lru_cache(maxsize=16)
+def crowd(queues: tuple[str, ...]) -> str:
+    """A short name for all workers that serve the same queues, in whatever order."""
+    return hashlib.sha1(listed(sorted(queues)).encode(errors="surrogatepass"), usedforsecurity=False).hexdigest()
 
 
 def with_priority(queue: str, priority: object) -> str:

@@ -1,6 +1,7 @@
 """The store: one typed method per transition that a producer or a worker asks for.
 
-Those of sweeps stand in :mod:`.transitions.sweeps`, what is only read in :mod:`.reading.reads`: the store has them too.
+Those of guardians stand in :mod:`.transitions.heartbeats`, those of sweeps in :mod:`.transitions.sweeps`, what is only
+read in :mod:`.reading.reads`: the store has them too.
 
 A store sends each call once. Whoever gets a connection error decides what to send again; every
 transition may be sent twice. Errors of redis-py come out as they are: the callers differ in what
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,23 @@ import redis
 from .codec import envelope, pack_exception
 from .errors import DurabilityUnavailable
 from .identities import new_stem
-from .keys import SCHEMA, key, listed
+from .keys import SCHEMA, crowd, key, listed
 from .limits import LONGEST_DELAY, MAX_REQUESTS
+from .reading.occupied import occupied
 from .records import NewRequest, whole
 from .scripts import Row, load
+from .transitions.heartbeats import Heartbeats, refreshed
 from .transitions.rows import STOCK_FUNCTION, as_text, claim_of, enqueued, in_ms, progressed
-from .transitions.sweeps import Sweeps
 from .transport.refusals import newer_protocol
 
 if TYPE_CHECKING:
-    from .transitions.calls import Chunk, Claims, Failure, Finish, Progress, Pulse
-
-MAX_UNFIT = 500
-"""Characters of the reason for which a device is not used."""
+    from .transitions.calls import Chunk, Claims, Failure, Finish, Progress
 
 DISK_TIMEOUT = 3.0
 """Seconds that a durable submit waits for the disk, which is synced every second by default."""
 
 
-class Store(Sweeps):
+class Store(Heartbeats):
     """The protocol over one connection. Not for several threads at once."""
 
     # --- producers -------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ class Store(Sweeps):
         task: str,
         free: int,
         slots: dict[str, int],
-        known: Iterable[str],
+        known: Collection[str],
         resume: bool = True,
         max_bytes: int = 8 * 1024 * 1024,
         first_beat: float = 0.0,
@@ -133,9 +132,10 @@ class Store(Sweeps):
             "timeout_ms": in_ms(max(self.settings.heartbeat_timeout, first_beat)), "task": task,
             "lease_ms": in_ms(self.settings.lease), "ttl_ms": in_ms(self.settings.checkpoint_ttl),
             "free": min(free, MAX_REQUESTS), "resume": int(resume), "max_bytes": max_bytes, "stem": new_stem(),
+            "crowd": "" if known else crowd(tuple(queues)),
         }  # fmt: skip
         groups: dict[str, list[dict[str, str | int]]] = {
-            "queue": [{"queue": queue} for queue in queues],
+            "queue": [{"queue": queue} for queue in occupied(self.connection, queues)],
             "task": [{"path": path, "slots": min(number, MAX_REQUESTS)} for path, number in slots.items()],
             "known": [{"id": identifier} for identifier in known],
             "unable": [{"left": path} for path in unable],
@@ -143,9 +143,9 @@ class Store(Sweeps):
         script, began = load("claim"), time.monotonic()
         reply: list[bytes] = script(self.connection, values, groups)
         self.called(time.monotonic() - began)
-        rows = [reply[start : start + 17] for start in range(4, len(reply), 17)]
+        rows = [reply[start : start + 17] for start in range(5, len(reply), 17)]
         now = whole(reply[3]) / 1000
-        return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1")
+        return Claims(reply[0].decode(), [claim_of(row, now) for row in rows], reply[2] == b"1", reply[4] == b"1")
 
     def progress(self, incarnation: str, requests: Sequence[Progress]) -> list[str]:
         """Store outputs and states and renew. Returns per request ``ok``, or why not: see ``progress.lua``.
@@ -231,8 +231,8 @@ class Store(Sweeps):
         ]
         values = {
             "incarnation": incarnation, "worker": worker, "reason": reason, "delay": delay,
-            "alive_ms": in_ms(self.settings.heartbeat_timeout), "max_executions": self.settings.max_executions,
-            "exception": pack_exception(reason), "unable": int(unable), "longest": longest,
+            "alive_ms": in_ms(self.settings.heartbeat_timeout + refreshed(self.settings)), "longest": longest,
+            "max_executions": self.settings.max_executions, "exception": pack_exception(reason), "unable": int(unable),
         }  # fmt: skip
         return list(self._call("release", values, {"request": rows}))
 
@@ -264,56 +264,6 @@ class Store(Sweeps):
             "left_out": left_out,
         }  # fmt: skip
         return str(self._call("adopt", values, {}))
-
-    def heartbeat(
-        self,
-        *,
-        incarnation: str,
-        worker: str,
-        queues: Sequence[str],
-        pid: int,
-        host: str,
-        device: str = "",
-        ready: bool | str = True,
-        fingerprints: Iterable[str] = (),
-        unfit: str = "",
-        health: str = "",
-        model: str = "",
-        stale: str = "",
-        unable: Sequence[Mapping[str, Any]] = (),
-    ) -> Pulse:
-        """Say that a worker process lives; ``ready`` once it claims, or ``"spare"`` once it only waits
-        to be told, or ``"leaving"`` from when it was told to stop, ``unfit`` if its device is not to be used.
-
-        ``health`` is the URL of its health pages, ``model`` the setting of that name, ``stale`` a file that was edited
-        after it had been loaded. ``unable``: ``task``, ``kind``, ``reason`` and ``age`` (seconds) of each task that it
-        could not load.
-        """
-        from .transitions.calls import Pulse
-
-        values = {
-            "schema": SCHEMA, "incarnation": incarnation, "worker": worker, "queues_text": listed(queues),
-            "pid": pid, "host": host, "device": device, "ready": ready if isinstance(ready, str) else int(ready),
-            "timeout_ms": in_ms(self.settings.heartbeat_timeout),
-            # Less than a heartbeat: a guardian that sweeps alone does so at each.
-            "due_ms": in_ms(max(1.5 * self.settings.reap_interval, 0.75 * self.settings.heartbeat)),
-            "unfit": unfit[:MAX_UNFIT], "health": health, "model": model, "stale": stale[:MAX_UNFIT],
-        }  # fmt: skip
-        groups = {
-            "queue": [{"queue": queue} for queue in queues],
-            "model": [{"fingerprint": fingerprint} for fingerprint in fingerprints],
-            "inability": [
-                {
-                    "task": row["task"],
-                    "kind": row["kind"],
-                    "age_ms": max(0, round(row["age"] * 1000)),
-                    "reason": " ".join(row["reason"].split())[:MAX_UNFIT],
-                }
-                for row in unable
-            ],
-        }
-        status, due = self._call("heartbeat", values, groups)
-        return Pulse(status, due == "1")
 
     def measure(
         self, incarnation: str, number: int, counts: Mapping[str, int], interval: float = 0.0, usual: float = 0.0

@@ -42,6 +42,9 @@ PORTION: Final = 64
 UNSERVED_INTERVAL: Final = 0.5
 """Seconds between two looks at what workers cannot load."""
 
+TURN: Final = 64
+"""Queues that one sweep looks at beside those that are known to hold something beside their lists."""
+
 LOOKED: Final = 500
 """Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a
 run that ended come first in them.
@@ -66,6 +69,7 @@ class Reaper:
         self._asked_at = -UNSERVED_INTERVAL
         self._degradation = Degradation(store, settings, self.name)
         self._outages = 0
+        self._place = 0
         self._more = False
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
@@ -78,12 +82,12 @@ class Reaper:
         """
         store = self.store
         # First: a script of this release must not touch what it may misread. (Few calls: each may take long.)
-        queues = store.survey()
+        queues, aside = store.survey()
         reaped: list[Reaped] = []
         for _ in range(MAX_ROUNDS):
             began = time.monotonic()
             swept = store.reap(
-                queues,
+                aside,
                 limit=PORTION,
                 kind=FailureKind.WORKER_LOST,
                 reason=f"no heartbeat for {self.settings.heartbeat_timeout:g} s",
@@ -97,7 +101,7 @@ class Reaper:
             if not swept.left:
                 break
             time.sleep(max(0.0, 2 * answered - began - time.monotonic()))  # what lives has half of Redis' time
-        store.promote(queues, rounds=MAX_ROUNDS)
+        store.promote([*aside, *self._turn(queues, aside)], rounds=MAX_ROUNDS)
         if time.monotonic() - self._asked_at >= UNSERVED_INTERVAL:
             self._asked_at = time.monotonic()
             self._give_up()
@@ -111,6 +115,13 @@ class Reaper:
             if stale:
                 log.info("%s: deleted %d stale checkpoints", self.name, stale)
         return reaped
+
+    def _turn(self, queues: Sequence[str], aside: Sequence[str]) -> list[str]:
+        """Some of the other queues, in turn: what others have put into their lists or sets is found there in time."""
+        others = sorted(set(queues).difference(aside))
+        begin = self._place if self._place < len(others) else 0
+        self._place = begin + TURN
+        return others[begin : self._place]
 
     def _give_up(self) -> None:
         """End requests whose task no worker of their queue could load for long enough."""

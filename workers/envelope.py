@@ -38,5 +38,6 @@ def wrong_worker(task: str) -> Retry:
         with job.connection.pipeline() as pipe:
             pipe.sadd(key("bounced", job.origin), job.id)
             pipe.expire(key("bounced", job.origin), NOTED)
+            pipe.zadd(key("aside"), {job.origin: 0}, lt=True)
             pipe.execute()
     return Retry(max=PRACTICALLY_UNLIMITED, interval=ASIDE)

@@ -11,13 +11,15 @@
 -- ARGV resume       '1'; '0' starts every request from zero (a test of the demo turns resuming off)
 -- ARGV max_bytes    stop taking requests once so many bytes of payload are in the reply
 -- ARGV stem         with what the ids of the executions to be made begin; new with every call
+-- ARGV crowd        a short name of all workers with its queues (keys.crowd); '' unless the caller holds nothing
 -- EACH queue: queue      queue names, first served first
 -- EACH task: path        a task that the worker has loaded ...
 -- EACH task: slots       ... and how many of it the worker runs at once
 -- EACH known: id         requests that the worker knows it holds
 -- EACH unable: left       tasks that it could not load, and leaves to others for now
 --
--- Returns  status, n, '1' if the pool is degraded, now (ms), then n rows of 17: id, execution, queue, kind ('request' |
+-- Returns  status, n, '1' if the pool is degraded, now (ms), '1' if the caller is to ask again in a second (the others
+--          of its crowd wait until they are rung), then n rows of 17: id, execution, queue, kind ('request' |
 --          'plain'), task, payload, attempt, seq, offset, epoch, fingerprint of the checkpoint, client, timeout (s;
 --          plain jobs), step timeout of its own (ms; ''), date of its submit, with tabs before what there is besides:
 --          date of its last coming into the queue, the producer's trace, what became of the execution before; '1' if
@@ -41,6 +43,7 @@
 -- execution.
 
 --- @include claim/choose_payload
+--- @include claim/due_aside
 --- @include claim/given_again
 --- @include claim/isolation
 --- @include claim/listening
@@ -50,6 +53,7 @@
 --- @include claim/show_holder
 --- @include claim/start_job
 --- @include claim/start_point
+--- @include claim/take_turns
 --- @include claim/told
 --- @include lib/basics/arguments
 --- @include lib/basics/batch
@@ -64,12 +68,13 @@
 --- @include lib/queue/bounced
 --- @include lib/queue/promote
 --- @include lib/queue/ring
+--- @include lib/queue/turn
 --- @include lib/rq/show_execution
 
 never_refused()
 
 local incarnation, worker, queues_text, timeout_ms, lease_ms = arg(), arg(), arg(), arg(), arg()
-local task, free, ttl_ms, resume, max_bytes, stem = arg(), arg(), arg(), arg(), arg(), arg()
+local task, free, ttl_ms, resume, max_bytes, stem, crowd = arg(), arg(), arg(), arg(), arg(), arg(), arg()
 timeout_ms, lease_ms, free, ttl_ms = tonumber(timeout_ms), tonumber(lease_ms), tonumber(free), tonumber(ttl_ms)
 max_bytes = tonumber(max_bytes)
 local queues, slots_of, known, unable = {}, {}, {}, {}
@@ -90,7 +95,7 @@ for _ = 1, tonumber(arg()) do
   unable[left] = true
 end
 
-if reaped(incarnation) then return { 'reaped', '0', '0', now_text } end
+if reaped(incarnation) then return { 'reaped', '0', '0', now_text, '0' } end
 
 -- Before anything is popped: a user whom an ACL forbids to hold requests is refused here, where nothing is lost yet.
 redis.call('HDEL', KEY.held .. incarnation, '')
@@ -110,9 +115,16 @@ local status, used, scanned, aside, apart = 'ok', 0, 0, 0, false
 local limit = free
 
 local function answer(status)
-  local reply = { status, int(number), short and '1' or '0', now_text }
+  local reply = { status, int(number), short and '1' or '0', now_text, '0' }
+  if empty and crowd ~= '' then
+    if number > 0 then
+      pass_turn(crowd, incarnation)
+    elseif take_turn(crowd, incarnation, status) then
+      reply[5] = '1'
+    end
+  end
   for _, value in ipairs(rows) do reply[#reply + 1] = value end
-  for place, listens in ipairs(listening(ids)) do reply[3 + 17 * place] = listens end
+  for place, listens in ipairs(listening(ids)) do reply[4 + 17 * place] = listens end
   return reply
 end
 
@@ -208,11 +220,12 @@ local function take_suspects(queue)
   end
 end
 
--- In each queue, move what is due, and look at the suspects. Returns false if this worker is to drain for them first.
+-- In each queue that has something aside, move what is due, and look at the suspects. Returns false if this worker
+-- is to drain for them first.
 local function look_aside()
   -- For all queues together, as far as one call may go: with each of 500 queues by itself it took a second.
   local budget = 128
-  for _, queue in ipairs(queues) do
+  for _, queue in ipairs(due_aside(queues)) do
     budget = budget - promote(queue, budget)
     budget = budget - take_bounced(queue, budget)
     -- A worker that is never empty would get none: after 5 s one is reserved for the oldest, and drains.
@@ -321,7 +334,7 @@ local function write_down()
   waited.send()
   for queue, many in pairs(taken) do
     count('claimed', queue, many)
-    redis.call('SADD', KEY.swept, queue)
+    redis.call('ZADD', KEY.aside, 'NX', '+inf', queue)
   end
   if number > 0 then
     local path = task ~= '\0plain' and task or ''

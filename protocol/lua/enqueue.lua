@@ -38,6 +38,7 @@
 --- @include lib/basics/schema
 --- @include lib/basics/time
 --- @include lib/checkpoint/history
+--- @include lib/ending/watch_deadline
 --- @include lib/failure/to_retries
 --- @include lib/pool/mode
 --- @include lib/queue/forget
@@ -141,10 +142,7 @@ for _ = 1, tonumber(arg()) do
   end
 end
 
-for queue in pairs(accepted) do
-  redis.call('SADD', KEY.queues, KEY.queue .. queue)
-  redis.call('SADD', KEY.swept, queue)
-end
+for queue in pairs(accepted) do redis.call('SADD', KEY.queues, KEY.queue .. queue) end
 for queue, ids in pairs(entering) do redis.call('RPUSH', KEY.queue .. queue, unpack(ids)) end
 for _, request in ipairs(new) do
   local id, kind = request.id, request.kind
@@ -162,7 +160,7 @@ for _, request in ipairs(new) do
     redis.call('HSET', name, 'queue_deadline', int(queue_deadline))
     if deadline == 0 or queue_deadline < deadline then deadline = queue_deadline end
   end
-  if deadline > 0 then redis.call('ZADD', KEY.deadlines .. queue, int(deadline), id) end
+  if deadline > 0 then watch(queue, id, deadline) end
 end
 for queue, number in pairs(accepted) do count('submitted', queue, number) end
 for queue in pairs(entering) do ring(queue) end

@@ -20,6 +20,7 @@
 --- @include lib/ending/is_canceled
 --- @include lib/ending/settle_canceled
 --- @include lib/lease/runs
+--- @include lib/queue/aside
 --- @include lib/queue/forget
 --- @include lib/queue/keep_requeued
 --- @include lib/rq/ended
@@ -72,17 +73,11 @@ for _ = 1, tonumber(arg()) do
     local old = redis.call('ZRANGEBYSCORE', registry .. queue, '(0', int(now_s), 'LIMIT', 0, 128)
     if #old > 0 then redis.call('ZREM', registry .. queue, unpack(old)) end
   end
-  local own = 0
-  for _, name in ipairs({ KEY.canceled, KEY.leases, KEY.retries, KEY.deadlines, KEY.suspects }) do
-    tidy(name, queue)
-    if name ~= KEY.canceled then own = own + redis.call('EXISTS', name .. queue) end
-  end
+  for _, name in ipairs({ KEY.canceled, KEY.leases, KEY.retries, KEY.deadlines, KEY.suspects }) do tidy(name, queue) end
   -- Those at both ends of the list are looked at more often: promote.lua.
   keep_requeued(queue, some_of(KEY.queue .. queue, 256, 10000, 'LRANGE', 'LLEN'))
   if redis.call('EXISTS', KEY.queue .. queue) == 0 then redis.call('DEL', KEY.ended .. queue) end
-  if own == 0 and redis.call('EXISTS', KEY.bounced .. queue) == 0
-    and redis.call('SISMEMBER', KEY.queues, KEY.queue .. queue) == 0 then
-    redis.call('SREM', KEY.swept, queue) -- RQ's Queue.delete, and nothing of ours is left
-  end
+  settle_aside(queue)
+  redis.call('SREM', KEY.swept, queue)
 end
 return int(stale)

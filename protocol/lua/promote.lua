@@ -21,6 +21,7 @@
 --- @include lib/ending/set_deadlines_back
 --- @include lib/ending/watch_deadline
 --- @include lib/lease/lease
+--- @include lib/queue/aside
 --- @include lib/queue/enqueued_again
 --- @include lib/queue/forget
 --- @include lib/queue/keep_requeued
@@ -89,5 +90,6 @@ for _ = 1, tonumber(arg()) do
   left, moved = left - looked, moved + here
   keep_requeued(queue, redis.call('LRANGE', KEY.queue .. queue, 0, 7))
   keep_requeued(queue, redis.call('LRANGE', KEY.queue .. queue, -8, -1))
+  settle_aside(queue)
 end
 return { int(moved), left < 1 and '1' or '0' }

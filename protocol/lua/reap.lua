@@ -51,6 +51,7 @@
 --- @include lib/pool/served
 --- @include lib/queue/forget
 --- @include lib/queue/to_front
+--- @include lib/queue/turn
 --- @include lib/rq/callbacks
 --- @include lib/rq/waiters
 
@@ -137,6 +138,8 @@ local function reap_incarnation(holder, why, text, blob, charged, crashed, lost)
       { charge = charged, crash = crashed, loss = lost, flight = flight, evidence = evidence })
   end
   redis.call('DEL', KEY.held .. holder)
+  local crowd = redis.call('HGET', record, 'crowd')
+  if crowd then pass_turn(crowd, holder) end
   redis.call('ZREM', KEY.unready, holder)
   redis.call('ZREM', KEY.unable, holder)
   if redis.call('ZREM', KEY.beats, holder) == 1 and clean == '1' then expect_one_less(holder, timeout_ms) end

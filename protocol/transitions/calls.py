@@ -47,11 +47,15 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """Answer of ``claim``: ``status`` is ok, blocked, more, suspended or reaped; ``degraded`` is the pool's mode."""
+    """Answer of ``claim``: ``status`` is ok, blocked, more, suspended or reaped; ``degraded`` is the pool's mode.
+
+    ``looks``: of the idle workers with its queues this one asks again in a second; the others wait to be rung.
+    """
 
     status: str
     claims: list[Claim]
     degraded: bool = False
+    looks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from ..codec import pack_exception, shortened
 from ..keys import SCHEMA, key
 from ..limits import MAX_REQUESTS
 from ..reading.mode import Count, ModeTally
-from ..reading.reads import Reads, queue_names
+from ..reading.reads import Reads, ask_names, names_of
 from ..records import RequestRecord, whole
 from ..scripts import load
 from ..settings import Settings
@@ -47,16 +47,18 @@ class Sweeps(Reads):
         self.called: Callable[[float], object] = _nothing
         """Called with the seconds that the answer to a script took."""
 
-    def survey(self) -> list[str]:
-        """:meth:`queues`, if Redis holds no newer protocol; else raises :class:`ProtocolMismatch`. One round trip."""
+    def survey(self) -> tuple[list[str], list[str]]:
+        """:meth:`queues`, and those of them that hold something beside their lists, in one round trip.
+
+        Raises :class:`ProtocolMismatch` if Redis holds a newer protocol.
+        """
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.get(key("schema"))
-            pipe.smembers(key("queues"))
-            pipe.smembers(key("swept"))
-            schema, members, swept = pipe.execute()
+            ask_names(pipe)
+            schema, *names = pipe.execute()
         if whole(schema) > SCHEMA:
             raise newer_protocol()
-        return queue_names(members, swept)
+        return names_of(*names)
 
     def reap(
         self,

@@ -30,7 +30,7 @@ HELD: Final = (
 
 PERMANENT: Final = (
     "queues", "workers", "workers_of", "finished", "failed", "canceled", "beats", "counters", "pulse", "schema",
-    "fingerprints", "swept",
+    "fingerprints", "aside",
 )  # fmt: skip
 """Keys of the pool itself, and RQ's, that never expire."""
 

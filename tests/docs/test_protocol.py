@@ -24,7 +24,7 @@ from tests.kit.protocol import lua_source
 
 PAGE = ROOT / "docs" / "protocol.md"
 TTLS = {
-    "none": None, "20 s": 20, "60 s": 60, "300 s": 300, "600 s": 600, "2 hours": 2 * 3600, "1 day": 86_400,
+    "none": None, "3 s": 3, "20 s": 20, "60 s": 60, "300 s": 300, "600 s": 600, "2 hours": 2 * 3600, "1 day": 86_400,
     "7 days": 7 * 86_400,
 }  # fmt: skip
 RQS_OWN = ("rq:clean_", "rq:scheduler", ":dependents")
@@ -118,7 +118,7 @@ def test_every_script_is_on_the_page_with_its_purpose() -> None:
         "perdure doctor --fix": [ROOT / "recovery" / "strays.py"],
     }
     texts = {who: "\n".join(path.read_text(encoding="utf-8") for path in paths) for who, paths in folders.items()}
-    modules = ("store.py", "transitions/sweeps.py")
+    modules = ("store.py", "transitions/heartbeats.py", "transitions/sweeps.py")
     store = "\n".join((ROOT / "protocol" / name).read_text(encoding="utf-8") for name in modules)
     for name, (link, who, says) in shown.items():
         assert f"/blob/main/protocol/lua/{name}.lua)" in link

@@ -33,6 +33,7 @@ from ...protocol.settings import Settings
 from ...protocol.store import Store
 from ...protocol.telemetry import logs
 from ...protocol.telemetry.log_writer import flush
+from ...protocol.transitions.heartbeats import refreshed
 from ...recovery.cgroups import OomKills
 from ...recovery.deaths import Death, exit_status
 from ...recovery.failures import POLICIES
@@ -99,6 +100,10 @@ class Guardian:
     _oom: OomKills = field(init=False)
     _kin: Kin = field(init=False)
     _verdict: Guarded = Guarded.WELL
+    _said: dict[str, Any] = field(default_factory=dict)
+    """What the last whole heartbeat said."""
+    _refreshed_at: float = 0.0
+    """When the next whole one is due (monotonic seconds)."""
     _told: list[str] = field(default_factory=list)
     _asked: bool = False
     _news: bool = False
@@ -195,23 +200,28 @@ class Guardian:
         """One heartbeat; False when Redis did not answer."""
         # What other processes of this cgroup were killed for until now is not this worker's end.
         self._oom.look()
+        says: dict[str, Any] = {
+            "ready": self.ready, "fingerprints": self.fingerprints, "stale": self._stale(), **self._vitals.beat(),
+        }  # fmt: skip
+        now = time.monotonic()
+        well = self.ready is True and not self.unable
         try:
+            if well and says == self._said and now < self._refreshed_at and self.store.beat(self.incarnation):
+                return True
             pulse = self.store.heartbeat(
                 incarnation=self.incarnation,
                 worker=self.worker,
                 queues=self.queues,
                 pid=self.pid,
                 host=self.host,
-                ready=self.ready,
-                fingerprints=self.fingerprints,
-                unable=[{**row, "age": time.monotonic() - row["since"]} for row in self.unable],
+                unable=[{**row, "age": now - row["since"]} for row in self.unable],
                 model=self.settings.model,
-                stale=self._stale(),
-                **self._vitals.beat(),
+                **says,
             )
         except redis.RedisError:
             self.store.connection.connection_pool.disconnect()
             return False
+        self._said, self._refreshed_at = says, now + refreshed(self.settings)
         # The worker finds the verdict in the exit status: it rejoins, or stops.
         self._verdict = VERDICTS[pulse.status]
         if pulse.sweep_due:

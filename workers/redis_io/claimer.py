@@ -1,8 +1,8 @@
 """The claimer: the part of the courier that asks for work.
 
-An idle worker blocks on its queues' bells for at most a second and then asks in any case: a stock producer
-rings no bell. A busy one with free slots asks at every checkpoint, so that a request joins a running batch
-within one checkpoint interval.
+An idle worker waits for its queues' bells. A stock producer rings none: so one of the idle workers asks each second in
+any case, and the others every ten. A busy one with free slots asks at every checkpoint, so that a request joins a
+running batch within one checkpoint interval.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ...protocol.keys import key
+from ...protocol.keys import crowd, key
 from ...protocol.reading.output_log import Outputs
 from ...protocol.store import Store
 from ...protocol.telemetry.logs import about
@@ -22,7 +22,16 @@ from ..leases.holding import Handback, Holding
 from ..leases.holdings import NO_CHECKPOINT, Holdings
 from ..leases.mailbox import Admission
 from ..tasks.base import Request
+from .bells import Bells
 from .ledger import Measurements
+
+LOOK: Final = 1.0
+"""Seconds until the one of the idle workers that looks asks again."""
+
+REST: Final = 10.0
+"""Seconds until the others do."""
+
+SOON: Final = 0.05
 
 FIRST_BEAT: Final = 5.0
 """Seconds in which a guardian that was just started may send its first heartbeat. On a machine that starts a pool it
@@ -61,8 +70,14 @@ class Claimer:
     between: Callable[[], None] = lambda: None
     """Called now and then while a long log or state is read: it does for all others what is due."""
     ledger: Measurements | None = None
+    bells: Bells = field(init=False)
+    looks: bool = True
+    """Whether it is busy, or the one of the idle workers that asks each second; also before its first question."""
     _idle_since: float = field(default_factory=time.monotonic)
     _degraded: bool = False
+
+    def __post_init__(self) -> None:
+        self.bells = Bells(self.store.connection.connection_pool)
 
     def claim(self, incarnation: str) -> bool:
         """Ask once, if there is room; False when this incarnation was declared dead."""
@@ -72,8 +87,10 @@ class Claimer:
         task, free, slots, known = wanted
         queues = self.queues()
         if not known and not self.holdings.wanting and not self.limits.burst:
-            self.store.connection.blpop([key("bell", queue) for queue in queues], timeout=1)
-            if self.holdings.stopping:
+            names = [key("bell", queue) for queue in queues]
+            if not self.looks:
+                names.append(key("turn", crowd(tuple(queues))))
+            if not self.bells.wait(names, self._patience()) or self.holdings.stopping:
                 return True
         answer = self.store.claim(
             incarnation=incarnation,
@@ -91,6 +108,7 @@ class Claimer:
             return False
         self._notice(degraded=answer.degraded)
         self.holdings.wanting = answer.status == "more"
+        self.looks = answer.looks or bool(answer.claims or known)
         if answer.claims:
             self.taken_from = answer.claims[-1].queue
         if self.ledger is not None:
@@ -99,6 +117,13 @@ class Claimer:
         if not answer.claims and not known:
             self._nothing_found(answer.status)
         return True
+
+    def _patience(self) -> float:
+        """Seconds until an idle worker asks in any case."""
+        seconds = LOOK if self.looks else REST
+        if self.limits.max_idle_time is not None:
+            seconds = min(seconds, self._idle_since + self.limits.max_idle_time - time.monotonic())
+        return max(seconds, SOON)
 
     def _room(self) -> tuple[str, int, dict[str, int], list[str]] | None:
         """Task, free slots, slots per loaded task, and what is held; ``None`` for not now."""

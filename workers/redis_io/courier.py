@@ -135,6 +135,7 @@ class Courier:
             self.failed = error
             self.line.log.critical("the courier stopped: %s", error, exc_info=True)
         finally:
+            self.claimer.bells.close()
             self.counter.tick(0)
             self.holdings.stop()
 

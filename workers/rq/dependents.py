@@ -27,6 +27,7 @@ from rq.worker_registration import clean_worker_registry
 
 from ...protocol.keys import key
 from .notices import serializer_of
+from .rounds import Rounds
 
 INTERVAL = 1.0
 """Seconds between two looks at the notes."""
@@ -55,6 +56,7 @@ class Dependents:
     job_class: type[Job]
     serializer: Any
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    rounds: Rounds = field(default_factory=Rounds)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _cleaned: float = -math.inf
 
@@ -68,6 +70,8 @@ class Dependents:
 
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):
+            if not self.rounds.due():
+                continue
             try:
                 self.clean()
                 self.enqueue()

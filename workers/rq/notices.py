@@ -26,6 +26,7 @@ from rq.timeouts import TimerDeathPenalty
 from ...protocol.codec import RestrictedPickle
 from ...protocol.errors import RequestFailed
 from ...protocol.keys import key
+from .rounds import Rounds
 
 INTERVAL = 1.0
 """Seconds between two looks at the notes."""
@@ -53,6 +54,7 @@ class Notices:
     """RQ's exception handlers, called as RQ's clean-up of abandoned jobs calls them."""
 
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("rq.worker"))
+    rounds: Rounds = field(default_factory=Rounds)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _asked: bool = False
     _started: bool = False
@@ -91,6 +93,8 @@ class Notices:
                 self._changed.wait_for(lambda: self._asked or self._stopped, INTERVAL)
                 if self._stopped:
                     return
+                if not self._asked and not self.rounds.due():
+                    continue
                 self._asked = False
                 self._look += 1
             try:

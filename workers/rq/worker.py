@@ -138,6 +138,7 @@ class Worker(CommandedWorker):
         )
         claimer.unable = loop.unable.left_alone
         claimer.settled = beside.notices.settled
+        beside.dependents.rounds.looks = beside.notices.rounds.looks = lambda: claimer.looks
         self._courier, self._loop = courier, loop
         self._leaving = leaving = Leaving(page.fd)
         companion.token = leaving.kin.token

@@ -276,6 +276,8 @@ class World:
     # --- workers -------------------------------------------------------------------------------------
 
     def _heartbeat(self, call: Call) -> str:
+        lives = self.store.beat(call.incarnation)
+        assert not (lives and self.is_reaped(call.incarnation)), "the dead may not live on"
         status = self.store.heartbeat(
             incarnation=call.incarnation,
             worker=call.worker,

@@ -166,6 +166,7 @@ class Pool:
     def make_due(self, identifier: str, queue: str = "gpu") -> None:
         """The wait of a retry is over."""
         self.connection.zadd(key("retries", queue), {identifier: 1}, xx=True)
+        self.connection.zadd(key("aside"), {queue: 1})
 
     def age_checkpoint(self, identifier: str, seconds: float) -> None:
         at = round((self.now() - seconds) * 1000)

@@ -38,6 +38,7 @@ def late_in(pool: Pool, name: str, score: int = 1) -> None:
                 )
                 pipe.zadd(key(name, queue), {identifier: score})
             pipe.sadd(key("queues"), key("queue", queue))
+            pipe.zadd(key("aside"), {queue: score})
         pipe.execute()
 
 

@@ -24,9 +24,12 @@ def pool() -> Iterator[Pool]:
 
 
 def test_a_request_runs_to_its_end(pool: Pool, hand: Hand):
-    """enqueue, claim, chunk, progress, renew, heartbeat and finish."""
+    """enqueue, claim, chunk, progress, renew, heartbeat, beat and finish."""
     pool.submit("a")
+    assert not pool.store.beat(hand.incarnation)
     assert hand.beat(["model-1"]) == "ok"
+    pool.sweep()
+    assert pool.store.beat(hand.incarnation)
     claim = hand.take("a")
     state = pack_state(b"s" * 2_500_000, limit=10**7)
     assert (hand.write(claim, state), hand.commit(claim, state, ["x"])) == (["ok"] * 3, "ok")

@@ -420,7 +420,7 @@ def test_a_finished_request_leaves_nothing_but_its_answer(pool: Pool, hand: Hand
         assert 990 <= connection.ttl(key(name, "a")) <= 1000
     assert set(left) - {name for name in left if name.endswith(":a")} == {
         key("queues"),
-        key("swept"),
+        key("aside"),
         key("finished", "gpu"),
         key("beats"),
         key("incarnation", hand.incarnation),

@@ -35,8 +35,9 @@ def clock(connection: redis.Redis, pool: Pool) -> Clock:
 
 def sweep(pool: Pool) -> None:
     """What a reaper does in one round."""
-    pool.store.reap(pool.store.survey(), kind="WORKER_LOST", reason="no heartbeat")
-    pool.store.promote(pool.store.survey(), rounds=16)
+    _, aside = pool.store.survey()
+    pool.store.reap(aside, kind="WORKER_LOST", reason="no heartbeat")
+    pool.store.promote(aside, rounds=16)
 
 
 def go_on(pool: Pool, clock: Clock, seconds: float, *living: Hand) -> None:
@@ -170,7 +171,7 @@ def test_a_gone_model_is_not_waited_for_because_of_a_step_back(pool: Pool, clock
     clock.step(-HOUR)
     other = Hand(pool, "w2")
     assert other.release(other.take("a"), delay=1.0, fingerprints=["model-1"]) == ["scheduled"]
-    go_on(pool, clock, 7, other)
+    go_on(pool, clock, 17, other)
     assert other.release(other.take("a"), delay=1.0, fingerprints=["model-1"]) == ["queued"]
     assert other.take("a").epoch == 1
 

@@ -27,6 +27,7 @@ NOT_MODELLED = {
     "settle": "ends a plain RQ job, in RQ's own transaction",
     "stop": "a cancel with another word",
     "weigh": "counts workers; moves no request",
+    "beat": "says less than `heartbeat`; moves no request",
     "measure": "adds to the counters; moves no request",
     "declare": "says that the pool is degraded; moves no request",
     "give_up": "ends requests whose task nobody can load; the model has one task, which all can",
@@ -289,7 +290,7 @@ def test_each_script_is_in_the_model_or_left_out_for_a_reason():
     inlines = set(re.findall(r"^inline (\w+)\(", text, re.M))
     for name in scripts.names():
         if name in NOT_MODELLED:
-            assert f"{name}.lua" not in text
+            assert not re.search(rf"\b{name}\.lua", text)
             continue
         assert f"{name}.lua" in text, f"the model says nothing of {name}.lua"
         assert inlines >= set(SHARED.get(name, (name,))), f"no inline for {name}.lua"

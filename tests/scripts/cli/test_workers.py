@@ -10,7 +10,8 @@ import redis
 
 from perdure.protocol.keys import key
 from perdure.protocol.settings import Settings
-from perdure.protocol.store import MAX_UNFIT, Store
+from perdure.protocol.store import Store
+from perdure.protocol.transitions.heartbeats import MAX_UNFIT
 from tests.kit.scripts.commands import call
 
 

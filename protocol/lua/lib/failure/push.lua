@@ -1,11 +1,13 @@
 --- @include lib/basics/dates
 --- @include lib/basics/numbers
 --- @include lib/basics/time
+--- @include lib/queue/aside
 --- @include lib/queue/ring
 
 -- A suspect waits in a set of its own until a worker can run it among few others.
 local function to_suspects(queue, id)
   redis.call('ZADD', KEY.suspects .. queue, 'NX', int(now_ms), id)
+  note_aside(queue, int(now_ms))
   ring(queue)
 end
 

@@ -1,6 +1,6 @@
 local rung_here = {}
 
--- Wake one idle worker. It may get lost: an idle worker claims every second in any case. If eight rings wait,
+-- Wake one idle worker. It may get lost: one of the idle workers claims every second in any case. If eight rings wait,
 -- nobody is idle.
 local function ring(queue)
   local name, before = KEY.bell .. queue, rung_here[queue] or 0
