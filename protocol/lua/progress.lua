@@ -69,7 +69,8 @@ local function clear(id, queue, execution, incarnation, worker, offset)
 end
 
 local answers, leases, points = {}, batch('ZADD'), batch('ZADD')
-local kept_of = {}
+local kept_of, none, new = {}, {}, {}
+local lease_end = int(now_ms + lease_ms)
 for _ = 1, tonumber(arg()) do
   local of_request, name, value = arg(), arg(), arg()
   local kept = kept_of[tonumber(of_request)] or {}
@@ -88,26 +89,26 @@ for place = 1, tonumber(arg()) do
   if not owns(id, execution, job[1], job[5]) then
     answers[#answers + 1] = refuse(id, execution, incarnation, job[4] or nil)
   elseif cancel_asked(job[3], job[2]) then
-    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[8], lease_ms)), id)
+    leases.add(KEY.leases .. job[4], job[8] and int(now_ms + lease_length(job[8], lease_ms)) or lease_end, id)
     answers[#answers + 1] = 'cancel'
   else
     if job[2] ~= 'started' then redis.call('HSET', name, 'status', 'started') end
-    leases.add(KEY.leases .. job[4], int(now_ms + lease_length(job[8], lease_ms)), id)
+    leases.add(KEY.leases .. job[4], job[8] and int(now_ms + lease_length(job[8], lease_ms)) or lease_end, id)
     local point = has_state == '1'
       and redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at', 'chunks', 'writing')
       or redis.call('HMGET', KEY.checkpoint .. id, 'offset', 'seq', 'at')
     if not brief then show_execution(id, execution, job[10] or '', job[11]) end
     point.claimed = job[11]
-    local new = tonumber(seq) > number_of(point[2])
-    local missing = new and chunks ~= '0' and not chunks_there(id, execution, seq, chunks, length)
+    local missing = chunks ~= '0' and tonumber(seq) > number_of(point[2])
+      and not chunks_there(id, execution, seq, chunks, length)
     local stored, have = nil, 0
     if brief and not point[2] then
       missing = false -- somebody has deleted its checkpoint: there is nothing that this one could follow
     elseif not missing then
-      stored, have = store(id, point, {
-        seq = seq, offset = offset, outputs = outputs, blob = blob, has_state = has_state, state = state, crc = crc,
-        chunks = chunks, length = length, stepped = stepped, kept = kept_of[place] or {},
-      }, points)
+      new.seq, new.offset, new.outputs, new.blob = seq, offset, outputs, blob
+      new.has_state, new.state, new.crc, new.chunks, new.length = has_state, state, crc, chunks, length
+      new.stepped, new.kept = stepped, kept_of[place] or none
+      stored, have = store(id, point, new, points)
     end
     if missing then
       answers[#answers + 1] = 'missing'
@@ -127,8 +128,8 @@ for place = 1, tonumber(arg()) do
         leases.send()
         points.send()
       end
-      answers[#answers + 1] = end_running(job[4], id, execution, incarnation, job[7], job[12]) and 'deadline'
-        or heard and 'heard' or 'ok'
+      local late = job[7] and end_running(job[4], id, execution, incarnation, job[7], job[12])
+      answers[#answers + 1] = late and 'deadline' or heard and 'heard' or 'ok'
     else
       answers[#answers + 1] = 'gap ' .. int(have)
     end
