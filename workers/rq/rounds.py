@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-RARE: Final = 10
+RARE: Final = 60
 """An idle worker that waits to be rung looks in one of so many rounds: another one looks in each."""
 
 
