@@ -94,12 +94,16 @@ def checkpoints(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
 
 def scale(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """What operations cost beside many requests."""
+    from .measures import fleet
     from .measures.scale import QUICK, SMOKE, ScaleBenchmark, ScaleSizes
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else ScaleSizes()
     if options.requests:
         sizes = replace(sizes, queued=tuple(number for number in sizes.queued if number <= options.requests))
-    found = ScaleBenchmark(stage, sizes, say).run()
+    benchmark = ScaleBenchmark(stage, sizes, say)
+    found = benchmark.run()
+    many = fleet.SMOKE if options.smoke else fleet.QUICK if options.quick else fleet.FleetSizes()
+    found["fleet"] = fleet.FleetBenchmark(stage, many, benchmark.enqueue).run(say)
     last = found["rows"][-1]
     found["ratios"] = {
         "scale_queued": last["queued"],
@@ -107,16 +111,19 @@ def scale(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
         "claim_32_against_smallest": ratio(
             last["costs"]["claim 32"]["redis_us"], found["rows"][0]["costs"]["claim 32"]["redis_us"]
         ),
+        **fleet.ratios(found["fleet"]),
     }
     return found
 
 
 def saturation(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:
     """More requests than Redis can checkpoint at the usual interval."""
-    from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, SaturationSizes
+    from .measures.saturation import QUICK, SMOKE, SaturationBenchmark, SaturationSizes, ratios
 
     sizes = SMOKE if options.smoke else QUICK if options.quick else SaturationSizes()
-    return SaturationBenchmark(stage, crew, sizes, say).run()
+    found = SaturationBenchmark(stage, crew, sizes, say).run()
+    found["ratios"] = ratios(found)
+    return found
 
 
 def streams(options: BenchOptions, stage: Stage, crew: Crew) -> Figures:

@@ -140,17 +140,65 @@ def scale_tables(found: Mapping[str, Any]) -> list[Table]:
         f"{row['leases']:,} leases"
         for row in rows
     ]
-    return [Table(tables[0].title, tables[0].heads, tables[0].rows, notes), *tables[1:], ratio_table(found)]
+    first = Table(tables[0].title, tables[0].heads, tables[0].rows, notes)
+    return [first, *tables[1:], *_fleet_tables(found["fleet"]), ratio_table(found)]
+
+
+def _fleet_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Many queue names, idle workers, and lost ones."""
+    sizes = found["sizes"]
+    names = [[f"{row['names']:,}", row["claim_us"], row["sweep_us"]] for row in found["names"]]
+    idle = [[f"{row['workers']:,}", 100 * row["core"]] for row in found["idle"]]
+    lost = [
+        [f"{row['workers']:,}", f"{row['requests']:,}", row["seconds"], 100 * row["core"], row["longest_ms"]]
+        for row in found["lost"]
+    ]
+    of_idle = (
+        "simulated by their calls: heartbeats, waits on the bell, claims, looks for notes; with one reaper. One worker "
+        f"claims each second; {sizes['seconds']:g} s."
+    )
+    log = found["log"]
+    of_log = f"{log['outputs']:,} outputs of one request, each in an entry of its own, read page by page."
+    of_lost = "from the first sweep that may judge them until all requests wait again; one reaper."
+    return [
+        Table("Queue names of which none holds anything: Redis' time, µs", ["", "an idle claim", "a sweep"], names),
+        Table("Idle workers", ["", "% of a core of Redis"], idle, [of_idle]),
+        Table(
+            "What a claim reads to go on from a long log: ms",
+            ["", "to read and decode", "of it decoding", "longest page"],
+            [["one request", log["read_ms"], log["decode_ms"], log["longest_ms"]]],
+            [of_log],
+        ),
+        Table(
+            "Workers that are lost at once",
+            ["", "requests", "seconds", "% of a core of Redis", "longest call, ms"],
+            lost,
+            [of_lost],
+        ),
+    ]
 
 
 def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
-    """A column while the pool is full, and one while it comes back."""
+    """A row for each level of load; a column while a large pool is full, and one while it comes back."""
     sizes = found["sizes"]
+    levels = [
+        [
+            "–" if row.get("asked") is None else f"{row['asked']:.0%}", row["workers"], f"{row['requests']:,}",
+            row["checkpoints_a_second"], 100 * row["core"], 100 * row["predicted"], row["interval"], row["deaths"],
+            row["ping_p50_ms"], row["beat_p50_ms"], row["beat_p99_ms"],
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    of_levels = (
+        f"What Redis could store is what a whole core would, by what a checkpoint costs in the pool of the first row: "
+        f"{found['capacity']:,} a second. Workers of {sizes['held']} requests, whose processes share the machine with "
+        "Redis. Foretold: by the formula of production.md."
+    )
     figures = {
         "deaths": "workers that were declared dead", "checkpoints_a_second": "checkpoints stored a second",
         "interval": "seconds between two of a worker", "in_flight": "calls in flight at most",
         "ping_p50_ms": "a ping, p50, ms", "ping_worst_ms": "a ping, worst, ms", "beat_p50_ms": "a heartbeat, p50, ms",
-        "beat_worst_ms": "a heartbeat, worst, ms", "seconds": "seconds",
+        "beat_p99_ms": "a heartbeat, p99, ms", "beat_worst_ms": "a heartbeat, worst, ms", "seconds": "seconds",
     }  # fmt: skip
     cells = [[text, found["full"][name], found["back"][name]] for name, text in figures.items()]
     note = (
@@ -159,7 +207,15 @@ def saturation_tables(found: Mapping[str, Any]) -> list[Table]:
         "from the last until all requests are held again; what else stands in its column is from the first on."
     )
     heads = ["", "full", "coming back"]
-    return [Table("More requests than one Redis can checkpoint at the usual interval", heads, cells, [note])]
+    names = [
+        "of what Redis could store", "workers", "requests", "checkpoints a second", "% of a core", "foretold",
+        "seconds between two of a worker", "declared dead", "a ping, p50, ms", "a heartbeat, p50, ms", "p99",
+    ]  # fmt: skip
+    return [
+        Table("Near what one Redis can store, and beyond", names, levels, [of_levels]),
+        Table("Many more requests than one Redis can checkpoint at the usual interval", heads, cells, [note]),
+        ratio_table(found),
+    ]
 
 
 def stream_tables(found: Mapping[str, Any]) -> list[Table]:

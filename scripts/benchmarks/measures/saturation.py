@@ -1,10 +1,12 @@
-"""The part ``saturation``: more requests than one Redis can checkpoint at the usual interval, and a pool that comes
-back.
+"""The part ``saturation``: a pool near and beyond what one Redis can checkpoint at the usual interval, and a large one
+that comes back.
 
 Workers are simulated by their calls, some processes of many threads each: a heartbeat a second over one connection,
 and over another one claims, reads of what to go on from, and a checkpoint of all that is held, as often as
-:class:`~perdure.workers.redis_io.pace.Pace` allows. A reaper judges them. Nobody may be declared dead; then all are,
-by hand, as after an outage, and come back. What that does to the server is seen by one who pings it.
+:class:`~perdure.workers.redis_io.pace.Pace` allows. A reaper judges them. The server is driven with a quarter to one
+and a half times what it could store by what a checkpoint costs it in a small pool. Then a large one is full, and nobody
+may be declared dead; then all are, by hand, as after an outage, and come back. What that does to the server is seen by
+one who pings it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -29,6 +32,7 @@ from ....protocol.records import FailureKind, NewRequest
 from ....protocol.settings import Settings
 from ....protocol.store import Store
 from ....recovery.reaper import Reaper
+from ..figures import ratio
 from ..processes import BenchmarkFailed, Crew, PeerProcess, wait_for
 from ..stage import Stage
 from . import stub
@@ -39,10 +43,23 @@ PING: Final = 0.01
 """Seconds between two pings."""
 
 
+U: Final = 0.000025
+BEAT: Final = 0.00003
+"""Seconds of Redis for a checkpoint and for a heartbeat, as docs/production.md sizes a pool."""
+
+
+def predicted(requests: int, workers: int, interval: float) -> float:
+    """The share of Redis' core that docs/production.md names for so many running requests, of which nobody is heard."""
+    return min(1.0, requests * U / interval + workers * BEAT)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaturationSizes:
     """So many workers, each of which holds so many requests, begin within some seconds; watched for so many seconds."""
 
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    few: int = 4
+    """Workers of the small pool."""
     workers: int = 400
     held: int = 64
     start: float = 10.0
@@ -51,8 +68,8 @@ class SaturationSizes:
     """Seconds in which all must be held again."""
 
 
-QUICK = SaturationSizes(workers=100, start=3.0, seconds=8.0)
-SMOKE = SaturationSizes(workers=8, held=8, start=0.0, seconds=1.0, back=30.0)
+QUICK = SaturationSizes(shares=(0.5, 1.0, 1.5), workers=100, start=3.0, seconds=8.0)
+SMOKE = SaturationSizes(shares=(0.02,), workers=8, held=8, start=0.0, seconds=1.0, back=30.0)
 
 
 class SaturationBenchmark:
@@ -65,11 +82,50 @@ class SaturationBenchmark:
 
     def run(self) -> dict[str, Any]:
         """The figures as they go into the JSON file."""
+        sizes, interval = self.sizes, self.settings.checkpoint_interval
+        small = self._level(sizes.few)
+        capacity = small["checkpoints_a_second"] / small["core"]
+        rows = [small]
+        for share in sizes.shares:
+            workers = max(sizes.few, round(share * capacity * interval / sizes.held))
+            rows.append({"asked": share} | self._level(workers))
+            self.say(f"{share:.0%}: {json.dumps(rows[-1])}")
+        with self._pool(sizes.workers) as (agents, pings):
+            full = self._watched(agents, pings)
+            self.say(f"full: {json.dumps(full)}")
+            pings.clear()
+            began = time.monotonic()
+            self._declare_dead()
+            dead = time.monotonic()
+            self._wait_held(agents, sizes.workers)
+            held = time.monotonic()
+            # What is counted is counted from the first that was declared dead.
+            back = _figures(agents, pings, held - began) | {"seconds": round(held - dead, 1)}
+            self.say(f"coming back: {json.dumps(back)}")
+        return {"sizes": asdict(sizes), "capacity": round(capacity), "rows": rows, "full": full, "back": back}
+
+    def _level(self, workers: int) -> dict[str, Any]:
+        """A pool of so many workers, while all that they can hold runs."""
+        requests = workers * self.sizes.held
+        with self._pool(workers) as (agents, pings):
+            found = {"workers": workers, "requests": requests} | self._watched(agents, pings)
+        return found | {"predicted": predicted(requests, workers, self.settings.checkpoint_interval)}
+
+    def _watched(self, agents: Sequence[PeerProcess], pings: list[float]) -> dict[str, Any]:
+        time.sleep(2.0)
+        _ask(agents)
+        pings.clear()
+        began, before = time.monotonic(), self.stage.sample()
+        time.sleep(self.sizes.seconds)
+        found, after = _figures(agents, pings, time.monotonic() - began), self.stage.sample()
+        return found | {"core": (after.cpu - before.cpu) / (time.monotonic() - began)}
+
+    @contextmanager
+    def _pool(self, workers: int) -> Iterator[tuple[list[PeerProcess], list[float]]]:
+        """Workers that hold all that they can, a reaper, and what pings took."""
         self.stage.clear()
-        number = self.sizes.workers * self.sizes.held
-        self._enqueue(number)
+        self._enqueue(workers * self.sizes.held)
         stop = threading.Event()
-        per = self.sizes.workers // PROCESSES
         with ThreadPoolExecutor(2) as pool:
             reaper = pool.submit(
                 Reaper(Store(connect(self.stage.url, timeout=ANSWER), self.settings), self.settings).run, stop
@@ -77,34 +133,22 @@ class SaturationBenchmark:
             pings: list[float] = []
             pinging = pool.submit(self._ping, pings, stop)
             try:
-                what = [str(per), str(self.sizes.held), str(self.sizes.start)]
-                command = [sys.executable, "-m", stub.__name__, self.stage.url, *what]
-                agents = [self.crew.agent(command, self.stage.url, f"stubs-{place}") for place in range(PROCESSES)]
+                command = [sys.executable, "-m", stub.__name__, self.stage.url]
+                what = [str(self.sizes.held), str(self.sizes.start)]
+                parts = [len(range(place, workers, PROCESSES)) for place in range(PROCESSES)]
+                agents = [
+                    self.crew.agent([*command, str(part), *what], self.stage.url, f"stubs-{place}")
+                    for place, part in enumerate(parts)
+                ]
                 _ask(agents)  # answered by those that are connected
                 _ask(agents)
-                self._wait_held(agents)
-                time.sleep(2.0)
-                _ask(agents)
-                pings.clear()
-                began = time.monotonic()
-                time.sleep(self.sizes.seconds)
-                full = _figures(agents, pings, time.monotonic() - began)
-                self.say(f"full: {json.dumps(full)}")
-                pings.clear()
-                began = time.monotonic()
-                self._declare_dead()
-                dead = time.monotonic()
-                self._wait_held(agents)
-                held = time.monotonic()
-                # What is counted is counted from the first that was declared dead.
-                back = _figures(agents, pings, held - began) | {"seconds": round(held - dead, 1)}
-                self.say(f"coming back: {json.dumps(back)}")
+                self._wait_held(agents, workers)
+                yield agents, pings
             finally:
                 stop.set()
                 self.crew.stop(at_once=True)
             reaper.result(ANSWER)
             pinging.result(ANSWER)
-        return {"sizes": asdict(self.sizes), "full": full, "back": back}
 
     def _enqueue(self, number: int) -> None:
         store, payload = Store(self.stage.connection, self.settings), pack({"n": 1}, limit=1000, what="payload")
@@ -133,9 +177,9 @@ class SaturationBenchmark:
                 connection.ping()
                 pings.append(time.monotonic() - began)
 
-    def _wait_held(self, agents: Sequence[PeerProcess]) -> None:
+    def _wait_held(self, agents: Sequence[PeerProcess], workers: int) -> None:
         """Until every worker that is not dead holds all that it can."""
-        expected = self.sizes.workers // PROCESSES * PROCESSES * self.sizes.held
+        expected = workers * self.sizes.held
 
         def held() -> bool:
             time.sleep(0.2)
@@ -150,6 +194,19 @@ class SaturationBenchmark:
                 incarnation=row["incarnation"], kind=FailureKind.WORKER_LOST, reason="declared dead by hand"
             ).left:
                 pass
+
+
+def ratios(found: dict[str, Any]) -> dict[str, Any]:
+    """What the levels are held to: throughput beyond the peak, heartbeats against their timeout, and the formula."""
+    rows = found["rows"]
+    last, peak = rows[-1], max(row["checkpoints_a_second"] for row in rows)
+    timeout = 1000 * Settings().heartbeat_timeout
+    return {
+        "saturation_throughput_of_peak": ratio(last["checkpoints_a_second"], peak),
+        "saturation_deaths": sum(row["deaths"] for row in rows) + found["full"]["deaths"],
+        "saturation_beat_p99_of_timeout": ratio(last["beat_p99_ms"], timeout),
+        "saturation_core_of_foretold": ratio(rows[0]["core"], rows[0]["predicted"]),
+    }
 
 
 def _ask(agents: Sequence[PeerProcess]) -> list[dict[str, Any]]:
@@ -167,13 +224,14 @@ def _figures(agents: Sequence[PeerProcess], pings: Sequence[float], seconds: flo
         "seconds": round(seconds, 1),
         "deaths": sum(row["deaths"] for row in found),
         "checkpoints_a_second": round(sum(row["rows"] for row in found) / seconds),
-        "interval": round(statistics.fmean(row["interval"] for row in found), 3),
+        "interval": round(statistics.fmean(row["interval"] for row in found if row["interval"]), 3),
         "in_flight": sum(row["in_flight"] for row in found),
         "claims": sum(row["claims"] for row in found),
         "ping_p50_ms": round(1000 * statistics.median(pings), 1),
         "ping_worst_ms": round(1000 * max(pings), 1),
         "beats": len(beats),
         "beat_p50_ms": round(1000 * statistics.median(beats), 1) if beats else None,
+        "beat_p99_ms": round(1000 * beats[int(0.99 * (len(beats) - 1))], 1) if beats else None,
         "beat_worst_ms": round(1000 * beats[-1], 1) if beats else None,
     }
 

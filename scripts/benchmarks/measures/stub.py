@@ -23,6 +23,7 @@ from ....protocol.limits import MAX_REQUESTS
 from ....protocol.settings import LEASE, Settings
 from ....protocol.store import Store
 from ....protocol.transitions.calls import Claim, Progress
+from ....protocol.transitions.heartbeats import refreshed
 from ....workers.leases.hearing import Hearing
 from ....workers.redis_io.pace import Pace
 
@@ -97,9 +98,12 @@ class Stub:
         store = self.stores[0]
         store.called = lambda seconds: self.figures.answered()
         time.sleep(random.uniform(0, self.settings.heartbeat))
+        whole = 0.0
         while True:
             began = time.monotonic()
-            store.heartbeat(incarnation=self.incarnation, worker=self.name, queues=[QUEUE], pid=1, host=self.name)
+            if began >= whole or not store.beat(self.incarnation):
+                store.heartbeat(incarnation=self.incarnation, worker=self.name, queues=[QUEUE], pid=1, host=self.name)
+                whole = began + refreshed(self.settings)
             with self.figures.lock:
                 self.figures.beats.append(time.monotonic() - began)
             time.sleep(self.settings.heartbeat)
@@ -177,6 +181,7 @@ class Stub:
                     fingerprint="",
                     stepped=5.0,
                     tell=self.hearing[identifier].tell(),
+                    brief=seq > claim.seq + 1 and not claim.watched,
                 )
             )
         for first in range(0, len(rows), MAX_REQUESTS):
