@@ -42,8 +42,11 @@ PORTION: Final = 64
 UNSERVED_INTERVAL: Final = 0.5
 """Seconds between two looks at what workers cannot load."""
 
-TURN: Final = 64
+TURN: Final = 16
 """Queues that one sweep looks at beside those that are known to hold something beside their lists."""
+
+NAMES_INTERVAL: Final = 5.0
+"""Seconds between two readings of all queue names, which may be many: what a sweep must know at once is known aside."""
 
 LOOKED: Final = 500
 """Entries of each of RQ's registries in which requests are looked for that its own worker left behind; its traces of a
@@ -70,6 +73,8 @@ class Reaper:
         self._degradation = Degradation(store, settings, self.name)
         self._outages = 0
         self._place = 0
+        self._queues: list[str] = []
+        self._named_at = -NAMES_INTERVAL
         self._more = False
 
     def sweep(self, *, expire: bool | None = None) -> list[Reaped]:
@@ -82,7 +87,12 @@ class Reaper:
         """
         store = self.store
         # First: a script of this release must not touch what it may misread. (Few calls: each may take long.)
-        queues, aside = store.survey()
+        aside = store.aside()
+        now = time.monotonic()
+        if expire is None:
+            expire = now - self._expired_at >= EXPIRE_INTERVAL
+        if expire or now - self._named_at >= NAMES_INTERVAL:
+            self._queues, self._named_at = store.queues(), now
         reaped: list[Reaped] = []
         for _ in range(MAX_ROUNDS):
             began = time.monotonic()
@@ -101,24 +111,22 @@ class Reaper:
             if not swept.left:
                 break
             time.sleep(max(0.0, 2 * answered - began - time.monotonic()))  # what lives has half of Redis' time
-        store.promote([*aside, *self._turn(queues, aside)], rounds=MAX_ROUNDS)
+        store.promote([*aside, *self._turn(aside)], rounds=MAX_ROUNDS)
         if time.monotonic() - self._asked_at >= UNSERVED_INTERVAL:
             self._asked_at = time.monotonic()
             self._give_up()
         self._degradation.watch()
-        if expire is None:
-            expire = time.monotonic() - self._expired_at >= EXPIRE_INTERVAL
         if expire:
-            stale = store.expire(queues)
-            self._take_back(queues)
+            stale = store.expire(self._queues)
+            self._take_back(self._queues)
             self._expired_at = time.monotonic()
             if stale:
                 log.info("%s: deleted %d stale checkpoints", self.name, stale)
         return reaped
 
-    def _turn(self, queues: Sequence[str], aside: Sequence[str]) -> list[str]:
+    def _turn(self, aside: Sequence[str]) -> list[str]:
         """Some of the other queues, in turn: what others have put into their lists or sets is found there in time."""
-        others = sorted(set(queues).difference(aside))
+        others = sorted(set(self._queues).difference(aside))
         begin = self._place if self._place < len(others) else 0
         self._place = begin + TURN
         return others[begin : self._place]

@@ -161,8 +161,13 @@ class Reads:
     def queues(self) -> list[str]:
         """All queues that ever held a job, sorted; a deleted one too, while something of ours stands in it."""
         with self.connection.pipeline(transaction=False) as pipe:
-            ask_names(pipe)
-            return names_of(*pipe.execute())[0]
+            pipe.smembers(key("queues"))
+            pipe.smembers(key("swept"))
+            pipe.zrange(key("aside"), 0, -1)
+            known, *aside = pipe.execute()
+        stem = len(key("queue"))
+        names = {member.decode(errors="replace")[stem:] for member in known}
+        return sorted(names.union(*((name.decode(errors="replace") for name in some) for some in aside)))
 
     def fetch(self, identifier: str) -> RequestRecord | None:
         """One request, or ``None`` if there is none of ours with this id."""
@@ -305,21 +310,6 @@ class Reads:
     def history(self, identifier: str) -> list[Event]:
         """What happened to a request, oldest first; its ordinary course is not in it."""
         return read_history(self.connection, identifier)
-
-
-def ask_names(pipe: Any) -> None:
-    """Put the questions on a pipeline of which :func:`names_of` reads the answers."""
-    pipe.smembers(key("queues"))
-    pipe.smembers(key("swept"))
-    pipe.zrange(key("aside"), 0, -1)
-
-
-def names_of(known: Iterable[bytes], swept: Iterable[bytes], aside: Iterable[bytes]) -> tuple[list[str], list[str]]:
-    """The names of all queues, sorted, and of those that hold something beside their lists."""
-    stem = len(key("queue"))
-    names = {member.decode(errors="replace")[stem:] for member in known}
-    held = [name.decode(errors="replace") for name in aside]
-    return sorted(names.union(held, (name.decode(errors="replace") for name in swept))), held
 
 
 def _record(identifier: str, reply: Sequence[bytes | None]) -> RequestRecord | None:

@@ -17,7 +17,7 @@ from ..codec import pack_exception, shortened
 from ..keys import SCHEMA, key
 from ..limits import MAX_REQUESTS
 from ..reading.mode import Count, ModeTally
-from ..reading.reads import Reads, ask_names, names_of
+from ..reading.reads import Reads
 from ..records import RequestRecord, whole
 from ..scripts import load
 from ..settings import Settings
@@ -47,18 +47,18 @@ class Sweeps(Reads):
         self.called: Callable[[float], object] = _nothing
         """Called with the seconds that the answer to a script took."""
 
-    def survey(self) -> tuple[list[str], list[str]]:
-        """:meth:`queues`, and those of them that hold something beside their lists, in one round trip.
+    def aside(self) -> list[str]:
+        """The queues that hold something beside their lists, in one round trip.
 
         Raises :class:`ProtocolMismatch` if Redis holds a newer protocol.
         """
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.get(key("schema"))
-            ask_names(pipe)
-            schema, *names = pipe.execute()
+            pipe.zrange(key("aside"), 0, -1)
+            schema, names = pipe.execute()
         if whole(schema) > SCHEMA:
             raise newer_protocol()
-        return names_of(*names)
+        return [name.decode(errors="replace") for name in names]
 
     def reap(
         self,

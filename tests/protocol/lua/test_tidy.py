@@ -39,7 +39,7 @@ def hand(pool: Pool, clock: Clock) -> Hand:
 def sweeps(pool: Pool, clock: Clock, number: int = 12) -> None:
     """So many rounds of a reaper, ten seconds apart, with all that it does."""
     for _ in range(number):
-        queues, aside = pool.store.survey()
+        queues, aside = pool.store.queues(), pool.store.aside()
         pool.store.reap(aside, kind="WORKER_LOST", reason="no heartbeat")
         pool.store.promote(queues, rounds=16)
         pool.store.expire(queues)

@@ -35,7 +35,7 @@ def clock(connection: redis.Redis, pool: Pool) -> Clock:
 
 def sweep(pool: Pool) -> None:
     """What a reaper does in one round."""
-    _, aside = pool.store.survey()
+    aside = pool.store.aside()
     pool.store.reap(aside, kind="WORKER_LOST", reason="no heartbeat")
     pool.store.promote(aside, rounds=16)
 
