@@ -43,7 +43,7 @@ PING: Final = 0.01
 """Seconds between two pings."""
 
 
-U: Final = 0.000025
+U: Final = 0.00003
 BEAT: Final = 0.00003
 """Seconds of Redis for a checkpoint and for a heartbeat, as docs/production.md sizes a pool."""
 
