@@ -102,6 +102,12 @@ class Settings:
     compression: str = field(
         default="none", metadata={"help": "none or zstd: how states are compressed; zstd needs the extra perdure[zstd]"}
     )
+    engine: str = field(
+        default="builtin", metadata={"help": "what computes in text generation: builtin, transformers or vllm"}
+    )
+    engine_args: tuple[str, ...] = field(
+        default=(), metadata={"help": "name=value, comma-separated: arguments of the engine itself (vLLM's EngineArgs)"}
+    )
     model: str = field(
         default="smollm2", metadata={"help": "smollm2, tiny, or a path to a GGUF file or a model folder"}
     )

@@ -28,7 +28,7 @@ NOTED: Final = frozenset({
 SERVERS: Final[dict[str, tuple[Any, ...]]] = {
     "stream": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "stop_token_ids": ([],),
-    "bad_words": ([],), "min_p": (0,), "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,),
+    "bad_words": ([],), "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,),
     "detokenize": (True,), "echo": (False,), "priority": (0,), "return_token_ids": (False,),
     "return_tokens_as_token_ids": (True,), "prompt_logprobs": (0,), "no_repeat_ngram_size": (0,), "typical_p": (1,),
     "extra_body": ({},), "extra_headers": ({},), "extra_query": ({},),

@@ -151,6 +151,7 @@ Examples:
   perdure up gpu --workers 2
   perdure up gpu --gpus all --tasks app.tasks.Generate
   perdure up gpu --gpus 0,2 --spares 2
+  perdure up gpu --engine vllm --model /models/Qwen3-8B --engine-arg max_model_len=8192
   perdure up gpu --reload
 
 A place is quarantined if its process keeps ending or its GPU needs repair; the log says why. SIGUSR1 retries all of
@@ -167,6 +168,11 @@ them. A second Ctrl-C or SIGTERM does not wait for running steps, a third one ki
 )
 @click.option("--url", help="Redis; else PERDURE_REDIS_URL, RQ_REDIS_URL, or an embedded server.")
 @click.option("--tasks", help="Dotted paths, comma-separated, that workers load before they claim.")
+@click.option("--engine", help="What computes in text generation, loaded before the first claim: see PERDURE_ENGINE.")
+@click.option("--model", help="The model of text generation: see PERDURE_MODEL.")
+@click.option(
+    "--engine-arg", "engine_args", multiple=True, metavar="NAME=VALUE", help="An argument of the engine itself."
+)
 @click.option("--reload", is_flag=True, help="Restart workers when code that they have loaded is edited.")
 @click.option("--data", metavar="FOLDER", help="Where the embedded server keeps its data.")
 def up(
@@ -176,6 +182,9 @@ def up(
     spares: int,
     url: str | None,
     tasks: str | None,
+    engine: str | None,
+    model: str | None,
+    engine_args: tuple[str, ...],
     reload: bool,
     data: str | None,
 ) -> None:
@@ -187,4 +196,7 @@ def up(
         settings = settings.replace(reload=True)
     if tasks:
         settings = settings.replace(tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()))
+    elif engine:
+        settings = settings.replace(tasks=("perdure.workers.text.generate",))
+    settings = settings.replace(engine=engine, model=model, engine_args=engine_args or None)
     raise SystemExit(run(settings, list(queues), workers or 1, data, spares=spares, gpus=gpus))

@@ -53,6 +53,7 @@ RUN_BY = {
     ("clients.md", "python", "await"): "docs/test_readme.test_the_programs_run",
     ("install.md", "console", ""): "docs/test_pages.test_what_is_installed_is_there",
     ("production.md", "text", ""): "docs/test_pages.test_the_sizes_of_production_are_those_that_were_measured",
+    ("text-generation.md", "console", "vllm"): "docs/test_pages.test_every_command_is_one_with_options_that_it_has",
     ("troubleshooting.md", "console", ""): "docs/test_pages.test_every_command_is_one_with_options_that_it_has",
     ("tutorial.md", "console", "install"): "docs/test_tutorial.test_a_newcomer_can_follow_the_tutorial",
     ("tutorial.md", "console", "up"): "docs/test_tutorial.test_a_newcomer_can_follow_the_tutorial",

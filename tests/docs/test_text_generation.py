@@ -8,7 +8,7 @@ import pytest
 
 from perdure.protocol.errors import InvalidRequest
 from perdure.workers.text.checks import FIELDS, SOURCES, checked
-from perdure.workers.text.transformers import REFUSED
+from perdure.workers.text.engines.transformers import TransformersEngine
 from tests.kit.places import DOCS
 
 PAGE = (DOCS / "text-generation.md").read_text(encoding="utf-8")
@@ -21,6 +21,7 @@ BEYOND = {
     "temperature": (-0.1,),
     "top_p": (0, 1.01),
     "top_k": (-1,),
+    "min_p": (-0.1, 1.1),
     "seed": (-1, 2**63),
     "stop": (["a"] * 17, "a" * 257),
     "repetition_penalty": (0,),
@@ -36,6 +37,7 @@ WITHIN = {
     "temperature": (0, 5),
     "top_p": (1,),
     "top_k": (0,),
+    "min_p": (0, 1),
     "seed": (0, 2**63 - 1),
     "stop": (["a"] * 16, "a" * 256),
     "repetition_penalty": (0.1,),
@@ -77,6 +79,6 @@ def test_its_limits_are_those_of_the_code(name):
 
 
 def test_the_fields_that_the_adapter_refuses_are_named():
-    named = re.search(r"without (`n`, `exact` and `kv`), which are refused", PAGE)
+    named = re.search(r"without (`n` and `kv`), which are refused", PAGE)
     assert named
-    assert tuple(re.findall(r"`(\w+)`", named[1])) == REFUSED
+    assert re.findall(r"`(\w+)`", named[1]) == list(TransformersEngine.refused)

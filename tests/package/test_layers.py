@@ -97,7 +97,7 @@ def test_all_contracts_hold_and_a_new_folder_needs_a_layer(tree: Path, broken: L
         ("protocol/errors", "if TYPE_CHECKING:\n    from .packed_state import PackedState", CIRCLES),
         ("workers/text/bundle", "def late():\n    from .weights.models import read", CIRCLES),
         ("workers/text/noise", "def late():\n    import redis", ENGINES),
-        ("workers/text/engine", "def late():\n    from ...protocol.store import Store", ENGINES),
+        ("workers/text/generation", "def late():\n    from ...protocol.store import Store", ENGINES),
         ("workers/engine/engines", "from ...protocol.scripts import load", ENGINES),
         ("workers/guardian/kin", "def late():\n    import rq.job", LIGHT),
         ("recovery/deaths", "import torch", LIGHT),

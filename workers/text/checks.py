@@ -22,6 +22,7 @@ FIELDS: Final = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
     "seed",
     "stop",
     "repetition_penalty",
@@ -80,6 +81,7 @@ def checked(payload: Any) -> dict[str, Any]:
         "temperature": _temperature(given),
         "top_p": _top_p(given),
         "top_k": _integer(given, "top_k", 0, 0, _MOST),
+        "min_p": _min_p(given),
         "seed": _integer(given, "seed", 0, 0, 2**63 - 1) if "seed" in given else None,
         "stop": _stop(given.get("stop", ())),
         "repetition_penalty": _repetition_penalty(given),
@@ -89,7 +91,7 @@ def checked(payload: Any) -> dict[str, Any]:
         "logprobs": _logprobs(given),
         "min_tokens": _min_tokens(given, max_tokens),
         "n": _integer(given, "n", 1, 1, _SIBLINGS),
-        "exact": _flag(given, "exact", True),
+        "exact": _flag(given, "exact", False) if "exact" in given else None,
         "kv": _flag(given, "kv", False),
     }
 
@@ -158,6 +160,13 @@ def _top_p(given: Mapping[str, Any]) -> float:
     value = _number(given, "top_p", 1.0)
     if not 0 < value <= 1:
         raise InvalidRequest(f"top_p must be more than 0 and at most 1, but is {value}", field="top_p")
+    return value
+
+
+def _min_p(given: Mapping[str, Any]) -> float:
+    value = _number(given, "min_p", 0.0)
+    if not 0 <= value <= 1:
+        raise InvalidRequest(f"min_p must be between 0 and 1, but is {value}", field="min_p")
     return value
 
 

@@ -1,7 +1,6 @@
-"""One request in the engine: a prompt, and the answers that are generated to it.
+"""One request in an engine: a prompt, and the answers that are generated to it.
 
-A request with ``n`` answers has n *siblings*. They share the prompt's keys, each takes a copy once
-the prompt is computed, and from there on each is a generation of its own, with its own seed.
+A request with ``n`` answers has n *siblings*, each a generation of its own, with its own seed.
 
 Their outputs come in one order, whoever else uses the engine: the first token of each, then the
 second of each, and so on. So the outputs of a restart are those of the first run, and a checkpoint
@@ -10,17 +9,14 @@ may fall between any two of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import Any, ClassVar, Self
 
 from ..tasks.base import Request
 from .parameters import Parameters
-from .sampler import adjust, choose, score
+from .sampler import SampledRow
 from .transcript import Transcript
 
 
@@ -28,18 +24,18 @@ from .transcript import Transcript
 class Sibling:
     """One answer.
 
-    ``cached`` counts the positions whose keys are computed. Below its last known token it is in
-    replay; at it, in decode. Where log-probabilities are asked for, ``scores`` has those of each
-    generated token.
+    ``generated`` are its tokens so far, those that end it included. Where log-probabilities are asked for, ``scores``
+    has those of each. ``row`` is what the next one is chosen by.
     """
 
     index: int
     parameters: Parameters
     transcript: Transcript
-    keys: Tensor | None = None
-    cached: int = 0
-    generated: list[int] = field(default_factory=list)
+    generated: list[int]
+    row: SampledRow
     scores: list[dict[str, Any]] = field(default_factory=list)
+    arrived: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)
+    """Tokens that are chosen, with their scores, and wait for their turn among the other answers' outputs."""
 
     def take(self, output: Mapping[str, Any]) -> None:
         """Take in an output of an earlier execution; what comes after the end is ignored."""
@@ -49,6 +45,18 @@ class Sibling:
         self.generated.append(output["token"])
         if self.parameters.logprobs is not None:
             self.scores.append({name: output[name] for name in ("logprob", "top_logprobs") if name in output})
+
+    def put(self, token: int, scored: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take in the next token, with its log-probabilities; its output, or ``None`` where it has none."""
+        self.generated.append(token)
+        if scored:
+            self.scores.append(dict(scored))
+        before = len(self.transcript.tokens)
+        text = self.transcript.add(token)
+        # The token that ends a text is no output of its own, except to carry text that was held back.
+        if self.transcript.finish_reason and len(self.transcript.tokens) == before and not text:
+            return None
+        return {"token": token, "text": text, **scored}
 
     def result(self) -> dict[str, Any]:
         """What this answer ends with."""
@@ -62,108 +70,74 @@ class Sibling:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One request in the engine.
-
-    ``prefilled`` counts the positions of its prompt whose keys are computed; ``kept`` those that are
-    in its state, ``None`` before there was one to write.
-    """
+    """One request in an engine. An engine that keeps more of each may derive from it, and from its siblings."""
 
     id: str
     execution: str
     prompt: list[int]
     parameters: Parameters
-    siblings: list[Sibling]
-    keys: Tensor | None = None
-    prefilled: int = 0
+    siblings: list[Any]  # of sibling_type
     state: Any = None
-    kept: int | None = None
-    prompt_ids: NDArray[Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.prompt_ids = numpy.unique(numpy.array(self.prompt, dtype=numpy.int64))
+    sibling_type: ClassVar[type[Sibling]] = Sibling
 
     @classmethod
     def of(
         cls,
-        request_id: str,
-        execution: str,
+        request: Request,
         prompt: Sequence[int],
         parameters: Parameters,
-        transcripts: Iterable[Transcript],
-        known: Iterable[Mapping[str, Any]],
-        state: Any = None,
-    ) -> Generation:
-        """A request with a transcript for each of its siblings; its outputs so far, in order, and its state."""
-        siblings = [
-            Sibling(index, parameters.sibling(index), transcript) for index, transcript in enumerate(transcripts)
-        ]
+        pieces: Sequence[bytes],
+        ends: Collection[int],
+    ) -> Self:
+        """A request that goes on from its outputs so far, in order, and its state.
+
+        ``pieces``: the bytes of every token; ``ends``: those that end a text. Raises :class:`ValueError` for outputs of
+        something else.
+        """
+        known = known_outputs(request, len(pieces), parameters)
+        siblings = []
+        for index in range(parameters.n):
+            own = parameters.sibling(index)
+            transcript = Transcript(
+                pieces, ends, own.stop, own.max_tokens, prompt_tokens=len(prompt), min_tokens=own.min_tokens
+            )
+            generated: list[int] = []
+            row = SampledRow(own, prompt, generated, ends)
+            siblings.append(cls.sibling_type(index, own, transcript, generated, row))
         for output in known:
             siblings[output.get("index", 0)].take(output)
-        return cls(request_id, execution, list(prompt), parameters, siblings, state=state)
+        return cls(request.id, request.execution, list(prompt), parameters, siblings, state=request.state)
 
     @property
     def ended(self) -> bool:
         """True when every sibling is at its end."""
         return all(item.transcript.finish_reason for item in self.siblings)
 
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of the keys that it has now."""
-        tensors = [self.keys, *(sibling.keys for sibling in self.siblings)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-    @property
-    def in_prefill(self) -> bool:
-        return self.prefilled < len(self.prompt)
-
-    def running(self) -> list[Sibling]:
+    def running(self) -> list[Any]:
         """The siblings that have not ended, in the order in which their next outputs come."""
         items = [item for item in self.siblings if not item.transcript.finish_reason]
         return sorted(items, key=lambda item: (len(item.generated), item.index))
 
-    def pending(self, sibling: Sibling) -> int:
-        """How many known tokens of a sibling have no keys yet; at least 1 after prefill."""
-        return len(self.prompt) + len(sibling.generated) - sibling.cached
+    def put(self, sibling: Sibling, token: int, scored: Mapping[str, Any]) -> dict[str, Any] | None:
+        """As :meth:`Sibling.put`; an output of several answers says whose it is."""
+        output = sibling.put(token, scored)
+        return output if output is None or len(self.siblings) == 1 else {"index": sibling.index, **output}
 
-    def share(self) -> None:
-        """Give every sibling the keys of the prompt, which is computed."""
-        keys, self.keys = self.keys, None
-        assert keys is not None
-        for place, sibling in enumerate(self.running()):
-            # A copy has the same bits and the same strides.
-            sibling.keys = keys.clone() if place else keys
-            sibling.cached = len(self.prompt)
+    def arrive(self) -> Iterator[dict[str, Any] | None]:
+        """The outputs whose turn it is, of tokens that have arrived; ``None`` for a token that has none."""
+        while (running := self.running()) and running[0].arrived:
+            yield self.put(running[0], *running[0].arrived.popleft())
 
-    def advance(self, sibling: Sibling, logits: NDArray[Any]) -> dict[str, Any] | None:
-        """Choose a sibling's next token from a row of logits; its output, or ``None`` where it has none.
-
-        Raises :class:`ArithmeticError` for logits that are no numbers.
-        """
-        parameters, transcript = sibling.parameters, sibling.transcript
-        adjusted = adjust(logits, parameters, self.prompt_ids, sibling.generated, transcript.ends)
-        token = choose(adjusted, parameters, len(sibling.generated))
-        sibling.generated.append(token)
-        scored = {} if parameters.logprobs is None else score(logits, token, parameters.logprobs)
-        if scored:
-            sibling.scores.append(scored)
-        before = len(transcript.tokens)
-        text = transcript.add(token)
-        if transcript.finish_reason:
-            sibling.keys = None
-            # The token that ends a text is no output of its own, except to carry text that was held back.
-            if len(transcript.tokens) == before and not text:
-                return None
-        index = {"index": sibling.index} if len(self.siblings) > 1 else {}
-        return {**index, "token": token, "text": text, **scored}
+    def notes(self) -> dict[str, Any]:
+        """What the result says beside its answers."""
+        return {"exact": False} if self.parameters.exact is False else {}
 
     def result(self) -> dict[str, Any]:
         """What the request ends with."""
         results = [sibling.result() for sibling in self.siblings]
-        notes: dict[str, Any] = {} if self.parameters.exact else {"exact": False}
-        if self.parameters.kv:
-            notes["kv_tokens"] = self.kept or 0
         if len(results) == 1:
-            return results[0] | notes
+            return {**results[0], **self.notes()}
         usages = [result.pop("usage") for result in results]
         return {
             "choices": [{"index": index, **result} for index, result in enumerate(results)],
@@ -171,7 +145,7 @@ class Generation:
                 "prompt_tokens": len(self.prompt),
                 "completion_tokens": sum(usage["completion_tokens"] for usage in usages),
             },
-            **notes,
+            **self.notes(),
         }
 
 

@@ -20,13 +20,13 @@ from ...protocol.errors import InvalidRequest
 from .checks import checked
 
 _OFF: Final[dict[str, Any]] = {
+    "min_p": 0.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "logit_bias": {},
     "min_tokens": 0,
     "n": 1,
-    "exact": True,
     "kv": False,
 }
 """What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
@@ -36,13 +36,14 @@ _OFF: Final[dict[str, Any]] = {
 class Parameters:
     """One generation's parameters, all of them known.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
+    ``temperature`` 0 is greedy. ``min_p`` 0, ``top_k`` 0 and ``top_p`` 1 filter nothing. Exactly one of
     ``prompt``, ``messages`` and ``token_ids`` is not ``None``. ``repetition_penalty`` 1, the other
     penalties 0 and an empty ``logit_bias`` (pairs of token and bias, by token) change nothing; their
-    formulas are those of :func:`~perdure.workers.text.sampler.adjust`. ``logprobs`` is ``None``, or how
+    formulas are those of :meth:`~perdure.workers.text.sampler.SampledRow.adjust`. ``logprobs`` is ``None``, or how
     many tokens' log-probabilities come with the chosen token's own
     (:func:`~perdure.workers.text.sampler.score`). ``n`` is how many answers are asked for.
-    Without ``exact`` the ordinary shapes will do, which are faster and not the same after a resume.
+    ``exact`` demands an answer that is the same after a resume; with ``False`` the ordinary shapes will do, which are
+    faster; ``None`` takes the best that the pool has.
     With ``kv`` the prompt's keys are checkpointed.
     """
 
@@ -53,6 +54,7 @@ class Parameters:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     seed: int
     stop: tuple[str, ...]
     repetition_penalty: float
@@ -62,7 +64,7 @@ class Parameters:
     logprobs: int | None
     min_tokens: int
     n: int
-    exact: bool
+    exact: bool | None
     kv: bool
 
     @classmethod
@@ -86,6 +88,7 @@ class Parameters:
             temperature=fields["temperature"],
             top_p=fields["top_p"],
             top_k=fields["top_k"],
+            min_p=fields["min_p"],
             seed=seed,
             stop=tuple(fields["stop"]),
             repetition_penalty=fields["repetition_penalty"],
@@ -99,12 +102,27 @@ class Parameters:
             kv=fields["kv"],
         )
 
+    def sampling(self) -> dict[str, Any]:
+        """The fields of a payload that say how tokens are chosen, as plain values."""
+        names = (
+            "max_tokens", "min_tokens", "temperature", "min_p", "top_k", "top_p", "seed", "repetition_penalty",
+            "presence_penalty", "frequency_penalty",
+        )  # fmt: skip
+        biases = {str(token): bias for token, bias in self.logit_bias}
+        return {**{name: getattr(self, name) for name in names}, "logit_bias": biases}
+
     def sibling(self, index: int) -> Parameters:
         """Those of one of the ``n`` answers: its own seed. The first one's is the request's."""
         if index == 0:
             return self
         digest = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
         return dataclasses.replace(self, seed=int.from_bytes(digest[:8], "big") >> 1)
+
+    def asks(self, name: str) -> bool:
+        """Whether more is asked for with this field than what its default gives."""
+        if name == "exact":
+            return bool(self.exact)
+        return bool(getattr(self, name) != _OFF.get(name))
 
     @property
     def source(self) -> str:

@@ -81,8 +81,10 @@ def test_the_text_engine_fits_its_requests_into_a_full_device(connection: redis.
     task = Generate(settings)
     turns = Turns(connection, task)
     free = task.memory_free()
+    needed = task.memory_needed(payloads["t0"])
     assert free is not None
-    room = 3 * task.memory_needed(payloads["t0"]) + 2**20
+    assert needed is not None
+    room = 3 * needed + 2**20
     ballast = torch.empty(max(0, free - room), dtype=torch.uint8, device="cuda")
     most = 0
 

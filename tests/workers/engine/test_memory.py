@@ -24,6 +24,7 @@ from perdure.workers.tasks.members import Members
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import answers
 from tests.kit.workers.bench import Turns
+from tests.kit.workers.text import batch_of
 
 torch = pytest.importorskip("torch")
 
@@ -130,8 +131,7 @@ def test_exact_text_is_the_same_after_a_smaller_batch(connection: redis.Redis) -
 
         def step(self) -> list[Step]:
             steps = super().step()
-            engine, _ = self._loaded()
-            if len(engine) > 3 and any(step.output for step in steps):
+            if len(self._loaded()) > 3 and any(step.output for step in steps):
                 self.failed += 1
                 raise torch.OutOfMemoryError("what the pass has computed is lost")
             return steps
@@ -139,11 +139,11 @@ def test_exact_text_is_the_same_after_a_smaller_batch(connection: redis.Redis) -
     task = Small(settings)
     turns = Turns(connection, task)
     turns.submit_all(payloads)
-    rows, chunk = task._loaded()[0]._llama.rows, task._loaded()[0]._llama.chunk
+    rows, chunk = batch_of(task)._llama.rows, batch_of(task)._llama.chunk
     turns.run(*payloads)
     assert task.failed
     assert turns.engine.size.limit < 6
-    assert (task._loaded()[0]._llama.rows, task._loaded()[0]._llama.chunk) == (rows, chunk)
+    assert (batch_of(task)._llama.rows, batch_of(task)._llama.chunk) == (rows, chunk)
     assert [turns.pool.store.result(name) for name in payloads] == answers(payloads.items(), settings)
     for name in payloads:
         assert turns.record(name).attempt == 0

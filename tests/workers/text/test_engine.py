@@ -15,13 +15,14 @@ from perdure.workers.text import Generate
 from perdure.workers.text.golden import answer, answers, run_alone
 from perdure.workers.text.model.device import prepare_device
 from perdure.workers.text.sampler import choose
+from tests.kit.workers.text import batch_of
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1)
 PROMPT = "What outlives its process? " * 2
 # fmt: off
 RECORDED = [
     [122, 138, 11, 98, 98, 98, 251, 98, 228, 208, 56, 80, 58, 58, 56, 122, 112, 13, 119, 119, 119, 119, 160, 58],
-    [229, 225, 56, 62, 116, 57, 129, 31, 86, 229, 70, 54, 70, 172, 190, 250, 124, 31, 0, 42, 113, 46, 152, 46],
+    [155, 57, 230, 144, 60, 57, 225, 38, 174, 118, 174, 18, 238, 21, 184, 199, 58, 73, 98, 229, 163, 118, 161, 156],
 ]
 # fmt: on
 PAYLOAD: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "seed": 3}
@@ -135,8 +136,8 @@ def test_logprobs_are_the_models_own(task):
 def test_an_answer_has_min_tokens(task):
     """The token that would end it is another one until then; from every cut the same."""
     token = run_alone(task, Request(id="a", payload=PAYLOAD))[1]["token_ids"][3]
-    assert task._tokenizer is not None
-    task._tokenizer.ends = frozenset({token})
+    assert task._engine is not None
+    task._engine.tokenizer.ends = frozenset({token})
     early = run_alone(task, Request(id="b", payload=PAYLOAD))[1]
     assert (early["finish_reason"], early["usage"]["completion_tokens"]) == ("stop", 3)
     payload = PAYLOAD | {"min_tokens": 8, "logit_bias": {str(token): 30}}
@@ -260,7 +261,7 @@ def test_a_long_prompt_does_not_stop_the_others(task, prompt, passes):
 
 def test_a_prompt_is_cut_by_its_length_alone(task):
     """Blocks as long as it fills them, then chunks, in one piece after the other; a resume finds the same cuts."""
-    llama = task._loaded()[0]._llama
+    llama = batch_of(task)._llama
     for prompt in (1, 31, 32, 127, 128, 129, 160, 300, 512):
         cuts, place = [], 0
         while place < prompt:
@@ -276,13 +277,12 @@ def test_a_prompt_is_cut_by_its_length_alone(task):
 def test_one_failure_of_arithmetic_leaves_the_others(task, monkeypatch):
     """A row that is no numbers ends its request, with the error, and no other."""
 
-    def sometimes(logits, parameters, index):
-        if parameters.seed == 99 and index == 4:
-            raise ArithmeticError("not finite")
-        return choose(logits, parameters, index)
+    def sometimes(logits, rows):
+        bad = [row.parameters.seed == 99 and len(row.output) == 4 for row in rows]
+        return [-1 if one else token for one, token in zip(bad, choose(logits, rows), strict=True)]
 
     expected = answer(PAYLOAD, SETTINGS)
-    monkeypatch.setattr("perdure.workers.text.generation.choose", sometimes)
+    monkeypatch.setattr("perdure.workers.text.engines.builtin.batch.choose", sometimes)
     task.admit(Request(id="a", payload=PAYLOAD))
     task.admit(Request(id="bad", payload=PAYLOAD | {"seed": 99}))
     steps = [step for steps in steps_until(task, ended("a", "bad")) for step in steps if step.ends]
@@ -302,8 +302,8 @@ def stopped_by(task: Generate, kind: str, **fields: Any) -> tuple[dict[str, Any]
         payload = asked | {"stop": [text[5:7]]}
     else:
         # The ninth token becomes one that ends a text; with a stop string, text is held back until then.
-        assert task._tokenizer is not None
-        task._tokenizer.ends = frozenset({result["token_ids"][8]})
+        assert task._engine is not None
+        task._engine.tokenizer.ends = frozenset({result["token_ids"][8]})
         before = outputs[7]["text"] or outputs[6]["text"]
         payload = asked | ({"stop": [before[-1] + "never"]} if kind == "held" else {})
     return payload, *run_alone(task, Request(id=kind, payload=payload))

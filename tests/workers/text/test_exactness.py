@@ -7,7 +7,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import numpy
 import pytest
 import torch
 
@@ -57,12 +56,14 @@ def bits(monkeypatch):
     """The logits of every sample, by seed and index; a second, different one is an error."""
     seen: dict[tuple[int, int], bytes] = {}
 
-    def spy(logits, parameters, index):
-        previous = seen.setdefault((parameters.seed, index), logits.tobytes())
-        assert previous == logits.tobytes(), f"other bits for seed {parameters.seed} at output {index}"
-        return choose(logits, parameters, index)
+    def spy(logits, rows):
+        for values, row in zip(logits.numpy(), rows, strict=True):
+            place = row.parameters.seed, len(row.output)
+            previous = seen.setdefault(place, values.tobytes())
+            assert previous == values.tobytes(), f"other bits for seed {place[0]} at output {place[1]}"
+        return choose(logits, rows)
 
-    monkeypatch.setattr("perdure.workers.text.generation.choose", spy)
+    monkeypatch.setattr("perdure.workers.text.engines.builtin.batch.choose", spy)
     return seen
 
 
@@ -240,10 +241,10 @@ def test_another_sampler_has_another_fingerprint(monkeypatch):
         patch.setattr("perdure.workers.text.sampler.VERSION", 1_000_000)
         seen.add(load().fingerprint())
     with monkeypatch.context() as patch:
-        patch.setattr("perdure.workers.text.sampler.adjust", lambda logits, *_: numpy.nextafter(logits, numpy.inf))
+        patch.setattr("perdure.workers.text.sampler.SampledRow.adjust", lambda row, values: values.add_(1.0))
         seen.add(load().fingerprint())
     with monkeypatch.context() as patch:
-        patch.setattr("perdure.workers.text.sampler.choose", lambda *_: 0)
+        patch.setattr("perdure.workers.text.sampler.choose", lambda logits, rows: [0] * len(rows))
         seen.add(load().fingerprint())
     assert len(seen) == 4
     assert load().fingerprint() in seen

@@ -26,6 +26,7 @@ from perdure.workers.text.weights.models import read
 from tests.kit.places import TASKS
 from tests.kit.workers.bench import Turns
 from tests.kit.workers.models import TOKENS, weights, write_folder
+from tests.kit.workers.text import batch_of
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1, slots=4)
 SIZE = 8 * 1024 * 1024 - 1024
@@ -231,8 +232,7 @@ class Cut(Generate):
     def admit(self, request: Request) -> None:
         super().admit(request)
         if request.payload["prompt"].startswith("bad"):
-            engine, _ = self._loaded()
-            item = engine._requests[request.id]
+            item = batch_of(self)._requests[request.id]
             assert item.keys is not None
             item.keys = item.keys[:, :, :2]
 
@@ -275,8 +275,7 @@ def test_an_engine_that_computes_otherwise_is_to_blame(connection: redis.Redis) 
     """Bits of its weights have fallen over, and prefills raise: the worker leaves, and nobody is charged."""
     task = cut()
     turns = Turns(connection, task)  # loads it
-    assert task._llama is not None
-    task._llama._norm.mul_(1.5)
+    batch_of(task)._llama._norm.mul_(1.5)
     turns.submit_all({name: {"prompt": f"bad {name}", "max_tokens": 4} for name in "abcd"})
     turns.until(lambda: turns.loop.fitness.left, 200)
     assert turns.loop.exit_code == UNFIT

@@ -10,6 +10,7 @@ from perdure.protocol.settings import Settings
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import answers
 from tests.kit.workers.bench import Turns
+from tests.kit.workers.text import batch_of
 
 
 def test_the_text_engine_knows_what_it_needs(connection: redis.Redis) -> None:
@@ -19,8 +20,8 @@ def test_the_text_engine_knows_what_it_needs(connection: redis.Redis) -> None:
     unlimited.load()
     short = {"prompt": "x", "max_tokens": 20, "seed": 1}
     one = unlimited.memory_needed(short)
-    engine, _ = unlimited._loaded()
-    assert one == engine._llama.keys(21).nbytes
+    assert one is not None
+    assert one == batch_of(unlimited)._llama.keys(21).nbytes
     assert unlimited.memory_needed(short | {"n": 3}) == 3 * one
     assert unlimited.memory_free() is None, "no limit on a CPU"
     task = Generate(settings.replace(kv_memory=3 * one + 1))

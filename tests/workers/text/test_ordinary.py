@@ -11,6 +11,7 @@ from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text import Generate
 from perdure.workers.text.golden import run_alone
 from perdure.workers.text.parameters import complete
+from tests.kit.workers.text import batch_of
 
 SETTINGS = Settings(model="tiny", device="cpu", threads=1)
 EXACT: dict[str, Any] = {"prompt": "Some can do without. " * 8, "max_tokens": 12, "temperature": 1.0, "seed": 5}
@@ -27,8 +28,8 @@ def task() -> Generate:
 @pytest.fixture
 def rows(task, monkeypatch) -> list[int]:
     """How many rows each product with the head had: one for each sampled pass."""
-    operators = task._engine._llama.operators
-    head = task._engine._llama.weights()["head"]
+    operators = batch_of(task)._llama.operators
+    head = batch_of(task)._llama.weights()["head"]
     linear, found = operators.linear, []
 
     def counted(x, weight):
@@ -58,7 +59,8 @@ def test_only_occupied_rows_are_computed(task, rows):
 def test_it_says_so(task):
     """In what is stored and in the result; an exact request's show nothing new."""
     assert complete(ORDINARY)["exact"] is False
-    assert "exact" not in complete(EXACT | {"exact": True})
+    assert complete(EXACT | {"exact": True})["exact"] is True
+    assert "exact" not in complete(EXACT)
     assert run_alone(task, Request(id="a", payload=ORDINARY))[1]["exact"] is False
     several = run_alone(task, Request(id="b", payload=ORDINARY | {"n": 2}))[1]
     assert (several["exact"], len(several["choices"])) == (False, 2)

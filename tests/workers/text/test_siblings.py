@@ -113,7 +113,7 @@ def test_answers_end_each_in_its_own_way(task, monkeypatch, kind):
     if kind == "stop":
         payload |= {"stop": [second["text"][2:4]]}
     else:
-        monkeypatch.setattr(task._tokenizer, "ends", frozenset({second["token_ids"][3]}))
+        monkeypatch.setattr(task._engine.tokenizer, "ends", frozenset({second["token_ids"][3]}))
     outputs, result = run_alone(task, Request(id="b", payload=payload))
     assert result["choices"][1]["finish_reason"] == "stop"
     assert len({len(choice["token_ids"]) for choice in result["choices"]}) > 1
@@ -159,12 +159,11 @@ def test_a_failing_answer_ends_its_request_and_no_other(task, monkeypatch):
     wrong = Parameters.of(TRIPLE, "a").sibling(1).seed
     expected = run_alone(task, Request(id="b", payload=SINGLE | {"seed": 3}))[1]
 
-    def sometimes(logits, parameters, index):
-        if parameters.seed == wrong and index == 2:
-            raise ArithmeticError("not finite")
-        return choose(logits, parameters, index)
+    def sometimes(logits, rows):
+        bad = [row.parameters.seed == wrong and len(row.output) == 2 for row in rows]
+        return [-1 if one else token for one, token in zip(bad, choose(logits, rows), strict=True)]
 
-    monkeypatch.setattr("perdure.workers.text.generation.choose", sometimes)
+    monkeypatch.setattr("perdure.workers.text.engines.builtin.batch.choose", sometimes)
     task.admit(Request(id="a", payload=TRIPLE))
     task.admit(Request(id="b", payload=SINGLE | {"seed": 3}))
     steps: list[Step] = []

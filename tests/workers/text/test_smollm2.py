@@ -53,7 +53,7 @@ def test_it_answers(task):
 
 def test_its_tokens_are_the_published_ones(task):
     """Ids of this model's tokenizer: digits one by one, blanks with the word, special tokens whole."""
-    tokenizer = task._tokenizer
+    tokenizer = task._engine.tokenizer
     assert tokenizer is not None
     assert tokenizer.encode("Hello world 123") == HELLO
     chat = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])

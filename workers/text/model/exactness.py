@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from ....protocol.errors import SettingsError
-from .. import sampler
-from ..noise import gumbel, uniform
-from ..parameters import Parameters
+from ..noise import uniform
 from .llama import BUCKET, Llama, Run
 
 _SEED = 1
@@ -37,39 +35,6 @@ def self_check(llama: Llama) -> str:
     digest = hashlib.sha256()
     for array in (_check_slots(llama), _check_replay(llama), _check_prefill(llama)):
         digest.update(numpy.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def sampler_bits() -> str:
-    """A digest of what the sampler computes here from one invented row.
-
-    Its exponentials and logarithms are numpy's, which has other code for other processors. The
-    version of the arithmetic is in it as well.
-    """
-    row = ((uniform(_SEED, 0, numpy.arange(4096)) * 2 - 1) * 8).astype(numpy.float32)
-    output = [number % 50 for number in range(80)]
-    parameters = Parameters.of(
-        {
-            "token_ids": [0],
-            "temperature": 0.9,
-            "top_k": 2000,
-            "top_p": 0.97,
-            "seed": _SEED,
-            "repetition_penalty": 1.3,
-            "presence_penalty": 0.7,
-            "frequency_penalty": 0.1,
-            "logit_bias": {3: -1.1, 4000: 2.3},
-            "min_tokens": 90,
-        },
-        "",
-    )
-    values = sampler.adjust(row, parameters, numpy.arange(40, 90), output, (4000,))
-    digest = hashlib.sha256(f"{sampler.VERSION} ".encode())
-    digest.update(values.tobytes())
-    digest.update(repr(sampler.score(row, 7, 20)).encode())
-    digest.update(numpy.cumsum(numpy.exp(values)).tobytes())
-    digest.update(gumbel(_SEED, 1, numpy.arange(4096)).tobytes())
-    digest.update(repr([sampler.choose(values, parameters, index) for index in range(32)]).encode())
     return digest.hexdigest()
 
 

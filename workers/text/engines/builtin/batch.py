@@ -1,9 +1,9 @@
 """Continuous batching: many generations, one forward pass a step.
 
-Each step is one pass in one of the two canonical shapes (:mod:`.model.llama`), so it is short, and what a
+Each step is one pass in one of the two canonical shapes (:mod:`...model.llama`), so it is short, and what a
 pass computes for a request depends on nothing but the request. Requests that did without exactness
 have ordinary shapes while they are among themselves; beside exact ones they sit in the rows that are
-computed anyway. Knows no Redis.
+computed anyway.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy
+import torch
 from numpy.typing import NDArray
 
-from ..tasks.base import RAISED, Raised, Step
-from ..tasks.collectives import CollectiveFailed
-from .generation import Generation, Sibling
-from .model.key_memory import KeyMemory
-from .model.kv import held, restore, room, save
-from .model.llama import Llama, Run
-from .model.trace import Row, Trace
-from .parameters import Parameters
+from ....tasks.base import RAISED, Raised, Step
+from ....tasks.collectives import CollectiveFailed
+from ...model.key_memory import KeyMemory
+from ...model.kv import held, restore, room, save
+from ...model.llama import Llama, Run
+from ...model.trace import Row, Trace
+from ...parameters import Parameters
+from ...sampler import choose, score
+from ..base import steps_of
+from .cached import CachedGeneration, CachedSibling
 
 LOG: Final = logging.getLogger("rq.worker")
 
@@ -29,7 +33,7 @@ PREFILLS: Final = 2
 """Chunks of prompts between two decode passes, or one block: a long prompt slows the others, and stops nobody."""
 
 
-class TextEngine:
+class TextBatch:
     """The requests in flight.
 
     1. :meth:`admit` takes one in, with the outputs it already has.
@@ -47,7 +51,7 @@ class TextEngine:
         self._max_state = max_state
         self._llama = llama
         self._trace = trace
-        self._requests: dict[str, Generation] = {}
+        self._requests: dict[str, CachedGeneration] = {}
         self._computed = 0
         """Rows of prompts, and of known tokens, since the last decode pass."""
 
@@ -67,7 +71,7 @@ class TextEngine:
         promised = sum(self.memory_needed(len(item.prompt), item.parameters) for item in items)
         return self._memory.free(promised, sum(item.key_bytes for item in items))
 
-    def admit(self, item: Generation) -> None:
+    def admit(self, item: CachedGeneration) -> None:
         """Take a request in."""
         if not item.ended:
             item.keys = self._llama.keys(len(item.prompt) + item.parameters.max_tokens)
@@ -91,7 +95,7 @@ class TextEngine:
         self._computed = 0
         return self._decode(running) if running else []
 
-    def _alone(self, item: Generation) -> list[Step]:
+    def _alone(self, item: CachedGeneration) -> list[Step]:
         """A pass for one request only: what it raises is that one's, and no other is concerned."""
         try:
             return self._prefill(item) if item.in_prefill else self._catch_up(item)
@@ -101,9 +105,9 @@ class TextEngine:
             self.drop(item.id)
             return [Raised(request_id=item.id, error=error)]
 
-    def _prefill(self, item: Generation) -> list[Step]:
+    def _prefill(self, item: CachedGeneration) -> list[Step]:
         start = item.prefilled
-        exact = item.parameters.exact
+        exact = item.exact
         end = self._llama.chunk_at(start, len(item.prompt))[1] if exact else start + self._llama.block
         chunk = item.prompt[start:end]
         assert item.keys is not None
@@ -127,7 +131,7 @@ class TextEngine:
         self._trace.write(rows)
         return steps or [Step(request_id=item.id)]
 
-    def _save(self, item: Generation) -> Any:
+    def _save(self, item: CachedGeneration) -> Any:
         """The prompt's keys as a state, once, where that was asked for; else ``None``."""
         if not item.parameters.kv or item.kept is not None:
             return None
@@ -144,7 +148,7 @@ class TextEngine:
             )
         return save(item.keys, item.kept, self._fingerprint) if item.kept else None
 
-    def _restore(self, item: Generation) -> None:
+    def _restore(self, item: CachedGeneration) -> None:
         """Take the prompt's keys from the state, if it has them; the tokens that are left are computed."""
         state, item.state = item.state, None
         if item.ended:
@@ -163,13 +167,13 @@ class TextEngine:
             if complete:
                 item.share()
 
-    def _behind(self, item: Generation) -> Sibling | None:
+    def _behind(self, item: CachedGeneration) -> CachedSibling | None:
         """A sibling whose known tokens are put back many at once: where that need not be exact."""
-        if item.parameters.exact:
+        if item.exact:
             return None
         return next((sibling for sibling in item.running() if item.pending(sibling) > 1), None)
 
-    def _catch_up(self, item: Generation) -> list[Step]:
+    def _catch_up(self, item: CachedGeneration) -> list[Step]:
         sibling = self._behind(item)
         assert sibling is not None
         assert sibling.keys is not None
@@ -181,12 +185,12 @@ class TextEngine:
         self._trace.write([self._row(item, sibling, first + place, "replay") for place in range(len(tokens))])
         return [Step(request_id=item.id)]
 
-    def _decode(self, items: Sequence[Generation]) -> list[Step]:
+    def _decode(self, items: Sequence[CachedGeneration]) -> list[Step]:
         runs: list[Run] = []
         rows: list[Row] = []
-        sampled: list[tuple[Generation, list[tuple[Sibling, int]]]] = []
+        sampled: list[tuple[CachedGeneration, list[tuple[CachedSibling, int]]]] = []
         for item, budget in zip(items, self._budgets(items), strict=True):
-            ready = []
+            ready: list[tuple[CachedSibling, int]] = []
             in_order = True
             for sibling in item.running():
                 pending = item.pending(sibling)
@@ -206,7 +210,7 @@ class TextEngine:
                     rows.append(self._row(item, sibling, len(sibling.generated), "decode"))
                 sibling.cached += count
             sampled.append((item, ready))
-        exact = any(item.parameters.exact for item in items)
+        exact = any(item.exact for item in items)
         x = self._llama.decode(runs, exact=exact)
         logits = self._llama.logits(x, exact=exact) if any(ready for _, ready in sampled) else None
         steps: list[Step] = []
@@ -218,7 +222,7 @@ class TextEngine:
         self._trace.write(rows)
         return steps
 
-    def _budgets(self, items: Sequence[Generation]) -> list[int]:
+    def _budgets(self, items: Sequence[CachedGeneration]) -> list[int]:
         """How many rows of a decode pass each request gets: one, and of the rest equal shares of what it can use."""
         wanted = [sum(item.pending(sibling) for sibling in item.running()) for item in items]
         budgets = [0] * len(items)
@@ -230,31 +234,32 @@ class TextEngine:
                     spare -= 1
         return budgets
 
-    def _row(self, item: Generation, sibling: Sibling, place: int, kind: str) -> Row:
+    def _row(self, item: CachedGeneration, sibling: CachedSibling, place: int, kind: str) -> Row:
         return item.id, item.execution, place * len(item.siblings) + sibling.index, kind
 
-    def _sample(self, item: Generation, ready: Sequence[tuple[Sibling, NDArray[Any]]]) -> list[Step]:
-        """The next token of each sibling, and with it its output; with the last, the request's result or failure."""
+    def _sample(self, item: CachedGeneration, ready: Sequence[tuple[CachedSibling, NDArray[Any]]]) -> list[Step]:
+        """The next token of each sibling, and with it its output; with the last, the request's result or failure.
+
+        For one request: what its grammar or its penalties raise is no other one's.
+        """
         steps: list[Step] = []
-        for sibling, logits in ready:
-            try:
-                output = item.advance(sibling, logits)
-            except ArithmeticError as error:
-                self.drop(item.id)
-                return [*steps, Step(request_id=item.id, error=error)]
-            except RAISED as error:
-                self.drop(item.id)
-                return [*steps, Raised(request_id=item.id, error=error)]
-            if item.ended:
-                steps.append(self._end(item, output))
-            elif output is None:
-                steps.append(Step(request_id=item.id))
-            else:
-                steps.append(Step(request_id=item.id, output=output))
+        try:
+            rows = torch.from_numpy(numpy.stack([logits for _, logits in ready]))
+            tokens = choose(rows, [sibling.row for sibling, _ in ready])
+            for (sibling, logits), token in zip(ready, tokens, strict=True):
+                if token < 0:
+                    raise ArithmeticError(f"the model's logits for output {len(sibling.generated)} are not finite")
+                asked = item.parameters.logprobs
+                scored = {} if asked is None else score(logits, token, asked)
+                steps += steps_of(item, [item.put(sibling, token, scored)])
+        except ArithmeticError as error:
+            steps.append(Step(request_id=item.id, error=error))
+        except RAISED as error:
+            steps.append(Raised(request_id=item.id, error=error))
+        if steps[-1].ends:
+            self.drop(item.id)
         return steps
 
-    def _end(self, item: Generation, output: dict[str, Any] | None = None) -> Step:
+    def _end(self, item: CachedGeneration) -> Step:
         self.drop(item.id)
-        if output is None:
-            return Step(request_id=item.id, result=item.result())
-        return Step(request_id=item.id, output=output, result=item.result())
+        return Step(request_id=item.id, result=item.result())

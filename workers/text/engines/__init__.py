@@ -1,0 +1,1 @@
+"""What computes: each engine is a folder here, and does what :class:`.base.TextEngine` says."""
