@@ -1,0 +1,246 @@
+"""vLLM, in this process: its scheduler, its kernels and its batches, under Perdure's sampler and leases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from .....protocol.errors import InvalidRequest, SettingsError
+from .....protocol.settings import Settings
+from ....tasks.base import Step
+from ....tasks.collectives import Collectives
+from ....tasks.unfit import Unfit
+from ...parameters import Parameters
+from ..base import Promise, TextEngine, steps_of
+
+if TYPE_CHECKING:
+    from ...generation import Generation, Sibling
+    from ...hub import HubTokenizer
+
+TESTED: Final = "0.32"
+"""The release whose names are used here."""
+
+_MISSING: Final = "the package vllm is needed for this engine: pip install 'perdure[vllm]'"
+
+_ENVIRONMENT: Final = {
+    # The engine's core in this process: it ends with it, and a core that was killed is no wait for ever.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The other runner has another interface of processors.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Workers share cores: they must not all be bound to the first ones.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""What vLLM reads when it is imported, unless it is set already."""
+
+REFUSED: Final = {
+    "logits_processors": "the durable sampler is one, and what others change is not known after a crash",
+    "speculative_config": "vLLM samples speculated tokens without logits processors, so that answers could not be "
+    "continued",
+    "tensor_parallel_size": "one process is supported so far",
+    "pipeline_parallel_size": "one process is supported so far",
+    "data_parallel_size": "run so many workers instead",
+}
+"""Arguments of vLLM's that are refused, and why."""
+
+
+class VllmEngine(TextEngine):
+    """``PERDURE_SLOTS`` is vLLM's ``max_num_seqs``; all else is as vLLM has it, or as ``PERDURE_ENGINE_ARGS`` says."""
+
+    name = "vllm"
+    refused: ClassVar[Mapping[str, str]] = {"kv": "its keys stay where they are; a resume computes them again"}
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.promise = Promise(exact=False)
+        self._engine: Any = None
+        self._requests: dict[str, Generation] = {}
+        self._rows: dict[str, tuple[Generation, Sibling]] = {}
+        """By the name that vLLM knows: each answer is a request of its own there."""
+        self._facts: dict[str, Any] = {}
+        self._meaning: dict[str, str] = {}
+        self._known: list[int] = []
+        self._block_bytes = 0
+
+    def load(self, group: Collectives | None = None) -> None:
+        """Start vLLM's engine, and measure what it can promise."""
+        if group is not None:
+            raise SettingsError("PERDURE_RANKS is for the built-in engine; this one runs in one process")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if self.settings.threads:
+            os.environ["OMP_NUM_THREADS"] = str(self.settings.threads)
+        try:
+            import vllm
+        except ImportError as error:
+            raise SettingsError(f"{_MISSING} ({error})") from error
+        from .loading import facts_of, meaning_of, start
+
+        self._engine = start(self.settings)
+        config = self._engine.vllm_config
+        self.size = int(config.model_config.get_vocab_size())
+        self.context = int(config.model_config.max_model_len)
+        self.tokenizer = tokenizer = _tokenizer(self._engine, self.size)
+        self._facts = facts_of(self._engine) | {"vllm": vllm.__version__}
+        self._meaning = meaning_of(config.model_config, tokenizer)
+        core = self._engine.engine_core.engine_core
+        cache = core.scheduler.kv_cache_config
+        self._block_bytes = sum(int(tensor.size) for tensor in cache.kv_cache_tensors) // max(1, cache.num_blocks)
+        self.meet()
+
+    def meet(self) -> None:
+        """Compute some tokens again, cut and uncut, alone and in company, and compare logits."""
+        from .check import measure
+
+        self.promise, self._known = measure(self)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's files, its tokenizer and the sampler; where it is exact, of all that decides a bit."""
+        facts = {"meaning": self._meaning} | ({"arithmetic": self._facts} if self.promise.exact else {})
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def memory_needed(self, prompt: int, parameters: Parameters) -> int:
+        """Bytes of the blocks of the prompt, and of one more to begin with, for each answer. vLLM takes the others when
+        they are needed, and has a request wait for them.
+        """
+        return parameters.n * self._block_bytes * (2 + prompt // self._block_size)
+
+    def memory_free(self) -> int:
+        """Bytes of the blocks that are free, less what those take that have been admitted and not begun."""
+        pool = self._engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        begun = {name for name, (_, sibling) in self._rows.items() if sibling.generated or sibling.arrived}
+        promised = sum(
+            2 + len(item.prompt) // self._block_size for name, (item, _) in self._rows.items() if name not in begun
+        )
+        return int(self._block_bytes * max(0, pool.get_num_free_blocks() - promised))
+
+    @property
+    def _block_size(self) -> int:
+        return int(self._engine.vllm_config.cache_config.block_size)
+
+    def admit(self, item: Generation) -> None:
+        """Give vLLM each answer that has not ended: its prompt, and the tokens so far behind it."""
+        from vllm.exceptions import VLLMClientError
+
+        self._requests[item.id] = item
+        try:
+            for sibling in item.running():
+                self._add(item, sibling)
+        except (VLLMClientError, ValueError) as error:
+            self.drop(item.id)
+            raise InvalidRequest(f"vLLM refuses it: {error}") from error
+
+    def step(self) -> list[Step]:
+        """One step of vLLM's scheduler: prefills and tokens of several requests."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        steps = [step for item in list(self._requests.values()) if item.ended for step in self._leave(item, [])]
+        if steps:
+            # The last execution died between the last output and the result: there is nothing to compute.
+            return steps
+        try:
+            outputs = self._engine.step()
+        except EngineDeadError as error:
+            raise Unfit(f"vLLM's engine has died: {error}") from error
+        moved: dict[str, Generation] = {}
+        for output in outputs:
+            item, sibling = self._rows.get(output.request_id, (None, None))
+            if item is None or sibling is None:
+                continue  # dropped while it was computed
+            moved[item.id] = item
+            completion = output.outputs[0]
+            for place, token in enumerate(completion.token_ids):
+                scores = completion.logprobs[place] if completion.logprobs else {}
+                sibling.arrived.append((int(token), _scored(scores, int(token), item.parameters.logprobs)))
+            if output.finished:
+                del self._rows[output.request_id]
+        for item in moved.values():
+            steps += self._leave(item, list(item.arrive()))
+        return steps
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request, and have vLLM forget it; unknown ids are ignored."""
+        item = self._requests.pop(request_id, None)
+        names = [name for name, (other, _) in self._rows.items() if other is item] if item is not None else []
+        for name in names:
+            del self._rows[name]
+        if names:
+            self._engine.abort_request(names)
+
+    def probe(self) -> bool | None:
+        """Whether it says again what it said at load."""
+        from .check import reference
+
+        return reference(self) == self._known
+
+    def close(self) -> None:
+        """End vLLM's engine."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def _add(self, item: Generation, sibling: Sibling) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        from .processor import extra_args
+
+        given = sibling.parameters
+        name = f"{item.execution or item.id}:{sibling.index}"
+        params = SamplingParams(
+            temperature=0,
+            # Where an answer ends is found by its transcript, which knows its stop texts, too.
+            max_tokens=given.max_tokens - len(sibling.transcript.tokens),
+            ignore_eos=True,
+            logprobs=given.logprobs,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=extra_args(given, len(item.prompt), self.tokenizer.ends, name),
+        )
+        self._rows[name] = item, sibling
+        self._engine.add_request(name, tokens_input([*item.prompt, *sibling.generated]), params)
+
+    def _leave(self, item: Generation, outputs: list[dict[str, Any] | None]) -> list[Step]:
+        """What a request puts out; it leaves if it has ended, or if what vLLM has put out are no tokens."""
+        from .processor import DurableSampler
+
+        names = {f"{item.execution or item.id}:{sibling.index}" for sibling in item.siblings}
+        if unsound := names & DurableSampler.unsound:
+            DurableSampler.unsound -= unsound
+            self.drop(item.id)
+            error = ArithmeticError(f"the model's logits for output {len(item.siblings[0].generated)} are not finite")
+            return [Step(request_id=item.id, error=error)]
+        steps = steps_of(item, outputs)
+        if item.ended:
+            self.drop(item.id)
+        return steps
+
+
+def _tokenizer(engine: Any, size: int) -> HubTokenizer:
+    from ...hub import HubTokenizer, end_tokens
+
+    encoder = engine.renderer.tokenizer
+    model = engine.vllm_config.model_config
+    generation = type("Generation", (), model.try_get_generation_config())
+    return HubTokenizer(encoder, end_tokens(encoder, generation, model.hf_text_config), size)
+
+
+def _scored(scores: Mapping[int, Any], token: int, asked: int | None) -> dict[str, Any]:
+    """vLLM's log-probabilities of a token, as ours are: likeliest first, of equal ones the lowest id."""
+    if asked is None:
+        return {}
+    result: dict[str, Any] = {"logprob": float(scores[token].logprob)}
+    if asked:
+        ordered = sorted(scores.items(), key=lambda pair: (-pair[1].logprob, pair[0]))[:asked]
+        result["top_logprobs"] = [[int(other), float(found.logprob)] for other, found in ordered]
+    return result
