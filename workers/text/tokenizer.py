@@ -1,7 +1,7 @@
 """Text to token ids, and token ids to bytes.
 
 Ids become *bytes*, not text: a character may span several tokens, and only the transcript knows
-when it is complete. The chat template of the model is rendered in jinja2's sandbox.
+when it is complete.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
 
 import tokenizers
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...protocol.errors import InvalidRequest, SettingsError
+from .templates import DEFAULT, ChatTemplates
 
 PIECE: Final = 32_768
 """Characters of a long text that are counted at a time: some 15 MB of the tokenizer's memory, some 50 ms."""
+
 
 # Names under which models know the token that ends a turn, besides the one their metadata names.
 END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>")
@@ -30,7 +31,9 @@ class Vocabulary:
     """All that a model says about its tokens, as plain values that can be stored.
 
     ``definition`` is the JSON of the ``tokenizers`` package. ``ends`` are the ids that end a text,
-    ``prefix`` the ids put in front of a raw prompt. ``template`` may be empty: then there is no chat.
+    ``prefix`` the ids put in front of a raw prompt; with ``post_process`` the definition says what else is put around
+    it. ``template`` is the chat template that is taken by default, and may be empty; ``templates`` are those that have
+    a name. ``specials`` are the special tokens that templates know by a name (``bos_token``).
     """
 
     definition: str
@@ -38,8 +41,8 @@ class Vocabulary:
     prefix: tuple[int, ...] = ()
     post_process: bool = False
     template: str = ""
-    begin_text: str = ""
-    end_text: str = ""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    specials: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -65,10 +68,14 @@ class Tokenizer:
         if unknown := [token for token in vocabulary.prefix if not 0 <= token < size]:
             raise SettingsError(f"the model begins each prompt with {unknown[0]}, but knows the tokens 0 to {size - 1}")
         self._vocabulary = vocabulary
-        self._inner = tokenizers.Tokenizer.from_str(vocabulary.definition)
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(vocabulary.definition)
+        except Exception as error:  # the package raises nothing narrower
+            raise SettingsError(f"the model's tokenizer cannot be read: {error}") from error
         self._inner.no_truncation()
         self._inner.no_padding()
-        self._template = _compile(vocabulary.template) if vocabulary.template else None
+        default = {DEFAULT: vocabulary.template} if vocabulary.template else {}
+        self._templates = ChatTemplates(default | dict(vocabulary.templates), vocabulary.specials)
         # -1 is how some models say that there is none.
         self.ends = frozenset(token for token in vocabulary.ends if 0 <= token < size)
         self.pieces: list[bytes] = _pieces(self._inner, vocabulary.definition, size)
@@ -81,25 +88,28 @@ class Tokenizer:
         ids = self._inner.encode(text, add_special_tokens=self._vocabulary.post_process).ids
         return [*self._vocabulary.prefix, *ids]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], context: int | None = None) -> list[int]:
-        """The ids of a conversation, up to where the assistant answers.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        context: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> list[int]:
+        """The ids of a conversation, up to where the assistant answers; the arguments are those of
+        :meth:`~perdure.workers.text.templates.ChatTemplates.render`.
+
+        A template may write the date. Who resumes a request gives the ``now`` of its first run: another date is
+        another prompt.
 
         Raises :class:`InvalidRequest` when the model has no chat template or it refuses the messages, and as
         :meth:`check_length` if ``context`` is given.
         """
-        if self._template is None:
-            raise InvalidRequest("this model has no chat template; use prompt instead of messages", field="messages")
-        try:
-            text = self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                bos_token=self._vocabulary.begin_text,
-                eos_token=self._vocabulary.end_text,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", field="messages"
-            ) from error
+        text = self._templates.render(
+            messages, tools=tools, documents=documents, template_kwargs=template_kwargs, now=now
+        )
         self.check_length(text, context, "messages")
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
@@ -129,20 +139,6 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def _compile(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    # No strftime_now, which hubs offer: a request resumed on another day would have another prompt.
-    try:
-        return environment.from_string(template)
-    except TemplateError as error:
-        raise SettingsError(f"the model's chat template cannot be read: {error}") from error
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
 
 
 def _pieces(inner: tokenizers.Tokenizer, definition: str, size: int) -> list[bytes]:

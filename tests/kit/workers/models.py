@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +68,41 @@ def write_folder(folder: Path, w: dict[str, torch.Tensor], **changes: Any) -> Pa
     """A model folder as hubs have it."""
     folder.mkdir()
     half = len(w) // 2
-    save_file(dict(list(w.items())[:half]), folder / "model-1.safetensors")
-    save_file(dict(list(w.items())[half:]), folder / "model-2.safetensors")
+    parts = {"model-1.safetensors": list(w)[:half], "model-2.safetensors": list(w)[half:]}
+    for file, names in parts.items():
+        save_file({name: w[name] for name in names}, folder / file)
+    places = {name: file for file, names in parts.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps(config(**changes)))
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[(m.split()[0], m.split()[1]) for m in MERGES])
-    )
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(SPECIALS)
-    (folder / "tokenizer.json").write_text(inner.to_str())
+    (folder / "tokenizer.json").write_text(byte_level().to_str())
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": TEMPLATE, "eos_token": {"content": "<|im_end|>"}})
     )
     return folder
 
 
-def write_gguf(path: Path, w: dict[str, torch.Tensor], kind: str = "F32", **metadata: str) -> dict[str, torch.Tensor]:
-    """A GGUF file with products in ``kind``; returns the weights as they come back from it."""
+def byte_level(tokens: Sequence[str] = TOKENS, specials: Sequence[str] = SPECIALS) -> tokenizers.Tokenizer:
+    """A tokenizer of bytes and a few merges."""
+    merges = [(merge.split()[0], merge.split()[1]) for merge in MERGES]
+    inner = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(list(specials))
+    return inner
+
+
+def write_gguf(
+    path: Path,
+    w: dict[str, torch.Tensor],
+    kind: str = "F32",
+    tokens: Sequence[str] = TOKENS,
+    edit: Callable[[Any], None] | None = None,
+    **metadata: str,
+) -> dict[str, torch.Tensor]:
+    """A GGUF file with products in ``kind``; returns the weights as they come back from it.
+
+    ``edit`` gets the writer before it writes.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(WIDTH)
@@ -96,8 +114,8 @@ def write_gguf(path: Path, w: dict[str, torch.Tensor], kind: str = "F32", **meta
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(metadata.get("pre", "gpt-2"))
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(tokens) - len(SPECIALS)))
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
@@ -132,6 +150,8 @@ def write_gguf(path: Path, w: dict[str, torch.Tensor], kind: str = "F32", **meta
         back = numpy.empty_like(values)
         back[rows] = gguf.quants.dequantize(packed, quantisation)
         found[name] = torch.from_numpy(back)
+    if edit is not None:
+        edit(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from perdure.protocol.errors import InvalidRequest, SettingsError
+from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
 from perdure.workers.tasks.base import Request
 from perdure.workers.text import Generate
@@ -114,18 +112,6 @@ def test_tokens_of_a_byte_level_vocabulary(tmp_path):
     assert tokenizer.ends == {0, 2}
     for text in ("naïve 東京 🙂\n\t", "".join(map(chr, range(300)))):
         assert b"".join(tokenizer.pieces[token] for token in tokenizer.encode(text)).decode() == text
-
-
-def test_a_template_cannot_reach_out_and_may_refuse(tmp_path):
-    """The sandbox holds; ``raise_exception`` is the caller's mistake; no template is, too."""
-    bundle = read(Settings(model=str(write_folder(tmp_path / "model", weights(tied=False)))))
-    for template in ("{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", ""):
-        changed = type(bundle.vocabulary).from_json(
-            json.dumps(json.loads(bundle.vocabulary.to_json()) | {"template": template})
-        )
-        with pytest.raises(InvalidRequest) as refused:
-            Tokenizer(changed, bundle.shape.vocabulary).encode_chat([{"role": "user", "content": "a"}])
-        assert refused.value.field == "messages"
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         ends=tuple(sorted(ends)),
         post_process=True,
         template=template,
-        begin_text=_text(extra.get("bos_token")),
-        end_text=_text(extra.get("eos_token")),
+        specials={name: _text(extra.get(name)) for name in ("bos_token", "eos_token")},
     )
 
 

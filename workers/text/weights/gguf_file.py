@@ -140,8 +140,7 @@ def _vocabulary(metadata: dict[str, Any], path: Path) -> Vocabulary:
         ends=tuple(sorted(ends)),
         prefix=(begin,) if begin is not None and metadata.get("tokenizer.ggml.add_bos_token", False) else (),
         template=metadata.get("tokenizer.chat_template", ""),
-        begin_text="" if begin is None else tokens[begin],
-        end_text="" if end is None else tokens[end],
+        specials={"bos_token": "" if begin is None else tokens[begin], "eos_token": "" if end is None else tokens[end]},
     )
 
 

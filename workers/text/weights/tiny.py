@@ -67,4 +67,4 @@ def _vocabulary() -> Vocabulary:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in _SPECIALS])
-    return Vocabulary(definition=inner.to_str(), ends=(), template=_TEMPLATE, end_text="<|im_end|>")
+    return Vocabulary(definition=inner.to_str(), ends=(), template=_TEMPLATE, specials={"eos_token": "<|im_end|>"})
