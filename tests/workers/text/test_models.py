@@ -133,7 +133,7 @@ def test_a_folder_that_is_not_supported_is_refused(tmp_path, changes, named):
         read(Settings(model=str(folder)))
 
 
-@pytest.mark.parametrize("metadata", [{"pre": "qwen2"}, {"scaling": "yarn"}])
+@pytest.mark.parametrize("metadata", [{"pre": "superbpe"}, {"scaling": "yarn"}])
 def test_a_gguf_file_that_is_not_supported_is_refused(tmp_path, metadata):
     """By what its metadata says."""
     write_gguf(tmp_path / "model.gguf", weights(tied=False), **metadata)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from ....protocol.errors import SettingsError
-from ..bundle import Bundle, Shape, halves
-from ..tokenizer import END_NAMES, Vocabulary
-
-_CONTROL, _USER_DEFINED = 3, 4
-
-# How each pre-tokenizer that a file may name splits text before its bytes are merged.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from ..bundle import Bundle, Shape
+from .gguf_metadata import Metadata
+from .gguf_tokenizer import read_vocabulary
+from .layout import GGUF, layers
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
@@ -29,26 +22,16 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
 
     Raises :class:`SettingsError` when it is no GGUF file or uses what is not supported.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise SettingsError(f"{path} cannot be read as a GGUF file: {error}") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    if metadata.get("general.architecture") != "llama":
-        raise SettingsError(f"{path} is a {metadata.get('general.architecture')} model; only llama is supported")
-    raw = {tensor.name: tensor for tensor in reader.tensors}
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in raw:
-        raise SettingsError(f"{path} scales its rotary positions ({scaling}), which is not supported")
-    if metadata.get("llama.expert_count", 0):
-        raise SettingsError(f"{path} is a mixture of experts, which is not supported")
-    shape = _shape(metadata, path, vocabulary=len(metadata.get("tokenizer.ggml.tokens", ())))
+    raw, metadata = _open(path)
+    shape = _shape(metadata, raw)
 
-    def tensor(name: str) -> torch.Tensor:
-        try:
-            item = raw.pop(name)
-        except KeyError:
-            raise SettingsError(f"{path} has no tensor {name}") from None
+    def take(name: str, expected: tuple[int, ...]) -> torch.Tensor:
+        if name not in raw:
+            raise SettingsError(f"{path} has no tensor {name}")
+        item = raw.pop(name)
+        found = tuple(int(size) for size in reversed(item.shape))
+        if found != expected:
+            raise SettingsError(f"{path}: {name} should have the shape {expected} by the metadata, but has {found}")
         try:
             values = gguf.quants.dequantize(item.data, item.tensor_type)
         except NotImplementedError:
@@ -57,100 +40,76 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
             ) from None
         return torch.from_numpy(values.copy()).to(dtype)
 
-    tensors = {"embedding": tensor("token_embd.weight"), "norm": tensor("output_norm.weight")}
-    if "output.weight" in raw:
-        tensors["head"] = tensor("output.weight")
-    for layer in range(shape.layers):
-        ours, theirs = f"layers.{layer}", f"blk.{layer}"
-        queries = halves(tensor(f"{theirs}.attn_q.weight"), shape.heads)
-        keys = halves(tensor(f"{theirs}.attn_k.weight"), shape.kv_heads)
-        tensors |= {
-            f"{ours}.norm_in": tensor(f"{theirs}.attn_norm.weight"),
-            f"{ours}.qkv": torch.cat((queries, keys, tensor(f"{theirs}.attn_v.weight"))),
-            f"{ours}.out": tensor(f"{theirs}.attn_output.weight"),
-            f"{ours}.norm_mid": tensor(f"{theirs}.ffn_norm.weight"),
-            f"{ours}.gate_up": torch.cat((tensor(f"{theirs}.ffn_gate.weight"), tensor(f"{theirs}.ffn_up.weight"))),
-            f"{ours}.down": tensor(f"{theirs}.ffn_down.weight"),
-        }
+    size = (shape.vocabulary, shape.width)
+    tensors = {
+        "embedding": take(f"{GGUF['embedding']}.weight", size),
+        "norm": take(f"{GGUF['norm']}.weight", (shape.width,)),
+    }
+    if f"{GGUF['head']}.weight" in raw:
+        tensors["head"] = take(f"{GGUF['head']}.weight", size)
+    tensors |= layers(shape, GGUF, take, pairs=True)
     if raw:
         raise SettingsError(f"{path} has tensors that are not supported: {', '.join(sorted(raw)[:5])}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Bundle(shape=shape, tensors=tensors, vocabulary=_vocabulary(metadata, path), digest=digest)
+    return Bundle(shape=shape, tensors=tensors, vocabulary=read_vocabulary(metadata), digest=digest)
 
 
-def _shape(metadata: dict[str, Any], path: Path, vocabulary: int) -> Shape:
-    try:
-        heads = metadata["llama.attention.head_count"]
-        width = metadata["llama.embedding_length"]
-        head_width = metadata.get("llama.attention.key_length", width // heads)
-        shape = Shape(
-            vocabulary=vocabulary,
-            width=width,
-            hidden=metadata["llama.feed_forward_length"],
-            layers=metadata["llama.block_count"],
-            heads=heads,
-            kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-            head_width=head_width,
-            context=metadata["llama.context_length"],
-            rope_base=metadata.get("llama.rope.freq_base", 10000.0),
-            norm_epsilon=metadata["llama.attention.layer_norm_rms_epsilon"],
+def _open(path: Path) -> tuple[dict[str, Any], Metadata]:
+    """The tensors of a file by name, not yet read, and what it says about itself."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    version = int.from_bytes(start[4:], sys.byteorder)
+    if start[:4] == b"GGUF" and version and not version & 0xFFFF:
+        raise SettingsError(
+            f"{path} is in the byte order of other machines; convert it with gguf-convert-endian, which the package "
+            f"gguf installs: gguf-convert-endian {path} {sys.byteorder}"
         )
-    except KeyError as error:
-        raise SettingsError(f"{path} does not say its {error.args[0]}") from None
-    if metadata.get("llama.rope.dimension_count", head_width) != head_width:
-        raise SettingsError(f"{path} rotates only a part of each head, which is not supported")
-    return shape
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, OSError, LookupError, TypeError, OverflowError) as error:
+        raise SettingsError(f"{path} cannot be read as a GGUF file: {error}") from error
+    return {tensor.name: tensor for tensor in reader.tensors}, Metadata(path, fields)
 
 
-def _vocabulary(metadata: dict[str, Any], path: Path) -> Vocabulary:
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise SettingsError(f"{path} has a tokenizer of kind {kind}; only byte-level BPE (gpt2) is supported")
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    kinds: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab={token: place for place, token in enumerate(tokens)}, merges=merges, ignore_merges=False)
-    )
-    inner.pre_tokenizer = _pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"), path)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(
-        [
-            tokenizers.AddedToken(token, special=True)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind == _CONTROL
-        ]
-    )
-    inner.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=False, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind == _USER_DEFINED
-        ]
-    )
-    begin, end = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
-    controls = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL}
-    ends = {tokens.index(name) for name in END_NAMES if name in controls}
-    ends |= {
-        metadata[f"tokenizer.ggml.{n}_token_id"] for n in ("eos", "eot") if f"tokenizer.ggml.{n}_token_id" in metadata
-    }
-    return Vocabulary(
-        definition=inner.to_str(),
-        ends=tuple(sorted(ends)),
-        prefix=(begin,) if begin is not None and metadata.get("tokenizer.ggml.add_bos_token", False) else (),
-        template=metadata.get("tokenizer.chat_template", ""),
-        specials={"bos_token": "" if begin is None else tokens[begin], "eos_token": "" if end is None else tokens[end]},
+def _shape(metadata: Metadata, raw: dict[str, Any]) -> Shape:
+    path = metadata.path
+    kind = metadata.text("general.architecture")
+    if kind != "llama":
+        raise SettingsError(f"{path} is a {kind} model; only llama is supported")
+    _check_rotation(metadata, kind)
+    if "rope_freqs.weight" in raw:
+        raise SettingsError(f"{path} scales its rotary positions (rope_freqs.weight), which is not supported")
+    if metadata.whole("llama.expert_count", 0):
+        raise SettingsError(f"{path} is a mixture of experts, which is not supported")
+    heads = metadata.whole("llama.attention.head_count")
+    width = metadata.whole("llama.embedding_length")
+    if heads <= 0:
+        raise SettingsError(f"{path}: llama.attention.head_count must be more than 0, not {heads}")
+    head_width = metadata.whole("llama.attention.key_length", width // heads)
+    for name in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if metadata.whole(name, head_width) != head_width:
+            raise SettingsError(f"{path}: {name} is not the {head_width} of a whole head, which is not supported")
+    return Shape(
+        vocabulary=len(metadata.texts("tokenizer.ggml.tokens")),
+        width=width,
+        hidden=metadata.whole("llama.feed_forward_length"),
+        layers=metadata.whole("llama.block_count"),
+        heads=heads,
+        kv_heads=metadata.whole("llama.attention.head_count_kv", heads),
+        head_width=head_width,
+        context=metadata.whole("llama.context_length"),
+        rope_base=metadata.number("llama.rope.freq_base", 10000.0),
+        norm_epsilon=metadata.number("llama.attention.layer_norm_rms_epsilon"),
     )
 
 
-def _pre_tokenizer(name: str, path: Path) -> Any:
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in ("gpt-2", "default"):
-        return plain
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
-    if name in ("llama-bpe", "llama3", "llama-v3"):
-        split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise SettingsError(f"{path} names the pre-tokenizer {name!r}, which is not supported; use the model's hub folder")
+def _check_rotation(metadata: Metadata, kind: str) -> None:
+    """Without a type a factor is a linear one; without a factor, or with one of 1, a linear scaling is none."""
+    scaling = metadata.text(f"{kind}.rope.scaling.type", "linear")
+    factors = [metadata.number(f"{kind}.rope.{name}", 1.0) for name in ("scaling.factor", "scale_linear")]
+    if scaling not in ("none", "linear") or (scaling == "linear" and set(factors) - {0.0, 1.0}):
+        raise SettingsError(
+            f"{metadata.path} scales its rotary positions ({scaling}, {max(factors):g}), which is not supported"
+        )
