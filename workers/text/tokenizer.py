@@ -22,10 +22,6 @@ PIECE: Final = 32_768
 """Characters of a long text that are counted at a time: some 15 MB of the tokenizer's memory, some 50 ms."""
 
 
-# Names under which models know the token that ends a turn, besides the one their metadata names.
-END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """All that a model says about its tokens, as plain values that can be stored.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from safetensors import safe_open
 
 from ....protocol.errors import SettingsError
 from ..bundle import Bundle, Shape
-from ..tokenizer import END_NAMES, Vocabulary
 from .folder_files import digest, read_json, weight_files
+from .folder_tokenizer import FILES, TEMPLATES, read_vocabulary
 from .layout import HUB, layers
-
-_READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
@@ -55,8 +52,9 @@ def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
     left = [name for name in files if not name.endswith("rotary_emb.inv_freq")]
     if left:
         raise SettingsError(f"{folder} has tensors that are not supported: {', '.join(sorted(left)[:5])}")
-    read = [*(folder / name for name in _READ), *read]
-    return Bundle(shape=shape, tensors=tensors, vocabulary=_vocabulary(folder, config), digest=digest(read))
+    beside = [*(folder / name for name in ("config.json", *FILES)), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    found = digest([*beside, *read])
+    return Bundle(shape=shape, tensors=tensors, vocabulary=read_vocabulary(folder, config), digest=found)
 
 
 def _shape(config: Mapping[str, Any], folder: Path) -> Shape:
@@ -92,35 +90,3 @@ def _shape(config: Mapping[str, Any], folder: Path) -> Shape:
         raise SettingsError(f"{folder}/config.json does not say its {error.args[0]}") from None
     except (TypeError, ZeroDivisionError) as error:
         raise SettingsError(f"{folder}/config.json has no such shape: {error}") from None
-
-
-def _vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    definition = (folder / "tokenizer.json").read_text("utf-8") if (folder / "tokenizer.json").exists() else ""
-    if not definition:
-        raise SettingsError(f"{folder} holds no tokenizer.json")
-    extra = read_json(folder / "tokenizer_config.json", required=False)
-    generation = read_json(folder / "generation_config.json", required=False)
-    ends: set[int] = set()
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        ends |= set(value if isinstance(value, list) else [] if value is None else [value])
-    specials = {
-        token["content"]: token["id"] for token in json.loads(definition).get("added_tokens", ()) if token["special"]
-    }
-    ends |= {specials[name] for name in END_NAMES if name in specials}
-    template = extra.get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        template = {item["name"]: item["template"] for item in template}.get("default", "")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    return Vocabulary(
-        definition=definition,
-        ends=tuple(sorted(ends)),
-        post_process=True,
-        template=template,
-        specials={name: _text(extra.get(name)) for name in ("bos_token", "eos_token")},
-    )
-
-
-def _text(token: Any) -> str:
-    return token.get("content", "") if isinstance(token, dict) else token or ""
