@@ -12,6 +12,9 @@ Whatever file a model comes from, its tensors end in the same layout, so that th
 ``layers.N.norm_mid``     [width]                 before the gated layer
 ``layers.N.gate_up``      [2 · hidden, width]     gate, then up
 ``layers.N.down``         [width, hidden]
+``layers.N.qkv_bias``     [(H + 2 K) · d]         only with ``qkv_bias``
+``layers.N.norm_q``       [d]                     only with ``head_norms``: of each query, before it is rotated
+``layers.N.norm_k``       [d]                     the same of each key
 ========================  ======================  ==================================================
 
 H query heads, K key and value heads, d numbers a head.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +35,11 @@ from .tokenizer import Vocabulary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The numbers of a Llama-architecture model. ``context`` is in tokens."""
+    """The numbers of a model of the Llama architecture, or of one that differs from it by what the last three say.
+
+    ``context`` is in tokens. ``rope_factors``: what the frequency of each pair of rotated numbers is divided by, d / 2
+    of them; none of them where positions are not scaled.
+    """
 
     vocabulary: int
     width: int
@@ -43,22 +51,32 @@ class Shape:
     context: int
     rope_base: float
     norm_epsilon: float
+    rope_factors: tuple[float, ...] = ()
+    qkv_bias: bool = False
+    head_norms: bool = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if not getattr(self, item.name) > 0:
+            if item.type in ("int", "float") and not getattr(self, item.name) > 0:
                 raise SettingsError(f"the model's {item.name} must be more than 0, not {getattr(self, item.name)}")
         if self.heads % self.kv_heads or self.head_width % 2:
             raise SettingsError(
                 f"{self.heads} heads of width {self.head_width} over {self.kv_heads} key heads is not a Llama model"
             )
+        if self.rope_factors and len(self.rope_factors) != self.head_width // 2:
+            raise SettingsError(
+                f"the model scales {len(self.rope_factors)} rotary frequencies, but has {self.head_width // 2}"
+            )
+        if not all(0 < factor < math.inf for factor in self.rope_factors):
+            raise SettingsError("the model divides a rotary frequency by what is no finite number above 0")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Shape:
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        return cls(**values | {"rope_factors": tuple(values["rope_factors"])})
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape, but for ``head``, which may be absent."""
@@ -73,6 +91,10 @@ class Shape:
                 f"layers.{layer}.gate_up": (2 * hidden, width),
                 f"layers.{layer}.down": (width, hidden),
             }
+            if self.qkv_bias:
+                result[f"layers.{layer}.qkv_bias"] = ((self.heads + 2 * self.kv_heads) * self.head_width,)
+            if self.head_norms:
+                result |= {f"layers.{layer}.norm_{part}": (self.head_width,) for part in "qk"}
         return result
 
 

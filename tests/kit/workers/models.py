@@ -97,13 +97,15 @@ def write_gguf(
     kind: str = "F32",
     tokens: Sequence[str] = TOKENS,
     edit: Callable[[Any], None] | None = None,
+    architecture: str = "llama",
+    head: int = D,
     **metadata: str,
 ) -> dict[str, torch.Tensor]:
     """A GGUF file with products in ``kind``; returns the weights as they come back from it.
 
-    ``edit`` gets the writer before it writes.
+    ``edit`` gets the writer before it writes. Queries and keys of other architectures are rotated in halves there too.
     """
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
@@ -126,6 +128,8 @@ def write_gguf(
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "self_attn.o_proj": "attn_output",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
@@ -138,15 +142,18 @@ def write_gguf(
     found = {}
     for name, tensor in w.items():
         values = tensor.numpy()
+        stem, _, suffix = name.rpartition(".")
         if tensor.dim() == 1:
-            writer.add_tensor(names[name.removesuffix(".weight")] + ".weight", values)
+            writer.add_tensor(f"{names[stem]}.{suffix}", values)
             found[name] = tensor
             continue
         rows = numpy.arange(len(values))
-        if ".q_proj" in name or ".k_proj" in name:  # as the converter does: halves to pairs, within each head
-            rows = rows.reshape(-1, 2, D // 2).swapaxes(1, 2).reshape(-1)
+        if architecture == "llama" and (
+            ".q_proj" in name or ".k_proj" in name
+        ):  # as the converter does: halves to pairs, within each head
+            rows = rows.reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
         packed = gguf.quants.quantize(numpy.ascontiguousarray(values[rows]), quantisation)
-        writer.add_tensor(names[name.removesuffix(".weight")] + ".weight", packed, raw_dtype=quantisation)
+        writer.add_tensor(f"{names[stem]}.{suffix}", packed, raw_dtype=quantisation)
         back = numpy.empty_like(values)
         back[rows] = gguf.quants.dequantize(packed, quantisation)
         found[name] = torch.from_numpy(back)

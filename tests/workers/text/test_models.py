@@ -118,7 +118,7 @@ def test_tokens_of_a_byte_level_vocabulary(tmp_path):
     ("changes", "named"),
     [
         ({"model_type": "gemma3_text"}, "gemma3_text"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8}}, "longrope"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_attention_heads": None}, "no such shape"),

@@ -52,6 +52,14 @@ def check_operators(llama: Llama) -> None:
         scale = torch.ones(shape.width, device=llama.device)
         epsilon = shape.norm_epsilon
         _check_rows(llama, "norm", lambda x: operators.norm(x, scale, epsilon), _noise(llama, rows, shape.width))
+        if shape.head_norms:
+            heads = shape.heads + shape.kv_heads
+
+            def norm_heads(x: Tensor) -> Tensor:
+                ones = torch.ones(heads, shape.head_width, device=llama.device)
+                return operators.norm_heads(x.view(rows, heads, -1), ones, epsilon).view(rows, -1)
+
+            _check_rows(llama, "head norm", norm_heads, _noise(llama, rows, heads * shape.head_width))
         _check_rows(llama, "gate", operators.gate, _noise(llama, rows, 2 * shape.hidden))
 
 

@@ -1,4 +1,4 @@
-"""The Llama architecture in two canonical shapes.
+"""The Llama architecture, and its kin, in two canonical shapes.
 
 A *prompt* token is always computed in a prefill shape: chunks of 4 P rows as long as the prompt fills
 them, then of P rows, aligned to absolute positions, one prompt at a time. A *generated* token is always
@@ -66,7 +66,10 @@ class Llama:
         positions = -(-self.shape.context // BUCKET) * BUCKET
         # In float64, then rounded: the tables are the same whichever way the cosine is vectorised.
         powers = torch.arange(0, self.shape.head_width, 2, dtype=torch.float64) / self.shape.head_width
-        angles = torch.outer(torch.arange(positions, dtype=torch.float64), self.shape.rope_base**-powers)
+        frequencies = self.shape.rope_base**-powers
+        if self.shape.rope_factors:
+            frequencies /= torch.tensor(self.shape.rope_factors, dtype=torch.float64)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
         self._cosine = torch.cat((angles.cos(), angles.cos()), dim=1).float().to(device)
         self._sine = torch.cat((-angles.sin(), angles.sin()), dim=1).float().to(device)
         # Any row's mask is a window of this: zeros for the past, -inf for what is not there yet.
@@ -176,8 +179,13 @@ class Llama:
         rows, rotated = len(tokens), shape.heads + shape.kv_heads
         for number, layer in enumerate(self._layers):
             qkv = operators.linear(operators.norm(x, layer.norm_in, shape.norm_epsilon), layer.qkv)
+            if layer.qkv_bias is not None:
+                qkv = qkv + layer.qkv_bias
             qkv = qkv.view(rows, rotated + shape.kv_heads, shape.head_width)
-            qkv = torch.cat((operators.rotate(qkv[:, :rotated], cosine, sine), qkv[:, rotated:]), dim=1)
+            turned = qkv[:, :rotated]
+            if layer.norm_heads is not None:
+                turned = operators.norm_heads(turned, layer.norm_heads, shape.norm_epsilon)
+            qkv = torch.cat((operators.rotate(turned, cosine, sine), qkv[:, rotated:]), dim=1)
             x = x + self._whole(operators.linear(attend(number, qkv), layer.out))
             gated = operators.linear(operators.norm(x, layer.norm_mid, shape.norm_epsilon), layer.gate_up)
             x = x + self._whole(operators.linear(operators.gate(gated), layer.down))
@@ -190,6 +198,11 @@ class Llama:
     def _layer(self, tensors: dict[str, Tensor], number: int) -> _Layer:
         name = f"layers.{number}."
         pack = self.operators.pack
+        bias = tensors[name + "qkv_bias"].float() if self.shape.qkv_bias else None
+        norms = None
+        if self.shape.head_norms:
+            counts = {"norm_q": self.shape.heads, "norm_k": self.shape.kv_heads}
+            norms = torch.cat([tensors[name + part].float().expand(count, -1) for part, count in counts.items()])
         return _Layer(
             norm_in=tensors[name + "norm_in"].float(),
             qkv=pack(tensors[name + "qkv"]),
@@ -197,6 +210,8 @@ class Llama:
             norm_mid=tensors[name + "norm_mid"].float(),
             gate_up=pack(tensors[name + "gate_up"]),
             down=pack(tensors[name + "down"]),
+            qkv_bias=bias,
+            norm_heads=norms,
         )
 
 
@@ -208,3 +223,6 @@ class _Layer:
     norm_mid: Tensor
     gate_up: Tensor
     down: Tensor
+    qkv_bias: Tensor | None
+    norm_heads: Tensor | None
+    """[H + K, d]: a row for each query and key head."""

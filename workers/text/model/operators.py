@@ -67,6 +67,10 @@ class Operators:
         """Root mean square norm of each row, in float32."""
         return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
+    def norm_heads(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """The same of each head: [rows, heads, d], with a weight of its own for each head [heads, d]."""
+        return functional.rms_norm(x.contiguous(), (x.shape[-1],), None, epsilon) * weight
+
     def gate(self, x: Tensor) -> Tensor:
         """[rows, 2 · hidden] to [rows, hidden]: the first half, through SiLU, times the second."""
         gate, up = x.chunk(2, dim=-1)

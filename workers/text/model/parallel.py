@@ -76,7 +76,7 @@ def _part(name: str, tensor: Tensor, shape: Shape, rank: int, world: int) -> Ten
         return piece.chunk(world, dimension)[rank]
 
     match name.rpartition(".")[2]:
-        case "qkv":
+        case "qkv" | "qkv_bias":
             sizes = [count * shape.head_width for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
             return torch.cat([cut(piece, 0) for piece in tensor.split(sizes)])
         case "gate_up":

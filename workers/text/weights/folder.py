@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from ....protocol.errors import SettingsError
-from ..bundle import Bundle, Shape
+from ..bundle import Bundle
+from .folder_config import read_shape
 from .folder_files import digest, read_json, weight_files
 from .folder_tokenizer import FILES, TEMPLATES, read_vocabulary
 from .layout import HUB, layers
@@ -24,7 +23,7 @@ def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
     # An adapter has no config.json, and what it is should be said first.
     config = read_json(folder / "config.json", required=not (folder / "adapter_config.json").exists())
     files, read = weight_files(folder, config)
-    shape = _shape(config, folder)
+    shape = read_shape(config, folder)
 
     def take(name: str, expected: tuple[int, ...]) -> torch.Tensor:
         if name not in files:
@@ -55,38 +54,3 @@ def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
     beside = [*(folder / name for name in ("config.json", *FILES)), *sorted((folder / TEMPLATES).glob("*.jinja"))]
     found = digest([*beside, *read])
     return Bundle(shape=shape, tensors=tensors, vocabulary=read_vocabulary(folder, config), digest=found)
-
-
-def _shape(config: Mapping[str, Any], folder: Path) -> Shape:
-    def refuse(what: str) -> SettingsError:
-        return SettingsError(f"{folder}: {what} is not supported")
-
-    if config.get("model_type") != "llama":
-        raise refuse(f"model_type {config.get('model_type')!r}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise refuse(f"hidden_act {config['hidden_act']!r}")
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
-        if config.get(name):
-            raise refuse(name)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(f"rope_scaling {kind!r}")
-    try:
-        heads = config["num_attention_heads"]
-        return Shape(
-            vocabulary=config["vocab_size"],
-            width=config["hidden_size"],
-            hidden=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_width=config.get("head_dim") or config["hidden_size"] // heads,
-            context=config["max_position_embeddings"],
-            rope_base=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-            norm_epsilon=config["rms_norm_eps"],
-        )
-    except KeyError as error:
-        raise SettingsError(f"{folder}/config.json does not say its {error.args[0]}") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise SettingsError(f"{folder}/config.json has no such shape: {error}") from None

@@ -1,11 +1,11 @@
-"""Models from GGUF files: Llama architecture, any quantisation the ``gguf`` package can undo."""
+"""Models from GGUF files, of any quantisation the ``gguf`` package can undo."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import gguf
 import torch
@@ -16,6 +16,12 @@ from .gguf_metadata import Metadata
 from .gguf_tokenizer import read_vocabulary
 from .layout import GGUF, layers
 
+_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+"""Mistral's files say that they are of the first."""
+
+_FACTORS: Final = "rope_freqs.weight"
+"""The tensor in which files keep what Llama 3 divides its rotary frequencies by."""
+
 
 def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
     """Read and dequantise a file; this takes seconds, see :mod:`.cache`.
@@ -23,9 +29,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
     Raises :class:`SettingsError` when it is no GGUF file or uses what is not supported.
     """
     raw, metadata = _open(path)
-    shape = _shape(metadata, raw)
 
-    def take(name: str, expected: tuple[int, ...]) -> torch.Tensor:
+    def take(name: str, expected: tuple[int, ...], precision: torch.dtype = dtype) -> torch.Tensor:
         if name not in raw:
             raise SettingsError(f"{path} has no tensor {name}")
         item = raw.pop(name)
@@ -38,8 +43,13 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
             raise SettingsError(
                 f"{path}: {name} is {item.tensor_type.name}, which the gguf package cannot read"
             ) from None
-        return torch.from_numpy(values.copy()).to(dtype)
+        return torch.from_numpy(values.copy()).to(precision)
 
+    kind = metadata.text("general.architecture")
+    factors: tuple[float, ...] = ()
+    if kind == "llama" and _FACTORS in raw:
+        factors = tuple(take(_FACTORS, (int(raw[_FACTORS].n_elements),), torch.float32).tolist())
+    shape = _shape(metadata, factors)
     size = (shape.vocabulary, shape.width)
     tensors = {
         "embedding": take(f"{GGUF['embedding']}.weight", size),
@@ -47,7 +57,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
     }
     if f"{GGUF['head']}.weight" in raw:
         tensors["head"] = take(f"{GGUF['head']}.weight", size)
-    tensors |= layers(shape, GGUF, take, pairs=True)
+    tensors |= layers(shape, GGUF, take, pairs=kind == "llama")
     if raw:
         raise SettingsError(f"{path} has tensors that are not supported: {', '.join(sorted(raw)[:5])}")
     with path.open("rb") as file:
@@ -73,35 +83,41 @@ def _open(path: Path) -> tuple[dict[str, Any], Metadata]:
     return {tensor.name: tensor for tensor in reader.tensors}, Metadata(path, fields)
 
 
-def _shape(metadata: Metadata, raw: dict[str, Any]) -> Shape:
+def _shape(metadata: Metadata, factors: tuple[float, ...]) -> Shape:
     path = metadata.path
     kind = metadata.text("general.architecture")
-    if kind != "llama":
-        raise SettingsError(f"{path} is a {kind} model; only llama is supported")
+    if kind not in _ARCHITECTURES:
+        raise SettingsError(f"{path} is a {kind} model; supported are {', '.join(_ARCHITECTURES)}")
     _check_rotation(metadata, kind)
-    if "rope_freqs.weight" in raw:
-        raise SettingsError(f"{path} scales its rotary positions (rope_freqs.weight), which is not supported")
-    if metadata.whole("llama.expert_count", 0):
+    if metadata.whole(f"{kind}.expert_count", 0):
         raise SettingsError(f"{path} is a mixture of experts, which is not supported")
-    heads = metadata.whole("llama.attention.head_count")
-    width = metadata.whole("llama.embedding_length")
+    heads = metadata.whole(f"{kind}.attention.head_count")
+    width = metadata.whole(f"{kind}.embedding_length")
+    context = metadata.whole(f"{kind}.context_length")
     if heads <= 0:
-        raise SettingsError(f"{path}: llama.attention.head_count must be more than 0, not {heads}")
-    head_width = metadata.whole("llama.attention.key_length", width // heads)
-    for name in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        if metadata.whole(name, head_width) != head_width:
-            raise SettingsError(f"{path}: {name} is not the {head_width} of a whole head, which is not supported")
+        raise SettingsError(f"{path}: {kind}.attention.head_count must be more than 0, not {heads}")
+    if 0 < (window := metadata.whole(f"{kind}.attention.sliding_window", 0)) < context:
+        raise SettingsError(f"{path} has a sliding window of {window}, less than its context of {context} tokens")
+    head_width = metadata.whole(f"{kind}.attention.key_length", width // heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if metadata.whole(f"{kind}.{name}", head_width) != head_width:
+            raise SettingsError(
+                f"{path}: {kind}.{name} is not the {head_width} of a whole head, which is not supported"
+            )
     return Shape(
         vocabulary=len(metadata.texts("tokenizer.ggml.tokens")),
         width=width,
-        hidden=metadata.whole("llama.feed_forward_length"),
-        layers=metadata.whole("llama.block_count"),
+        hidden=metadata.whole(f"{kind}.feed_forward_length"),
+        layers=metadata.whole(f"{kind}.block_count"),
         heads=heads,
-        kv_heads=metadata.whole("llama.attention.head_count_kv", heads),
+        kv_heads=metadata.whole(f"{kind}.attention.head_count_kv", heads),
         head_width=head_width,
-        context=metadata.whole("llama.context_length"),
-        rope_base=metadata.number("llama.rope.freq_base", 10000.0),
-        norm_epsilon=metadata.number("llama.attention.layer_norm_rms_epsilon"),
+        context=context,
+        rope_base=metadata.number(f"{kind}.rope.freq_base", 10000.0),
+        norm_epsilon=metadata.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        rope_factors=factors,
+        qkv_bias=kind == "qwen2",
+        head_norms=kind == "qwen3",
     )
 
 

@@ -21,6 +21,8 @@ HUB: Final = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
+    "norm_q": "self_attn.q_norm",
+    "norm_k": "self_attn.k_norm",
     "out": "self_attn.o_proj",
     "norm_mid": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
@@ -38,6 +40,8 @@ GGUF: Final = {
     "q": "attn_q",
     "k": "attn_k",
     "v": "attn_v",
+    "norm_q": "attn_q_norm",
+    "norm_k": "attn_k_norm",
     "out": "attn_output",
     "norm_mid": "ffn_norm",
     "gate": "ffn_gate",
@@ -58,20 +62,25 @@ def layers(shape: Shape, names: Mapping[str, str], take: Take, *, pairs: bool = 
 
 def _layer(shape: Shape, names: Mapping[str, str], take: Take, prefix: str, pairs: bool) -> dict[str, torch.Tensor]:
     width, hidden, d = shape.width, shape.hidden, shape.head_width
+    sizes = {"q": shape.heads * d, "k": shape.kv_heads * d, "v": shape.kv_heads * d}
 
-    def read(part: str, *size: int) -> torch.Tensor:
-        return take(f"{prefix}.{names[part]}.weight", size)
+    def read(part: str, *size: int, kind: str = "weight") -> torch.Tensor:
+        return take(f"{prefix}.{names[part]}.{kind}", size)
 
-    def rotated(part: str, heads: int) -> torch.Tensor:
-        weight = read(part, heads * d, width)
-        return halves(weight, heads) if pairs else weight
+    def weight(part: str) -> torch.Tensor:
+        found = read(part, sizes[part], width)
+        return halves(found, sizes[part] // d) if pairs and part != "v" else found
 
-    rotations = (rotated("q", shape.heads), rotated("k", shape.kv_heads))
-    return {
+    result = {
         "norm_in": read("norm_in", width),
-        "qkv": torch.cat([*rotations, read("v", shape.kv_heads * d, width)]),
+        "qkv": torch.cat([weight(part) for part in sizes]),
         "out": read("out", width, shape.heads * d),
         "norm_mid": read("norm_mid", width),
         "gate_up": torch.cat((read("gate", hidden, width), read("up", hidden, width))),
         "down": read("down", width, hidden),
     }
+    if shape.qkv_bias:
+        result["qkv_bias"] = torch.cat([read(part, size, kind="bias") for part, size in sizes.items()])
+    if shape.head_norms:
+        result |= {part: read(part, d) for part in ("norm_q", "norm_k")}
+    return result
