@@ -63,6 +63,10 @@ class Metadata:
         """A list of whole numbers."""
         return self._list(name, default, "whole numbers", _is_whole)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers, none of them NaN."""
+        return self._list(name, _NEEDED, "numbers", _is_number)
+
     def _list(self, name: str, default: Any, kind: str, fits: Any) -> list[Any]:
         value = self._get(name, default)
         if not isinstance(value, list) or not all(fits(item) for item in value):
@@ -82,3 +86,7 @@ class Metadata:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and not math.isnan(value))

@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ....protocol.errors import SettingsError
 from ..tokenizer import Vocabulary
 from .gguf_metadata import Metadata
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+_PIECES: Final = "llama"
+_PIECES_IDS: Final = {"unknown": 0, "bos": 1, "eos": 2}
+"""The special tokens of such a vocabulary where a file does not say them."""
 
 _WORDS: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _MARKS: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,26 +72,32 @@ _SPECIALS: Final = {
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:
     """Raises :class:`SettingsError` for a tokenizer that is not supported or not whole."""
-    kind = metadata.text("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise SettingsError(
-            f"{metadata.path} has a tokenizer of kind {kind!r}; only byte-level BPE (gpt2) is supported; "
-            "use the model's hub folder"
-        )
     tokens = [token or f"[EMPTY_{place}]" for place, token in enumerate(metadata.texts("tokenizer.ggml.tokens"))]
     places = {token: place for place, token in enumerate(tokens)}
     if len(places) != len(tokens):
         twice = next(token for place, token in enumerate(tokens) if places[token] != place)
         raise SettingsError(f"{metadata.path} has the token {twice!r} twice in tokenizer.ggml.tokens")
+    kind = metadata.text("tokenizer.ggml.model")
     name = metadata.text("tokenizer.ggml.pre", "default") or "default"
-    ends = _ends(metadata, places)
-    begin = _named(metadata, "bos", len(tokens))
-    begins = metadata.flag("tokenizer.ggml.add_bos_token", name in _WHOLE_WORDS)
+    kinds = metadata.wholes("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if len(kinds) < len(tokens):
+        raise SettingsError(
+            f"{metadata.path} has {len(tokens)} tokens, but tokenizer.ggml.token_type tells only {len(kinds)}"
+        )
+    try:
+        inner = _pieces(metadata, places, kinds) if kind == _PIECES else _bytes(metadata, places, kind, name)
+    except SettingsError:
+        raise
+    except Exception as error:  # the package raises nothing narrower
+        raise SettingsError(f"{metadata.path} has merges that do not belong to its tokens: {error}") from error
+    _add(inner, tokens, kinds)
+    begin = _named(metadata, "bos", tokens, kind)
+    begins = metadata.flag("tokenizer.ggml.add_bos_token", kind == _PIECES or name in _WHOLE_WORDS)
     named = metadata.texts("tokenizer.chat_templates", [])
-    specials = {ours: _named(metadata, theirs, len(tokens)) for ours, theirs in _SPECIALS.items()}
+    specials = {ours: _named(metadata, theirs, tokens, kind) for ours, theirs in _SPECIALS.items()}
     return Vocabulary(
-        definition=_definition(metadata, places, name),
-        ends=tuple(sorted(ends)),
+        definition=inner.to_str(),
+        ends=tuple(sorted(_ends(metadata, places, kind))),
         prefix=(begin,) if begins and begin is not None else (),
         template=metadata.text("tokenizer.chat_template", ""),
         templates={item: metadata.text(f"tokenizer.chat_template.{item}") for item in named},
@@ -96,38 +106,64 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     )
 
 
-def _definition(metadata: Metadata, places: Mapping[str, int], name: str) -> str:
-    """The JSON of the ``tokenizers`` package."""
+def _bytes(metadata: Metadata, places: Mapping[str, int], kind: str, name: str) -> tokenizers.Tokenizer:
+    """A vocabulary of bytes, which merges join within a word."""
+    if kind != "gpt2":
+        raise SettingsError(
+            f"{metadata.path} has a tokenizer of kind {kind!r}, which is not supported; use the model's hub folder"
+        )
     merges = [merge.split(" ", 1) for merge in metadata.texts("tokenizer.ggml.merges")]
     if broken := [merge for merge in merges if len(merge) != 2]:
         raise SettingsError(f"{metadata.path}: {broken[0][0]!r:.60} in tokenizer.ggml.merges is no pair of tokens")
-    try:
-        model = models.BPE(
-            vocab=dict(places),
-            merges=[(left, right) for left, right in merges],
-            ignore_merges=name in _WHOLE_WORDS,
-        )
-    except Exception as error:  # the package raises nothing narrower
-        raise SettingsError(f"{metadata.path} has merges that do not belong to its tokens: {error}") from error
-    inner = tokenizers.Tokenizer(model)
+    pairs = [(left, right) for left, right in merges]
+    inner = tokenizers.Tokenizer(models.BPE(vocab=dict(places), merges=pairs, ignore_merges=name in _WHOLE_WORDS))
     inner.pre_tokenizer = _pre_tokenizer(metadata, name)
     inner.decoder = decoders.ByteLevel()
-    kinds = metadata.wholes("tokenizer.ggml.token_type", [1] * len(places))
-    if len(kinds) < len(places):
-        raise SettingsError(
-            f"{metadata.path} has {len(places)} tokens, but tokenizer.ggml.token_type tells only {len(kinds)}"
+    return inner
+
+
+def _pieces(metadata: Metadata, places: Mapping[str, int], kinds: Sequence[int]) -> tokenizers.Tokenizer:
+    """A vocabulary of SentencePiece, as of Llama 2 and Mistral: of two neighbours that are a token together, those are
+    joined first whose token has the highest score. What is no token is written in bytes.
+    """
+    scores = metadata.numbers("tokenizer.ggml.scores")
+    if len(scores) < len(places):
+        raise SettingsError(f"{metadata.path} has {len(places)} tokens, but tokenizer.ggml.scores has {len(scores)}")
+    ranked = [
+        (score, cut, token)
+        for (token, _), kind, score in zip(places.items(), kinds, scores, strict=False)
+        if kind not in (_UNKNOWN, _CONTROL, _BYTE)
+        for cut in range(1, len(token))
+        if token[:cut] in places and token[cut:] in places
+    ]
+    ranked.sort(key=lambda item: item[:2], reverse=True)
+    unknown = _named(metadata, "unknown", list(places), _PIECES)
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=dict(places),
+            merges=[(token[:cut], token[cut:]) for _, cut, token in ranked],
+            unk_token=None if unknown is None else list(places)[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
         )
-    # What looks like a control token is one, also where the converter did not say so.
+    )
+    blank = normalizers.Replace(" ", "▁")
+    before = metadata.flag("tokenizer.ggml.add_space_prefix", True)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank]) if before else blank
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return inner
+
+
+def _add(inner: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Let whole tokens be found in a text: what looks like a control token is one, whatever the converter wrote."""
     control = {*_ENDS, *_PADS, *_REPOSITORIES, *_SEPARATORS}
-    special, added = [], []
-    for (token, _), kind in zip(places.items(), kinds, strict=False):
-        if kind in (_CONTROL, _UNKNOWN) or token in control:
-            special.append(tokenizers.AddedToken(token, special=True))
-        elif kind == _USER_DEFINED:
-            added.append(tokenizers.AddedToken(token, special=False, normalized=False))
-    inner.add_special_tokens(special)
-    inner.add_tokens(added)
-    return inner.to_str()
+    special = [token for token, kind in zip(tokens, kinds, strict=False) if kind in (_CONTROL, _UNKNOWN)]
+    special += [token for token in tokens if token in control]
+    inner.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in dict.fromkeys(special)])
+    added = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
+    inner.add_tokens(
+        [tokenizers.AddedToken(token, special=False, normalized=False) for token in added if token not in control]
+    )
 
 
 def _pre_tokenizer(metadata: Metadata, name: str) -> Any:
@@ -140,11 +176,12 @@ def _pre_tokenizer(metadata: Metadata, name: str) -> Any:
     return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _ends(metadata: Metadata, places: Mapping[str, int]) -> set[int]:
+def _ends(metadata: Metadata, places: Mapping[str, int], kind: str) -> set[int]:
     """What llama.cpp treats as the end of an answer: by the file's ids, and by how tokens are written."""
+    tokens = list(places)
     ends = {name for name in _ENDS if name in places}
     for key, names in (("fim_pad", _PADS), ("fim_rep", _REPOSITORIES), ("fim_sep", _SEPARATORS)):
-        if _named(metadata, key, len(places)) is None:
+        if _named(metadata, key, tokens, kind) is None:
             ends |= set([name for name in names if name in places][:1])
     # In these vocabularies <|end|> ends a message, and others the answer.
     if ends & {"<|call|>", "<|calls|>"} and ends & {"<|return|>", "<|flush|>"}:
@@ -152,11 +189,12 @@ def _ends(metadata: Metadata, places: Mapping[str, int]) -> set[int]:
     if {"<|tool_response>", "</s>"} <= ends:
         ends.remove("</s>")
     keys = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-    told = {_named(metadata, key, len(places)) for key in keys}
+    told = {_named(metadata, key, tokens, kind) for key in keys}
     return {places[name] for name in ends} | {place for place in told if place is not None}
 
 
-def _named(metadata: Metadata, key: str, size: int) -> int | None:
+def _named(metadata: Metadata, key: str, tokens: Sequence[str], kind: str) -> int | None:
     """The id of a special token; one that the vocabulary does not have is none."""
-    place = metadata.whole(f"tokenizer.ggml.{key}_token_id", None)
-    return place if place is not None and 0 <= place < size else None
+    default = _PIECES_IDS.get(key) if kind == _PIECES else None
+    place = metadata.whole(f"tokenizer.ggml.{key}_token_id", default)
+    return place if place is not None and 0 <= place < len(tokens) else None

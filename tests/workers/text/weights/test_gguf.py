@@ -9,7 +9,7 @@ import gguf
 import numpy
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from perdure.protocol.errors import SettingsError
 from perdure.protocol.settings import Settings
@@ -130,6 +130,61 @@ def test_an_answer_ends_where_llama_cpp_ends_it(
     for token in expected - {"fin", "unused"}:
         assert ours.encode(f"a{token}") == [*ours.encode("a"), names.index(token)]
         assert ours.pieces[names.index(token)] == b""
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+JOINED = ["th", "he", "▁t", "the", "▁the", "hem", "rm", "▁▁"]
+PIECES = ["<unk>", "<s>", "</s>", *BYTES, *reversed(JOINED), *"▁themrosa", "<tool>"]
+SCORES = [-float(JOINED.index(piece)) if piece in JOINED else -1e6 for piece in PIECES]
+
+
+def pieces(**changes: Any) -> dict[str, Any]:
+    """Fields of a vocabulary of SentencePiece, as of Llama 2 and Mistral."""
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 260) + [4]
+    return {
+        "tokenizer.ggml.model": ("llama", Value.STRING),
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.eos_token_id": None,
+        "tokenizer.ggml.scores": (SCORES, Value.ARRAY),
+        "tokenizer.ggml.token_type": (kinds, Value.ARRAY),
+    } | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_vocabulary_of_sentence_pieces_has_the_same_ids(tmp_path: Path, before: bool) -> None:
+    """As tokenizer.json of such a model, whose merges stand in the order of the scores; with BOS by default."""
+    fields = pieces() if before else pieces(add_space_prefix=(False, Value.BOOL), add_bos_token=(False, Value.BOOL))
+    ours = tokenizer(load(tmp_path, tokens=PIECES, fields=fields))
+    pairs = [(t[:cut], t[cut:]) for t in JOINED for cut in (2, 1) if t[:cut] in PIECES and t[cut:] in PIECES]
+    vocab = {token: place for place, token in enumerate(PIECES)}
+    model = models.BPE(vocab=vocab, merges=pairs, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    peer = tokenizers.Tokenizer(model)
+    blank = normalizers.Replace(" ", "▁")
+    peer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank]) if before else blank
+    peer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    peer.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
+    for text in ("the them thermos", "  a\n\nnaïve 日本", "<s>the</s> the<tool> a", "", " "):
+        expected = peer.encode(text).ids
+        assert ours.encode(text) == ([1, *expected] if before else expected)
+        if "<" not in text:  # what is special has no bytes
+            assert b"".join(ours.pieces[token] for token in expected).decode().removeprefix(" " * before) == text
+    assert ours.ends == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scores": None}, "does not say its tokenizer.ggml.scores"),
+        ({"scores": ([1.0], Value.ARRAY)}, "tokenizer.ggml.scores has 1"),
+        ({"scores": ([float("nan")] * len(PIECES), Value.ARRAY)}, "scores should be a list of numbers"),
+        ({"scores": (["a"], Value.ARRAY)}, "scores should be a list of numbers"),
+        ({"add_space_prefix": (1, Value.UINT32)}, "add_space_prefix should be true or false"),
+    ],
+)
+def test_odd_sentence_pieces_are_refused_in_words(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        load(tmp_path, tokens=PIECES, fields=pieces(**changes))
 
 
 def test_templates_have_names_there_too(tmp_path: Path) -> None:
