@@ -23,6 +23,7 @@ H query heads, K key and value heads, d numbers a head.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """One model in memory. ``digest`` names its weights, tokenizer and template, in hex."""
+    """One model in memory. ``digest`` names its weights, tokenizer and template, in hex: see :func:`named`."""
 
     shape: Shape
     tensors: dict[str, torch.Tensor]
@@ -118,6 +119,13 @@ class Bundle:
                 raise SettingsError(f"{name} should have the shape {shape}, but has {tuple(self.tensors[name].shape)}")
         if unknown := sorted(set(self.tensors) - set(expected)):
             raise SettingsError(f"the model has tensors that are not supported: {', '.join(unknown[:5])}")
+
+
+def named(files: str, shape: Shape, vocabulary: Vocabulary) -> str:
+    """The digest of a model: of its files, and of what was made of them. A release that reads the same tokenizer in
+    another way must not go on with what an older one has begun.
+    """
+    return hashlib.sha256("\0".join((files, shape.to_json(), vocabulary.to_json())).encode()).hexdigest()
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,6 +100,20 @@ def test_both_kinds_of_file_are_one_model(tmp_path):
         found.append((run_alone(task, Request(id="a", payload=payload)), task.fingerprint()))
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize("name", ["model", "model.gguf"])
+def test_another_reading_of_a_file_is_another_model(tmp_path, monkeypatch, name):
+    """A release that makes another tokenizer of the same file does not go on with what an older one has begun."""
+    write_folder(tmp_path / "model", weights(tied=False))
+    write_gguf(tmp_path / "model.gguf", weights(tied=False))
+    before = read(Settings(model=str(tmp_path / name)))
+    assert read(Settings(model=str(tmp_path / name))).digest == before.digest
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    for module in ("folder", "gguf_file"):
+        other = replace(before.vocabulary, prefix=(1,))
+        monkeypatch.setattr(f"perdure.workers.text.weights.{module}.read_vocabulary", lambda *_, other=other: other)
+    assert read(Settings(model=str(tmp_path / name))).digest != before.digest
 
 
 def test_tokens_of_a_byte_level_vocabulary(tmp_path):

@@ -27,7 +27,7 @@ import torch
 from ..bundle import Bundle, Shape
 from ..tokenizer import Vocabulary
 
-_FORMAT: Final = "3"
+_FORMAT: Final = "4"
 _PAGE: Final = 4096
 _ABANDONED: Final = 3600  # seconds after which nobody is still writing a file
 _DTYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ....protocol.errors import SettingsError
-from ..bundle import Bundle
+from ..bundle import Bundle, named
 from .folder_config import read_shape
 from .folder_files import digest, read_json, weight_files
 from .folder_tokenizer import FILES, TEMPLATES, read_vocabulary
@@ -52,5 +52,6 @@ def read_folder(folder: Path, dtype: torch.dtype) -> Bundle:
     if left:
         raise SettingsError(f"{folder} has tensors that are not supported: {', '.join(sorted(left)[:5])}")
     beside = [*(folder / name for name in ("config.json", *FILES)), *sorted((folder / TEMPLATES).glob("*.jinja"))]
-    found = digest([*beside, *read])
-    return Bundle(shape=shape, tensors=tensors, vocabulary=read_vocabulary(folder, config), digest=found)
+    vocabulary = read_vocabulary(folder, config)
+    name = named(digest([*beside, *read]), shape, vocabulary)
+    return Bundle(shape=shape, tensors=tensors, vocabulary=vocabulary, digest=name)

@@ -11,7 +11,7 @@ import gguf
 import torch
 
 from ....protocol.errors import SettingsError
-from ..bundle import Bundle, Shape
+from ..bundle import Bundle, Shape, named
 from .gguf_metadata import Metadata
 from .gguf_tokenizer import read_vocabulary
 from .layout import GGUF, layers
@@ -62,7 +62,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Bundle:
         raise SettingsError(f"{path} has tensors that are not supported: {', '.join(sorted(raw)[:5])}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Bundle(shape=shape, tensors=tensors, vocabulary=read_vocabulary(metadata), digest=digest)
+    vocabulary = read_vocabulary(metadata)
+    return Bundle(shape=shape, tensors=tensors, vocabulary=vocabulary, digest=named(digest, shape, vocabulary))
 
 
 def _open(path: Path) -> tuple[dict[str, Any], Metadata]:
