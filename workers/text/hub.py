@@ -1,11 +1,11 @@
-"""Tokenizers of the ``transformers`` package: text and conversations become the ids that it makes of them."""
+"""Tokenizers of the ``transformers`` package: a text becomes the ids that it makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ...protocol.errors import InvalidRequest, SettingsError
+from ...protocol.errors import SettingsError
 from .tokenizer import Tokenizer, Vocabulary
 
 
@@ -24,34 +24,22 @@ class HubTokenizer(Tokenizer):
                 "convert it, or give a factory that returns a PreTrainedTokenizerFast"
             )
         self.definition: str = encoder.backend_tokenizer.to_str()
-        super().__init__(Vocabulary(definition=self.definition, ends=tuple(sorted(ends))), size)
+        named = encoder.chat_template or ""
+        templates = named if isinstance(named, dict) else {}
+        vocabulary = Vocabulary(
+            definition=self.definition,
+            ends=tuple(sorted(ends)),
+            template="" if templates else named,
+            templates=templates,
+            specials=encoder.special_tokens_map,
+        )
+        super().__init__(vocabulary, size)
         self._encoder = encoder
 
     def encode(self, text: str, context: int | None = None) -> list[int]:
         """The ids of a raw prompt, as the tokenizer's own call gives them. Raises as :meth:`check_length`."""
         self.check_length(text, context, "prompt")
         return [int(token) for token in self._encoder(text)["input_ids"]]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], context: int | None = None, **given: Any) -> list[int]:
-        """The ids of a conversation, up to where the assistant answers; ``given`` goes to the model's template.
-
-        Raises :class:`~perdure.protocol.errors.InvalidRequest` when the model has no chat template or it refuses the
-        messages, and as :meth:`check_length`.
-        """
-        if not self._encoder.chat_template:
-            raise InvalidRequest("this model has no chat template; use prompt instead of messages", field="messages")
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = self._encoder.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **given
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", field="messages"
-            ) from error
-        self.check_length(text, context, "messages")
-        return [int(token) for token in self._encoder(text, add_special_tokens=False)["input_ids"]]
 
 
 def end_tokens(encoder: Any, *configurations: Any) -> tuple[int, ...]:

@@ -55,11 +55,12 @@ def write(bundle: Bundle, folder: Path) -> None:
         "tie_word_embeddings": "head" not in bundle.tensors,
         "dtype": str(bundle.tensors["embedding"].dtype).removeprefix("torch."),
     }
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": vocabulary.template or None}
-    if ends and vocabulary.end_text:  # engines end a text at it, whatever the configuration says
-        tokenizer["eos_token"] = vocabulary.end_text
-    if vocabulary.begin_text:
-        tokenizer["bos_token"] = vocabulary.begin_text
+    tokenizer: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": vocabulary.template or None,
+    }
+    # Engines end a text at eos_token, whatever the configuration says.
+    tokenizer |= {name: text for name, text in vocabulary.specials.items() if ends or name != "eos_token"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     (folder / "tokenizer.json").write_text(vocabulary.definition)
