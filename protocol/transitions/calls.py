@@ -12,6 +12,7 @@ from ..records import FailureKind, Interruption
 class Claim:
     """One request, or one plain RQ job, that a worker holds.
 
+    ``created``: when it was submitted, in seconds since 1970, 0 if that cannot be read.
     ``seq`` and ``offset`` are those of the checkpoint to go on from; both 0 start from zero. ``step_timeout`` (seconds)
     is the request's own, if it has one.
 
@@ -36,6 +37,7 @@ class Claim:
     client: str
     timeout: float
     step_timeout: float | None = None
+    created: float = 0.0
     age: float = field(default=0.0, compare=False)
     waited: float = field(default=0.0, compare=False)
     interruption: Interruption | None = field(default=None, compare=False)

@@ -114,6 +114,7 @@ def claim_of(row: Sequence[bytes], now: float) -> Claim:
         client=row[11].decode(errors="replace"),
         timeout=whole(row[12]),
         step_timeout=whole(row[13]) / 1000 or None,
+        created=_time(created),
         age=age,
         waited=_since(enqueued, now) if enqueued else age,
         interruption=interruption,
@@ -124,12 +125,18 @@ def claim_of(row: Sequence[bytes], now: float) -> Claim:
     )
 
 
-def _since(date: bytes, now: float) -> float:
-    """Seconds since a date of RQ's; 0 for what is none."""
+def _time(date: bytes) -> float:
+    """A date of RQ's in seconds since 1970; 0 for what is none."""
     try:
-        return max(0.0, now - datetime.fromisoformat(date.decode()).timestamp())
+        return datetime.fromisoformat(date.decode()).timestamp()
     except (ValueError, TypeError):
         return 0.0
+
+
+def _since(date: bytes, now: float) -> float:
+    """Seconds since a date of RQ's; 0 for what is none."""
+    time = _time(date)
+    return max(0.0, now - time) if time else 0.0
 
 
 def in_ms(seconds: float) -> int:

@@ -26,7 +26,7 @@ NOTED: Final = frozenset({
 """Fields that say nothing about the answer: of a pool that runs one model, and keeps what it keeps."""
 
 SERVERS: Final[dict[str, tuple[Any, ...]]] = {
-    "stream": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "stream": (False,), "ignore_eos": (False,),
     "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "stop_token_ids": ([],),
     "bad_words": ([],), "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,),
     "detokenize": (True,), "echo": (False,), "priority": (0,), "return_token_ids": (False,),
@@ -41,8 +41,8 @@ IDLE: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
         **SERVERS, "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
         "reasoning_effort": ("none",), "verbosity": ("medium",), "add_generation_prompt": (True,),
-        "continue_final_message": (False,), "add_special_tokens": (False,), "chat_template_kwargs": ({},),
-        "documents": ([],), "include_reasoning": (True,),
+        "continue_final_message": (False,), "add_special_tokens": (False,),
+        "include_reasoning": (True,),
     },
 }  # fmt: skip
 """Fields of features that are not there, with the values that do not ask for them."""
@@ -62,7 +62,8 @@ REASONS: Final = {
 }
 
 # What every line may have beside its prompt or messages: the fields of text generation, the prompts' own ones left out.
-_PASSED = frozenset(FIELDS) - frozenset(SOURCES)
+# Tools as well: their calls would stand in the answer's text, where no client looks for them.
+_PASSED = frozenset(FIELDS) - frozenset({*SOURCES, "tools"})
 
 
 def asked(url: str, body: Any) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ...protocol.codec import unpack
@@ -315,15 +315,7 @@ def _unpacked(request: Request) -> Request:
         payload = unpack(request.payload)
     except ValueError as error:
         raise InvalidRequest(f"the payload is {error}", "payload") from error
-    return Request(
-        id=request.id,
-        payload=payload,
-        attempt=request.attempt,
-        execution=request.execution,
-        outputs=request.outputs,
-        state=None if request.state is None else unpack_state(request.state),
-        queue=request.queue,
-    )
+    return replace(request, payload=payload, state=None if request.state is None else unpack_state(request.state))
 
 
 def _checked(step: object) -> Step:

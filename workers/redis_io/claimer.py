@@ -247,6 +247,7 @@ class Claimer:
             outputs=outputs,
             state=state,
             queue=claim.queue,
+            submitted=claim.created,
         )
         return Admission(claim, request)
 

@@ -71,6 +71,8 @@ class Request:
     outputs: list[Any] = field(default_factory=list)
     state: Any = None
     queue: str = ""
+    submitted: float = 0.0
+    """When it was submitted, in seconds since 1970, the same in each execution; 0 if nobody knows."""
 
     @property
     def resumed(self) -> bool:

@@ -7,6 +7,7 @@ imports neither torch nor a model: a producer that only checks its payloads stay
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -107,7 +108,7 @@ class Generate(BatchTask):
 
         Raises :class:`~perdure.protocol.errors.InvalidRequest` as :meth:`admit` does.
         """
-        parameters, prompt = self._read(payload, "")
+        parameters, prompt = self._read(Request(id="", payload=payload))
         self._asked = payload, prompt
         return self._loaded().memory_needed(len(prompt), parameters)
 
@@ -126,12 +127,11 @@ class Generate(BatchTask):
             raise RuntimeError(f"request {request.id} is already admitted")
         if len(engine) >= self.slots:
             raise RuntimeError(f"no slot is free for request {request.id}: all {self.slots} are taken")
-        parameters, prompt = self._read(request.payload, request.id)
+        parameters, prompt = self._read(request)
         self._asked = None
         if not engine.promise.exact:
             parameters = dataclasses.replace(parameters, exact=False)
-        tokenizer = engine.tokenizer
-        engine.admit(engine.generation.of(request, prompt, parameters, tokenizer.pieces, tokenizer.ends))
+        engine.admit(engine.generation.of(request, prompt, parameters, engine.tokenizer))
 
     def step(self) -> list[Step]:
         """One step of the engine; nothing when no request is admitted."""
@@ -147,12 +147,12 @@ class Generate(BatchTask):
         if self._engine is not None:
             self._engine.drop(request_id)
 
-    def _read(self, payload: Any, request_id: str) -> tuple[Parameters, list[int]]:
+    def _read(self, request: Request) -> tuple[Parameters, list[int]]:
         """What a payload asks for, and the ids of its prompt; every limit is checked before the work that it bounds."""
-        engine = self._loaded()
+        engine, payload = self._loaded(), request.payload
         tokenizer, size, context = engine.tokenizer, engine.size, engine.context
         check_size(payload, context)
-        parameters = Parameters.of(payload, request_id)
+        parameters = Parameters.of(payload, request.id)
         for name, why in engine.refused.items():
             if parameters.asks(name):
                 raise InvalidRequest(f"the engine {engine.name} has no {name}: {why}", name)
@@ -164,14 +164,17 @@ class Generate(BatchTask):
             )
         parameters.check_vocabulary(size)
         parameters.check_result(size, self._settings().max_payload)
-        if self._asked is not None and self._asked[0] is payload:
+        dated = parameters.messages is not None and tokenizer.dated
+        if self._asked is not None and self._asked[0] is payload and not dated:
             return parameters, self._asked[1]  # tokenised when it was asked what memory it needs
         if parameters.token_ids is not None:
             prompt = list(parameters.token_ids)
         elif parameters.prompt is not None:
             prompt = tokenizer.encode(parameters.prompt, context)
         else:
-            prompt = tokenizer.encode_chat(parameters.messages or (), context)
+            # A template may write the date: that of the submit, which a resume on another day has as well.
+            now = datetime.fromtimestamp(request.submitted, UTC) if request.submitted else None
+            prompt = tokenizer.encode_chat(parameters.messages or (), context, now=now, **parameters.template)
         parameters.check_prompt(prompt, size, context)
         return parameters, prompt
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ...protocol.errors import InvalidRequest
+from .conversation import checked_mappings, checked_messages, checked_variables
 
 FIELDS: Final = (
     "prompt",
@@ -34,9 +35,12 @@ FIELDS: Final = (
     "n",
     "exact",
     "kv",
+    "skip_special_tokens",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
-ROLES: Final = ("system", "user", "assistant", "tool")
 
 MAX_TOKENS: Final = 128
 """Tokens generated when the payload does not say how many."""
@@ -72,10 +76,13 @@ def checked(payload: Any) -> dict[str, Any]:
         raise InvalidRequest(
             "a prompt (a string), messages (a list) or token_ids (a list) must be given", field="prompt"
         )
+    for name in ("tools", "documents", "chat_template_kwargs"):
+        if given.get(name) and "messages" not in given:
+            raise InvalidRequest(f"{name} goes with messages: it is for the model's chat template", field=name)
     max_tokens = _integer(given, "max_tokens", MAX_TOKENS, 1, _MOST)
     return {
         "prompt": _prompt(given["prompt"]) if "prompt" in given else None,
-        "messages": _messages(given["messages"]) if "messages" in given else None,
+        "messages": checked_messages(given["messages"]) if "messages" in given else None,
         "token_ids": _token_ids(given["token_ids"]) if "token_ids" in given else None,
         "max_tokens": max_tokens,
         "temperature": _temperature(given),
@@ -93,6 +100,10 @@ def checked(payload: Any) -> dict[str, Any]:
         "n": _integer(given, "n", 1, 1, _SIBLINGS),
         "exact": _flag(given, "exact", False) if "exact" in given else None,
         "kv": _flag(given, "kv", False),
+        "skip_special_tokens": _flag(given, "skip_special_tokens", True),
+        "tools": checked_mappings(given.get("tools", ()), "tools"),
+        "documents": checked_mappings(given.get("documents", ()), "documents"),
+        "chat_template_kwargs": checked_variables(given.get("chat_template_kwargs", {}), "chat_template_kwargs"),
     }
 
 
@@ -102,37 +113,6 @@ def _prompt(value: Any) -> str:
     if not value:
         raise InvalidRequest("prompt must not be empty", field="prompt")
     return _encodable(value, "prompt", "prompt")
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list | tuple):
-        raise InvalidRequest(
-            f"messages must be a list of {{'role': …, 'content': …}}, not {_kind(value)}", field="messages"
-        )
-    if not value:
-        raise InvalidRequest("messages must not be empty", field="messages")
-    result = []
-    for place, message in enumerate(value):
-        name = f"messages[{place}]"
-        if not isinstance(message, Mapping):
-            raise InvalidRequest(f"{name} must have a role and a content, but is {_kind(message)}", field="messages")
-        for key in message:
-            if key not in ("role", "content"):
-                raise InvalidRequest(
-                    f"unknown field {key!r} in {name}{_nearest(key, ('role', 'content'))}", field="messages"
-                )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise InvalidRequest(f"{name}.{key} must be a string, not {_kind(message.get(key))}", field="messages")
-            _encodable(message[key], f"{name}.{key}", "messages")
-        if message["role"] not in ROLES:
-            raise InvalidRequest(
-                f"{name}.role must be one of {', '.join(ROLES)}, not {message['role']!r}"
-                f"{_nearest(message['role'], ROLES)}",
-                field="messages",
-            )
-        result.append({"role": message["role"], "content": message["content"]})
-    return result
 
 
 def _token_ids(value: Any) -> list[int]:

@@ -10,13 +10,14 @@ may fall between any two of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from ..tasks.base import Request
 from .parameters import Parameters
 from .sampler import SampledRow
+from .tokenizer import Tokenizer
 from .transcript import Transcript
 
 
@@ -87,23 +88,25 @@ class Generation:
         request: Request,
         prompt: Sequence[int],
         parameters: Parameters,
-        pieces: Sequence[bytes],
-        ends: Collection[int],
+        tokenizer: Tokenizer,
     ) -> Self:
         """A request that goes on from its outputs so far, in order, and its state.
 
-        ``pieces``: the bytes of every token; ``ends``: those that end a text. Raises :class:`ValueError` for outputs of
-        something else.
+        Raises :class:`ValueError` for outputs of something else.
         """
+        pieces = tokenizer.pieces if parameters.skip_special_tokens else tokenizer.whole_pieces
         known = known_outputs(request, len(pieces), parameters)
+        # The text of a special token is not in the answer's, so that it would never be found there.
+        specials = tokenizer.specials if parameters.skip_special_tokens else {}
+        stops = {specials[text] for text in parameters.stop if text in specials}
         siblings = []
         for index in range(parameters.n):
             own = parameters.sibling(index)
             transcript = Transcript(
-                pieces, ends, own.stop, own.max_tokens, prompt_tokens=len(prompt), min_tokens=own.min_tokens
+                pieces, tokenizer.ends, own.stop, own.max_tokens, len(prompt), own.min_tokens, stops
             )
             generated: list[int] = []
-            row = SampledRow(own, prompt, generated, ends)
+            row = SampledRow(own, prompt, generated, tokenizer.ends)
             siblings.append(cls.sibling_type(index, own, transcript, generated, row))
         for output in known:
             siblings[output.get("index", 0)].take(output)

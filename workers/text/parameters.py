@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgpack
@@ -28,6 +28,10 @@ _OFF: Final[dict[str, Any]] = {
     "min_tokens": 0,
     "n": 1,
     "kv": False,
+    "skip_special_tokens": True,
+    "tools": [],
+    "documents": [],
+    "chat_template_kwargs": {},
 }
 """What changes nothing is not stored: a worker that does not know these fields yet still takes the request."""
 
@@ -44,11 +48,13 @@ class Parameters:
     (:func:`~perdure.workers.text.sampler.score`). ``n`` is how many answers are asked for.
     ``exact`` demands an answer that is the same after a resume; with ``False`` the ordinary shapes will do, which are
     faster; ``None`` takes the best that the pool has.
-    With ``kv`` the prompt's keys are checkpointed.
+    With ``kv`` the prompt's keys are checkpointed. Without ``skip_special_tokens`` the text has special tokens, too.
+    ``template`` is what the chat template has beside the messages, as
+    :meth:`~perdure.workers.text.tokenizer.Tokenizer.encode_chat` takes it.
     """
 
     prompt: str | None
-    messages: tuple[dict[str, str], ...] | None
+    messages: tuple[dict[str, Any], ...] | None
     token_ids: tuple[int, ...] | None
     max_tokens: int
     temperature: float
@@ -66,6 +72,8 @@ class Parameters:
     n: int
     exact: bool | None
     kv: bool
+    skip_special_tokens: bool = True
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -100,6 +108,12 @@ class Parameters:
             n=fields["n"],
             exact=fields["exact"],
             kv=fields["kv"],
+            skip_special_tokens=fields["skip_special_tokens"],
+            template={
+                "tools": fields["tools"] or None,
+                "documents": fields["documents"] or None,
+                "template_kwargs": fields["chat_template_kwargs"],
+            },
         )
 
     def sampling(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final
 
 import tokenizers
@@ -75,6 +76,23 @@ class Tokenizer:
         # -1 is how some models say that there is none.
         self.ends = frozenset(token for token in vocabulary.ends if 0 <= token < size)
         self.pieces: list[bytes] = _pieces(self._inner, vocabulary.definition, size)
+        """The bytes of every token; special tokens have none."""
+        self.specials = {
+            token.content: place
+            for place, token in self._inner.get_added_tokens_decoder().items()
+            if token.special and place < size
+        }
+        """The ids of special tokens, by their text."""
+        self.dated = any("strftime_now" in text for text in (*vocabulary.templates.values(), vocabulary.template))
+        """Whether a template may write the date."""
+
+    @cached_property
+    def whole_pieces(self) -> list[bytes]:
+        """The bytes of every token, those of special tokens as well."""
+        pieces = list(self.pieces)
+        for text, place in self.specials.items():
+            pieces[place] = text.encode()
+        return pieces
 
     def encode(self, text: str, context: int | None = None) -> list[int]:
         """The ids of a raw prompt, as the model wants it to begin. Raises as :meth:`check_length` if ``context`` is

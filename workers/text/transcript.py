@@ -31,13 +31,17 @@ class Transcript:
         max_tokens: int,
         prompt_tokens: int,
         min_tokens: int = 0,
+        stop_ids: Collection[int] = (),
     ) -> None:
-        """``pieces``: the bytes of every token; ``ends``: the tokens that end a text."""
+        """``pieces``: the bytes of every token; ``ends``: the tokens that end a text; ``stop_ids``: those that do so
+        from number ``min_tokens`` on.
+        """
         self.tokens: list[int] = []
         self.finish_reason = ""
         self._pieces = pieces
         self.ends = ends
         self._stops = stops
+        self._stop_ids = stop_ids
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
         self._prompt_tokens = prompt_tokens
@@ -50,7 +54,7 @@ class Transcript:
 
         A token that ends the text is not kept among the tokens.
         """
-        if token in self.ends:
+        if token in self.ends or (token in self._stop_ids and len(self.tokens) >= self._min_tokens):
             self.finish_reason = "stop"
             text = self._decoder.decode(b"", final=True)
         else:

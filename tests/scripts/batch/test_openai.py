@@ -206,7 +206,7 @@ def test_what_asks_for_nothing_is_taken_from_the_client(
     [
         {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"response_format": {"type": "json_object"}},
         {"top_logprobs": 2}, {"reasoning_effort": "high"}, {"extra_body": {"ignore_eos": True}},
-        {"extra_body": {"skip_special_tokens": False}}, {"extra_body": {"stop_token_ids": [5]}},
+        {"extra_body": {"stop_token_ids": [5]}},
         {"extra_body": {"min_p": False}},
     ],
     ids=str,

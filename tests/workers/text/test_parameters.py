@@ -45,7 +45,7 @@ BAD = [
     ("messages of another type", {"messages": "a"}, "messages"),
     ("message of another type", {"messages": ["a"]}, "messages"),
     ("message without content", {"messages": [{"role": "user"}]}, "messages"),
-    ("message with a name", {"messages": [{"role": "user", "content": "a", "nam": "b"}]}, "messages"),
+    ("message of no mapping", {"messages": [["user", "a"]]}, "messages"),
     ("unknown role", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
     ("max_tokens 0", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
     ("max_tokens a float", {"prompt": "a", "max_tokens": 3.0}, "max_tokens"),

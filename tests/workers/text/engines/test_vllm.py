@@ -19,7 +19,11 @@ from perdure.workers.text import Generate
 from perdure.workers.text.engines.vllm.processor import DurableSampler, Tokens
 from tests.kit.lab import Lab, eventually, gone, send
 
-pytestmark = pytest.mark.engines
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+"""What vLLM's own imports warn of is not ours to mend."""
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 SETTINGS = Settings(model="tiny", device="cpu", threads=1, slots=4, engine="vllm", engine_args=("enforce_eager=true",))

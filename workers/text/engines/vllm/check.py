@@ -82,10 +82,7 @@ def _run(engine: VllmEngine, begun: Sequence[tuple[list[int], list[int]]], count
         }  # fmt: skip
         outputs: list[Any] = [{"token": token, "text": ""} for token in known]
         request = Request(id=names[place], payload=payload, outputs=outputs)
-        tokenizer = engine.tokenizer
-        item = engine.generation.of(
-            request, prompt, Parameters.of(payload, names[place]), tokenizer.pieces, tokenizer.ends
-        )
+        item = engine.generation.of(request, prompt, Parameters.of(payload, names[place]), engine.tokenizer)
 
         def watch(index: int, values: Tensor, own: Seen = seen[place]) -> None:
             own[index] = zlib.crc32(values.contiguous().cpu().numpy().tobytes()), -1
