@@ -131,7 +131,8 @@ class Generate(BatchTask):
         self._asked = None
         if not engine.promise.exact:
             parameters = dataclasses.replace(parameters, exact=False)
-        engine.admit(engine.generation.of(request, prompt, parameters, engine.tokenizer))
+        grammars = engine.grammars if parameters.structured_outputs else None
+        engine.admit(engine.generation.of(request, prompt, parameters, engine.tokenizer, grammars))
 
     def step(self) -> list[Step]:
         """One step of the engine; nothing when no request is admitted."""

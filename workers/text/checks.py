@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ...protocol.errors import InvalidRequest
-from .conversation import checked_mappings, checked_messages, checked_variables
+from .conversation import checked_form, checked_mappings, checked_messages, checked_variables
 
 FIELDS: Final = (
     "prompt",
@@ -39,6 +39,7 @@ FIELDS: Final = (
     "tools",
     "documents",
     "chat_template_kwargs",
+    "structured_outputs",
 )
 SOURCES: Final = ("prompt", "messages", "token_ids")
 
@@ -104,7 +105,17 @@ def checked(payload: Any) -> dict[str, Any]:
         "tools": checked_mappings(given.get("tools", ()), "tools"),
         "documents": checked_mappings(given.get("documents", ()), "documents"),
         "chat_template_kwargs": checked_variables(given.get("chat_template_kwargs", {}), "chat_template_kwargs"),
+        "structured_outputs": _form(given),
     }
+
+
+def _form(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "structured_outputs" not in given:
+        return None
+    for name in ("min_tokens", "stop"):
+        if given.get(name):
+            raise InvalidRequest(f"{name} cannot be combined with structured_outputs, whose form ends by itself", name)
+    return checked_form(given["structured_outputs"], "structured_outputs")
 
 
 def _prompt(value: Any) -> str:

@@ -13,6 +13,9 @@ from ...protocol.errors import InvalidRequest
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
+FORMS: Final = ("json", "json_object", "regex", "choice", "grammar")
+"""What an answer's form can be said with."""
+
 MAX_DEPTH: Final = 64
 """Mappings and lists in one another: a schema of a tool has fewer."""
 
@@ -50,6 +53,26 @@ def checked_variables(value: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _refusal(field, f"{field} must be a mapping, not {_kind(value)}")
     return dict(_plain(value, field, field))
+
+
+def checked_form(value: Any, field: str) -> dict[str, Any]:
+    """``structured_outputs``, with the names of vLLM's: exactly one of ``json`` (a schema), ``json_object`` (true),
+    ``regex``, ``choice`` (texts) and ``grammar`` (EBNF). Raises :class:`InvalidRequest`.
+    """
+    form = {name: item for name, item in checked_variables(value, field).items() if item is not None}
+    if len(form) != 1 or not set(form) <= set(FORMS):
+        raise _refusal(
+            field, f"{field} must have exactly one of {', '.join(FORMS)}, not {', '.join(form) or 'nothing'}"
+        )
+    ((kind, item),) = form.items()
+    fits = {
+        "json": isinstance(item, str | dict),
+        "json_object": item is True,
+        "choice": isinstance(item, list) and bool(item) and all(isinstance(text, str) and text for text in item),
+    }
+    if not fits.get(kind, isinstance(item, str) and bool(item)):
+        raise _refusal(field, f"{field}.{kind} cannot be {_kind(item)}")
+    return form
 
 
 def _plain(value: Any, name: str, field: str, depth: int = 0) -> Any:

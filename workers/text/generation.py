@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from ..tasks.base import Request
+from .grammar import Grammars
 from .parameters import Parameters
 from .sampler import SampledRow
 from .tokenizer import Tokenizer
@@ -89,10 +90,12 @@ class Generation:
         prompt: Sequence[int],
         parameters: Parameters,
         tokenizer: Tokenizer,
+        grammars: Grammars | None = None,
     ) -> Self:
         """A request that goes on from its outputs so far, in order, and its state.
 
-        Raises :class:`ValueError` for outputs of something else.
+        ``grammars``: of the engine, for one whose answer has a form. Raises :class:`ValueError` for outputs of
+        something else, and :class:`~perdure.protocol.errors.InvalidRequest` for a form that is none.
         """
         pieces = tokenizer.pieces if parameters.skip_special_tokens else tokenizer.whole_pieces
         known = known_outputs(request, len(pieces), parameters)
@@ -106,7 +109,8 @@ class Generation:
                 pieces, tokenizer.ends, own.stop, own.max_tokens, len(prompt), own.min_tokens, stops
             )
             generated: list[int] = []
-            row = SampledRow(own, prompt, generated, tokenizer.ends)
+            grammar = grammars.matcher(own.structured_outputs) if grammars and own.structured_outputs else None
+            row = SampledRow(own, prompt, generated, tokenizer.ends, grammar)
             siblings.append(cls.sibling_type(index, own, transcript, generated, row))
         for output in known:
             siblings[output.get("index", 0)].take(output)

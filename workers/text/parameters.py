@@ -50,7 +50,7 @@ class Parameters:
     faster; ``None`` takes the best that the pool has.
     With ``kv`` the prompt's keys are checkpointed. Without ``skip_special_tokens`` the text has special tokens, too.
     ``template`` is what the chat template has beside the messages, as
-    :meth:`~perdure.workers.text.tokenizer.Tokenizer.encode_chat` takes it.
+    :meth:`~perdure.workers.text.tokenizer.Tokenizer.encode_chat` takes it; ``structured_outputs`` the answer's form.
     """
 
     prompt: str | None
@@ -74,6 +74,7 @@ class Parameters:
     kv: bool
     skip_special_tokens: bool = True
     template: Mapping[str, Any] = field(default_factory=dict)
+    structured_outputs: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, payload: Any, request_id: str) -> Parameters:
@@ -114,13 +115,14 @@ class Parameters:
                 "documents": fields["documents"] or None,
                 "template_kwargs": fields["chat_template_kwargs"],
             },
+            structured_outputs=fields["structured_outputs"],
         )
 
     def sampling(self) -> dict[str, Any]:
         """The fields of a payload that say how tokens are chosen, as plain values."""
         names = (
             "max_tokens", "min_tokens", "temperature", "min_p", "top_k", "top_p", "seed", "repetition_penalty",
-            "presence_penalty", "frequency_penalty",
+            "presence_penalty", "frequency_penalty", "structured_outputs",
         )  # fmt: skip
         biases = {str(token): bias for token, bias in self.logit_bias}
         return {**{name: getattr(self, name) for name in names}, "logit_bias": biases}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....protocol.settings import Settings
@@ -19,6 +20,7 @@ from ..parameters import Parameters
 
 if TYPE_CHECKING:  # producers check payloads, and have no torch
     from ..generation import Generation
+    from ..grammar import Grammars
     from ..tokenizer import Tokenizer
 
 
@@ -92,6 +94,13 @@ class TextEngine(ABC):
         from ..generation import Generation
 
         return Generation
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The forms that answers may have. Raises :class:`~perdure.protocol.errors.InvalidRequest` if none can."""
+        from ..grammar import Grammars
+
+        return Grammars(self.tokenizer, self.size)
 
     def memory_needed(self, prompt: int, parameters: Parameters) -> int | None:
         """Bytes that a request with a prompt of so many tokens takes; ``None`` if nobody can tell."""

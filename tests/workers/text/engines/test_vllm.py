@@ -5,10 +5,13 @@ Run where vLLM is installed (``scripts/setup engines``); elsewhere nothing of th
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 from collections.abc import Sequence
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from perdure.workers.tasks.base import NOTHING, Request
 from perdure.workers.text import Generate
 from perdure.workers.text.engines.vllm.processor import DurableSampler, Tokens
 from tests.kit.lab import Lab, eventually, gone, send
+from tests.kit.workers.text import write_tiny
 
 pytestmark = [
     pytest.mark.engines,
@@ -39,13 +43,32 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ann", "bob"]}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "json": {"json": SCHEMA},
+    "regex": {"regex": "[a-c]{3}-[0-9]{2,6}"},
+    "choice": {"choice": ["yes", 'no "really"', "né"]},
+    "grammar": {"grammar": 'root ::= "a" root "b" | "x"'},
+}
+
+
 @pytest.fixture(scope="module")
-def task() -> Any:
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def task(model: str) -> Any:
     """One engine for all: a process can have one."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        task = Generate(SETTINGS)
+        task = Generate(SETTINGS.replace(model=model))
         task.load()
         yield task
         assert task._engine is not None
@@ -103,10 +126,60 @@ def test_sampling_goes_on_where_vllm_alone_starts_again(task):
     assert tokens(fresh) == tokens(outputs[20:])
 
 
-def test_the_sampler_is_the_built_in_engines(task):
-    """The same model in both: the same tokens, but where a tie is near."""
-    builtin = Generate(Settings(model="tiny", device="cpu", threads=1))
+@pytest.fixture(scope="module")
+def builtin(model: str) -> Generate:
+    builtin = Generate(Settings(model=model, device="cpu", threads=1))
     builtin.load()
+    return builtin
+
+
+def fits(kind: str, text: str, whole: bool) -> bool:
+    """Whether an answer has its form, by other means than the grammar; one that was cut off may lack its end."""
+    if not whole:
+        return True
+    if kind == "json":
+        jsonschema.validate(json.loads(text), SCHEMA)
+        return True
+    if kind == "choice":
+        return text in FORMS["choice"]["choice"]
+    return bool(re.fullmatch(FORMS["regex"]["regex"] if kind == "regex" else "(a*)x(b*)", text))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_form_is_kept_wherever_an_answer_is_cut(task, builtin, kind, temperature):
+    """With vLLM and with the built-in engine: whole, cut at every token, valid each time; the latter's are the same."""
+    asked = {"prompt": "Say it.", "max_tokens": 60, "temperature": temperature, "seed": 3}
+    for engine in (task, builtin):
+        payload = engine.prepare(asked | {"structured_outputs": FORMS[kind]})
+        outputs, result = run(engine, Request(id="a", payload=payload))["a"]
+        assert fits(kind, result["text"], result["finish_reason"] == "stop"), result
+        for cut in range(len(outputs) + 1):
+            again = run(engine, Request(id="b", payload=payload, outputs=outputs[:cut]))["b"][1]
+            assert fits(kind, again["text"], again["finish_reason"] == "stop"), (cut, again)
+            assert engine is task or again == result
+
+
+@pytest.mark.parametrize("form", [{"json": {"type": "nonsense"}}, {"regex": "(["}, {"grammar": "root ::= missing"}])
+def test_a_form_that_is_none_is_told(task, builtin, form):
+    for engine in (task, builtin):
+        with pytest.raises(InvalidRequest) as refused:
+            engine.admit(Request(id="a", payload=PAYLOAD | {"structured_outputs": form}))
+        assert refused.value.field == "structured_outputs"
+        assert engine.step() == []
+
+
+def test_outputs_that_have_not_the_form_fail_their_request(builtin):
+    """Somebody else's: no token may follow them."""
+    outputs = [{"token": 65, "text": "A"}]
+    payload = PAYLOAD | {"structured_outputs": FORMS["regex"]}
+    builtin.admit(Request(id="a", payload=payload, outputs=outputs))
+    steps = [step for _ in range(5) for step in builtin.step()]
+    assert isinstance(steps[-1].error, ArithmeticError)
+
+
+def test_the_sampler_is_the_built_in_engines(task, builtin):
+    """The same model in both: the same tokens, but where a tie is near."""
     for fields in (WAYS["sampled"], WAYS["penalties"], WAYS["biased"]):
         payload = builtin.prepare(PAYLOAD | fields)
         mine = run(builtin, Request(id="a", payload=payload))["a"][0]

@@ -18,7 +18,6 @@ from ..base import Promise, TextEngine, steps_of
 
 if TYPE_CHECKING:
     from ...generation import Generation, Sibling
-    from ...hub import HubTokenizer
 
 TESTED: Final = "0.32"
 """The release whose names are used here."""
@@ -78,12 +77,13 @@ class VllmEngine(TextEngine):
         except ImportError as error:
             raise SettingsError(f"{_MISSING} ({error})") from error
         from .loading import facts_of, meaning_of, start
+        from .processor import tokenizer_of
 
         self._engine = start(self.settings)
         config = self._engine.vllm_config
         self.size = int(config.model_config.get_vocab_size())
         self.context = int(config.model_config.max_model_len)
-        self.tokenizer = tokenizer = _tokenizer(self._engine, self.size)
+        self.tokenizer = tokenizer = tokenizer_of(config.model_config)
         self._facts = facts_of(self._engine) | {"vllm": vllm.__version__}
         self._meaning = meaning_of(config.model_config, tokenizer)
         core = self._engine.engine_core.engine_core
@@ -224,15 +224,6 @@ class VllmEngine(TextEngine):
         if item.ended:
             self.drop(item.id)
         return steps
-
-
-def _tokenizer(engine: Any, size: int) -> HubTokenizer:
-    from ...hub import HubTokenizer, end_tokens
-
-    encoder = engine.renderer.tokenizer
-    model = engine.vllm_config.model_config
-    generation = type("Generation", (), model.try_get_generation_config())
-    return HubTokenizer(encoder, end_tokens(encoder, generation, model.hf_text_config), size)
 
 
 def _scored(scores: Mapping[int, Any], token: int, asked: int | None) -> dict[str, Any]:

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from .....protocol.errors import InvalidRequest
+from ...grammar import Grammars
+from ...hub import HubTokenizer, end_tokens
 from ...parameters import Parameters
 from ...sampler import SampledRow, choose
 
@@ -55,6 +60,13 @@ class Tokens(Sequence[int]):
         return [*self.known, *self.live][place]
 
 
+def tokenizer_of(model: Any) -> HubTokenizer:
+    """The tokenizer of a ``ModelConfig``, and the tokens that end a text as its files name them."""
+    encoder = cached_tokenizer_from_config(model)
+    generation = SimpleNamespace(**model.try_get_generation_config())
+    return HubTokenizer(encoder, end_tokens(encoder, generation, model.hf_text_config), model.get_vocab_size())
+
+
 class DurableSampler(LogitsProcessor):
     """Rows of :mod:`perdure.workers.text.sampler` at the places of vLLM's batch; other requests' rows stay as they
     are.
@@ -66,6 +78,7 @@ class DurableSampler(LogitsProcessor):
     """The names of those whose logits were no numbers: what vLLM puts out for them is no token."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._config = vllm_config
         self._rows: dict[int, tuple[SampledRow, str]] = {}
 
     @classmethod
@@ -100,7 +113,7 @@ class DurableSampler(LogitsProcessor):
             rows.pop(place, None)
             given = (params.extra_args or {}).get(NAME)
             if given is not None:
-                rows[place] = _row(given, prompt or [], output), given.get("name", "")
+                rows[place] = self._row(given, prompt or [], output), given.get("name", "")
         for source, target, direction in batch_update.moved:
             one, other = rows.pop(source, None), rows.pop(target, None)
             if one is not None:
@@ -125,10 +138,17 @@ class DurableSampler(LogitsProcessor):
         logits[places] = torch.full_like(ours, -torch.inf).scatter_(1, chosen, 0)
         return logits
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        model = self._config.model_config
+        return Grammars(tokenizer_of(model), model.get_vocab_size())
 
-def _row(given: Mapping[str, Any], prompt: list[int], output: list[int]) -> SampledRow:
-    origin = given["origin"]
-    return SampledRow(_parameters(given), prompt[:origin], Tokens(prompt[origin:], output), given.get("ends") or ())
+    def _row(self, given: Mapping[str, Any], prompt: list[int], output: list[int]) -> SampledRow:
+        origin, parameters = given["origin"], _parameters(given)
+        form = parameters.structured_outputs
+        grammar = self._grammars.matcher(form) if form else None
+        tokens = Tokens(prompt[origin:], output)
+        return SampledRow(parameters, prompt[:origin], tokens, given.get("ends") or (), grammar)
 
 
 def _parameters(given: Mapping[str, Any]) -> Parameters:
