@@ -51,6 +51,7 @@ RUN_BY = {
     ("README.md", "python", "produce"): "docs/test_readme.test_the_programs_run",
     ("clients.md", "python", "produce"): "docs/test_readme.test_the_programs_run",
     ("clients.md", "python", "await"): "docs/test_readme.test_the_programs_run",
+    ("exactness.md", "console", "quick"): "scripts/interruptions/test_trials.test_an_exact_engine_has_nothing_to_find",
     ("install.md", "console", ""): "docs/test_pages.test_what_is_installed_is_there",
     ("production.md", "text", ""): "docs/test_pages.test_the_sizes_of_production_are_those_that_were_measured",
     ("text-generation.md", "console", "vllm"): "docs/test_pages.test_every_command_is_one_with_options_that_it_has",

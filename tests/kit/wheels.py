@@ -11,7 +11,7 @@ from tests.kit.places import ROOT
 
 PACKAGES = ("src/perdure", "protocol", "producer", "workers", "recovery", "scripts")
 SUFFIXES = (".py", ".lua", ".typed", ".html", ".css", ".js", ".svg")
-OF_THE_CHECKOUT = ("scripts/benchmarks/", "scripts/chaos/", "scripts/gpu_report/")
+OF_THE_CHECKOUT = ("scripts/benchmarks/", "scripts/chaos/", "scripts/gpu_report/", "scripts/interruptions/")
 """What runs from a checkout, and is in no wheel."""
 
 

@@ -7,6 +7,7 @@ imports neither torch nor a model: a producer that only checks its payloads stay
 from __future__ import annotations
 
 import dataclasses
+import logging
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .engines.base import TextEngine
 
 __all__ = ["Generate", "generate"]
+
+LOG: Final = logging.getLogger("rq.worker")
 
 ENGINES: Final = {"builtin": "BuiltinEngine", "transformers": "TransformersEngine", "vllm": "VllmEngine"}
 """The engines that ``PERDURE_ENGINE`` may name: each is a folder of :mod:`.engines` that has this class."""
@@ -89,6 +92,7 @@ class Generate(BatchTask):
         """
         engine = self._make_engine(self._settings())
         engine.load(self.group)
+        LOG.info("text generation with the engine %s: answers are %s", engine.name, engine.promise)
         self._engine = engine
 
     def meet(self) -> None:

@@ -54,7 +54,9 @@ def test_outputs_and_result_are_those_of_text_generation(task):
     greedy = {"prompt": PAYLOAD["prompt"], "max_tokens": 10, "logprobs": 1}
     outputs, result = run(task, Request(id="a", payload=greedy))["a"]
     ids = torch.tensor([list(PAYLOAD["prompt"].encode())])
-    expected = task._model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    expected = task._loaded()._model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
     assert result["token_ids"] == expected.tolist()
     assert [output["token"] for output in outputs] == result["token_ids"]
     assert "".join(output["text"] for output in outputs) == result["text"]
