@@ -192,3 +192,25 @@ def test_a_killed_worker_is_followed_by_another(lab: Lab, task):
     # With the last token that is allowed, an unfinished character is let go as well: that one is left out.
     whole = run(task, Request(id="a", payload=payload | {"max_tokens": stored}))["a"][0]
     assert outputs[: stored - 1] == whole[: stored - 1]
+
+
+def test_a_model_without_keys_computes_all_anew(gpt2):
+    """Mamba: slow, and the tokens of its own generate(); a resume goes on with them."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=260, **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    )
+    task = CausalLM(lambda: (model, gpt2()[1]), settings=SETTINGS)
+    task.load()
+    greedy = {"prompt": PAYLOAD["prompt"], "max_tokens": 6}
+    outputs, result = run(task, Request(id="a", payload=greedy))["a"]
+    ids = torch.tensor([list(PAYLOAD["prompt"].encode())])
+    with torch.inference_mode():
+        for token in result["token_ids"]:
+            assert int(model(input_ids=ids).logits[0, -1].argmax()) == token
+            ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
+    assert run(task, Request(id="b", payload=greedy, outputs=outputs[:3]))["b"] == (outputs[3:], result)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -27,6 +28,8 @@ from ..base import Promise, TextEngine, steps_of
 if TYPE_CHECKING:
     from ...generation import Generation
     from ...hub import HubTokenizer
+
+LOG: Final = logging.getLogger("rq.worker")
 
 Factory = Callable[[], tuple[Any, Any]]
 
@@ -51,7 +54,7 @@ class _Running:
     generation: Generation
     cache: Any = None
     pending: list[int] = field(default_factory=list)
-    """Tokens that the model has not seen: at first the prompt and all that is known, later one."""
+    """Tokens that the model has not seen: at first the prompt and all that is known, then one; all, without a cache."""
 
 
 class TransformersEngine(TextEngine):
@@ -75,6 +78,7 @@ class TransformersEngine(TextEngine):
         self._source = settings.model if source is None else source
         self._options = dict(options or {})
         self._model: Any = None
+        self._caches = True
         self._fingerprint = ""
         self._requests: dict[str, _Running] = {}
 
@@ -101,10 +105,10 @@ class TransformersEngine(TextEngine):
             shared = {name: value for name, value in self._options.items() if name in _SHARED}
             model = transformers.AutoModelForCausalLM.from_pretrained(self._source, **self._options)
             encoder = transformers.AutoTokenizer.from_pretrained(self._source, **shared)
-        if not _has_cache(model):
-            raise SettingsError(
-                f"{type(model).__name__} keeps no keys (it takes no past_key_values), so it cannot go on from known "
-                "tokens here; run it with another engine"
+        self._caches = _has_cache(model)
+        if not self._caches:
+            LOG.warning(
+                "%s takes no past_key_values: each token is computed with all of those before it", type(model).__name__
             )
         self._model = model.to(device).eval()
         # What it can read: it may be able to write more, or fewer.
@@ -162,16 +166,17 @@ class TransformersEngine(TextEngine):
         sibling = generation.siblings[0]
         with torch.inference_mode():
             ids = torch.tensor([item.pending], device=self._model.device)
-            found = self._model(input_ids=ids, past_key_values=item.cache, use_cache=True)
+            cache = {"past_key_values": item.cache, "use_cache": True} if self._caches else {"use_cache": False}
+            found = self._model(input_ids=ids, **cache)
             logits = found.logits[0, -1:, : self.size].float().cpu()
-        item.cache = found.past_key_values
+        item.cache = found.past_key_values if self._caches else None
         token = choose(logits, [sibling.row])[0]
         if token < 0:
             raise ArithmeticError(f"the model's logits for output {len(sibling.generated)} are not finite")
         asked = generation.parameters.logprobs
         scored = {} if asked is None else score(logits[0].numpy(), token, asked)
         output = generation.put(sibling, token, scored)
-        item.pending = sibling.generated[-1:]
+        item.pending = sibling.generated[-1:] if self._caches else [*generation.prompt, *sibling.generated]
         return steps_of(generation, [output])
 
 
