@@ -338,6 +338,37 @@ def test_the_same_files_have_the_same_meaning(task):
         engine.promise = before
 
 
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_step_that_raises_leaves_an_engine_that_computes(task, monkeypatch, when):
+    """Its requests are dropped, and admitted again they go on; nobody else's keys are in their blocks."""
+    payload = task.prepare(PAYLOAD | {"temperature": 1.0})
+    outputs, result = run(task, Request(id="a", payload=payload))["a"]
+    executor = task._loaded()._engine.engine_core.engine_core.model_executor
+    execute, calls = executor.execute_model, []
+
+    def sometimes(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == when:
+            raise RuntimeError("a kernel")
+        return execute(*arguments, **named)
+
+    monkeypatch.setattr(executor, "execute_model", sometimes)
+    free = task.memory_free()
+    for name, seed in (("x", 7), ("y", 8)):
+        task.admit(Request(id=name, payload=payload | {"seed": seed}))
+    kept: list[Any] = []
+    while len(calls) < when - 1:
+        kept += [step.output for step in task.step() if step.request_id == "x" and step.output is not NOTHING]
+    with pytest.raises(RuntimeError, match="a kernel"):
+        task.step()
+    for name in ("x", "y"):
+        task.drop(name)
+    assert task.probe() is True
+    assert task.memory_free() == free
+    fresh, again = run(task, Request(id="x", payload=payload, outputs=kept))["x"]
+    assert (tokens([*kept, *fresh]), again["text"]) == (tokens(outputs), result["text"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_worker_is_followed_by_another(lab: Lab, number):
     """In the middle of eight answers: what was stored stays, in order, and nothing of the dead one lives on."""
