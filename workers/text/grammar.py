@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from ...protocol.errors import InvalidRequest
@@ -41,6 +42,8 @@ class Grammars:
         self._size = size
         info = xgrammar.TokenizerInfo(list(tokenizer.pieces), vocab_size=size, stop_token_ids=sorted(tokenizer.ends))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE)
+        # No JSON needs one, and none may stand in its strings; rules for the length of a string let them through.
+        self._controls = [place for place, piece in enumerate(tokenizer.pieces) if piece and min(piece) < 0x20]
 
     def matcher(self, asked: Mapping[str, Any]) -> Grammar:
         """A matcher that is at the beginning of an answer; ``asked``: as :func:`~.checks.checked` gives it.
@@ -61,18 +64,27 @@ class Grammars:
                 choices = [json.dumps(text, ensure_ascii=False) for text in value] if kind == "choice" else []
                 text = f"root ::= {' | '.join(choices)}" if choices else value
                 compiled = self._compiler.compile_grammar(text)
-            return Matched(xgrammar.GrammarMatcher(compiled), self._size)
+            matched = Matched(
+                xgrammar.GrammarMatcher(compiled), self._size, self._controls if kind.startswith("json") else ()
+            )
         except (RuntimeError, ValueError, TypeError) as error:
             raise InvalidRequest(f"{FIELD}.{kind} cannot be used: {error}", FIELD) from error
+        first = torch.zeros(self._size)
+        matched.mask(first, ())
+        if not first.isfinite().any():
+            raise InvalidRequest(f"{FIELD}.{kind} cannot be used: no text has this form", FIELD)
+        return matched
 
 
 class Matched:
     """One answer's."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
+    def __init__(self, matcher: Any, size: int, never: Sequence[int] = ()) -> None:
+        """``never``: tokens that may not come anywhere."""
         import xgrammar
 
         self._matcher = matcher
+        self._never = list(never)
         self._seen = 0
         self._bits = xgrammar.allocate_token_bitmask(1, size)
         self._apply = xgrammar.apply_token_bitmask_inplace
@@ -87,3 +99,4 @@ class Matched:
         if not self._matcher.is_terminated():
             self._matcher.fill_next_token_bitmask(self._bits, 0)
             self._apply(values.unsqueeze(0), self._bits.to(values.device))
+            values[self._never] = -float("inf")
