@@ -20,6 +20,7 @@ from ...protocol.telemetry import logs
 from ...protocol.transport.explaining import explained
 from ...workers.pool.gpus import Gpu, choose, open_devices
 from ...workers.pool.notify import Notifier
+from ...workers.text import check_engine
 from .pool import Pool
 from .server import Server, announce, withdraw
 
@@ -199,4 +200,5 @@ def up(
     elif engine:
         settings = settings.replace(tasks=("perdure.workers.text.generate",))
     settings = settings.replace(engine=engine, model=model, engine_args=engine_args or None)
+    check_engine(settings.engine)
     raise SystemExit(run(settings, list(queues), workers or 1, data, spares=spares, gpus=gpus))

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from ...protocol.errors import InvalidRequest, SettingsError
@@ -26,6 +27,15 @@ LOG: Final = logging.getLogger("rq.worker")
 
 ENGINES: Final = {"builtin": "BuiltinEngine", "transformers": "TransformersEngine", "vllm": "VllmEngine"}
 """The engines that ``PERDURE_ENGINE`` may name: each is a folder of :mod:`.engines` that has this class."""
+
+
+def check_engine(name: str) -> str:
+    """The name of an engine. Raises :class:`~perdure.protocol.errors.SettingsError` for one that is not there."""
+    if name not in ENGINES:
+        raise SettingsError(f"PERDURE_ENGINE must be one of {', '.join(ENGINES)}, not {name!r}")
+    if name != "builtin" and find_spec(name) is None:
+        raise SettingsError(f"the engine {name} needs a package: pip install 'perdure[{name}]'")
+    return name
 
 
 class Generate(BatchTask):
@@ -184,9 +194,7 @@ class Generate(BatchTask):
         return parameters, prompt
 
     def _make_engine(self, settings: Settings) -> TextEngine:
-        name = settings.engine
-        if name not in ENGINES:
-            raise SettingsError(f"PERDURE_ENGINE must be one of {', '.join(ENGINES)}, not {name!r}")
+        name = check_engine(settings.engine)
         made: TextEngine = getattr(import_module(f"{__name__}.engines.{name}"), ENGINES[name])(settings)
         return made
 

@@ -52,7 +52,7 @@ _LOGPROBS: Final = 20
 _TOKEN: Final = re.compile("0|[1-9][0-9]{0,9}")
 _STOPS: Final = 16
 # Each has its own keys and values, from the prompt on.
-_SIBLINGS: Final = 16
+MAX_ANSWERS: Final = 16
 # What may be the beginning of a stop string is held back from the stream, and compared at every token.
 _STOP_LENGTH: Final = 256
 
@@ -98,7 +98,7 @@ def checked(payload: Any) -> dict[str, Any]:
         "logit_bias": _logit_bias(given.get("logit_bias", {})),
         "logprobs": _logprobs(given),
         "min_tokens": _min_tokens(given, max_tokens),
-        "n": _integer(given, "n", 1, 1, _SIBLINGS),
+        "n": _integer(given, "n", 1, 1, MAX_ANSWERS),
         "exact": _flag(given, "exact", False) if "exact" in given else None,
         "kv": _flag(given, "kv", False),
         "skip_special_tokens": _flag(given, "skip_special_tokens", True),

@@ -375,3 +375,16 @@ def test_cuda_without_cuda_is_an_error(monkeypatch):
 def test_slots_come_from_the_settings():
     """Without loading anything."""
     assert Generate(Settings(slots=3)).slots == 3
+
+
+def test_arguments_of_another_engine_are_refused():
+    """Whoever forgot to name it would believe that they count."""
+    with pytest.raises(SettingsError, match="the engine builtin takes no arguments"):
+        Generate(SETTINGS.replace(engine_args=("max_model_len=5",))).load()
+
+
+@pytest.mark.parametrize(("name", "said"), [("vlm", "must be one of"), ("vllm", r"perdure\[vllm\]")])
+def test_an_engine_that_is_not_there_is_told(monkeypatch, name, said):
+    monkeypatch.setattr("perdure.workers.text.find_spec", lambda package: None)
+    with pytest.raises(SettingsError, match=said):
+        Generate(SETTINGS.replace(engine=name)).load()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....protocol.errors import SettingsError
 from ....protocol.settings import Settings
 from ...tasks.base import Step
 from ...tasks.collectives import Collectives
@@ -63,7 +64,14 @@ class TextEngine(ABC):
     """How many tokens a prompt and its answer may have together."""
     promise: Promise
 
+    takes_arguments: ClassVar[bool] = False
+    """Whether ``PERDURE_ENGINE_ARGS`` says something to it."""
+
     def __init__(self, settings: Settings) -> None:
+        if settings.engine_args and not self.takes_arguments:
+            raise SettingsError(
+                f"PERDURE_ENGINE_ARGS has {settings.engine_args[0]!r}, but the engine {self.name} takes no arguments"
+            )
         self.settings = settings
 
     @abstractmethod

@@ -160,7 +160,62 @@ def test_a_form_is_kept_wherever_an_answer_is_cut(task, builtin, kind, temperatu
             assert engine is task or again == result
 
 
-@pytest.mark.parametrize("form", [{"json": {"type": "nonsense"}}, {"regex": "(["}, {"grammar": "root ::= missing"}])
+def test_no_raw_control_character_stands_in_a_string(task):
+    """Rules for the length of a string let them through; ``json.loads`` does not."""
+    for schema in ({"type": "string", "minLength": 20}, {"type": "string", "maxLength": 30}):
+        for seed in range(5):
+            fields = {"max_tokens": 100, "temperature": 1.0, "seed": seed, "structured_outputs": {"json": schema}}
+            result = run(task, Request(id="a", payload=PAYLOAD | fields))["a"][1]
+            assert result["finish_reason"] == "length" or isinstance(json.loads(result["text"]), str)
+            assert not [token for token in result["token_ids"] if token < 0x20]
+
+
+def test_many_answers_hold_no_neighbour_up(task):
+    """Sixteen answers beside a small request, and all of them move with each step."""
+    many = PAYLOAD | {"n": 16, "max_tokens": 60, "temperature": 1.0, "logit_bias": {"258": -100}}
+    task.admit(Request(id="many", payload=many))
+    task.admit(Request(id="small", payload=PAYLOAD | {"max_tokens": 3}))
+    ended, indexes = [], []
+    for _ in range(8):
+        for step in task.step():
+            ended += [step.request_id] if step.ends else []
+            indexes += [step.output["index"] for step in [step] if step.request_id == "many"]
+    assert ended == ["small"]
+    assert indexes[:32] == [*range(16), *range(16)]
+    task.drop("many")
+
+
+def test_logprobs_are_those_of_the_built_in_engine(task, builtin):
+    """The same function of the model's own logits, which vLLM's CPU kernels compute to some thousandths here."""
+    for fields in ({"logprobs": 3}, {"logprobs": True, "temperature": 1.0, "presence_penalty": 1.0}):
+        payload = builtin.prepare(PAYLOAD | fields | {"max_tokens": 6})
+        mine, theirs = (run(one, Request(id="a", payload=payload))["a"][1]["logprobs"] for one in (builtin, task))
+        assert [entry["token"] for entry in mine] == [entry["token"] for entry in theirs]
+        assert [entry["logprob"] for entry in mine] == pytest.approx([entry["logprob"] for entry in theirs], abs=0.05)
+        assert [len(entry.get("top_logprobs", [])) for entry in mine] == [
+            len(entry.get("top_logprobs", [])) for entry in theirs
+        ]
+    assert not DurableSampler.scores
+
+
+@pytest.mark.parametrize("model", ["/nonexistent/model", "./nowhere"])
+def test_a_folder_that_is_not_there_is_told(model):
+    from perdure.workers.text.engines.vllm.loading import start
+
+    with pytest.raises(SettingsError, match="there is no such folder"):
+        start(SETTINGS.replace(model=model))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json": {"type": "nonsense"}},
+        {"regex": "(["},
+        {"grammar": "root ::= missing"},
+        {"grammar": "root ::= root"},
+        {"json": {"$ref": "#"}},
+    ],
+)
 def test_a_form_that_is_none_is_told(task, builtin, form):
     for engine in (task, builtin):
         with pytest.raises(InvalidRequest) as refused:
@@ -309,6 +364,7 @@ def test_the_output_behind_a_prompt_grows():
     [
         (("speculative_config={}",), "speculative_config cannot be set"),
         (("tensor-parallel-size=2",), "tensor_parallel_size cannot be set"),
+        (("max_num_seqs=2",), "PERDURE_SLOTS says it"),
         (("max_model_lenght=5",), "max-model-lenght"),
         (("max_model_len=many",), "max-model-len"),
     ],
@@ -320,7 +376,7 @@ def test_arguments_of_vllm_are_its_own(entries, said):
     with pytest.raises(SettingsError, match=said):
         arguments(SETTINGS.replace(engine_args=entries))
     taken = arguments(SETTINGS.replace(engine_args=("max_model_len=512", "enforce_eager=true", "seed=3")))
-    assert (taken.max_model_len, taken.enforce_eager, taken.seed, taken.max_num_seqs) == (512, True, 3, 4)
+    assert (taken.max_model_len, taken.enforce_eager, taken.seed, taken.max_num_seqs) == (512, True, 3, 64)
 
 
 def test_the_same_files_have_the_same_meaning(task):

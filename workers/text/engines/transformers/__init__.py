@@ -92,9 +92,8 @@ class TransformersEngine(TextEngine):
             raise SettingsError(f"{_MISSING} ({error})") from error
         import torch
 
-        from ...arithmetic import sampler_bits
         from ...hub import HubTokenizer, end_tokens
-        from ...model.device import describe_device, prepare_device
+        from ...model.device import prepare_device
 
         device = prepare_device(self.settings)
         # Models may use operators that have no deterministic form; to refuse them would promise what is not kept.
@@ -120,11 +119,10 @@ class TransformersEngine(TextEngine):
             encoder, end_tokens(encoder, getattr(model, "generation_config", None), model.config, config), self.size
         )
         self.context = int(getattr(config, "max_position_embeddings", 0) or 2**31)
-        facts = {**describe_device(device), "sampler": sampler_bits(torch.device("cpu"))}
-        self._fingerprint = _digest(model, self.tokenizer.definition, facts, transformers.__version__)
+        self._fingerprint = _digest(model, self.tokenizer.definition)
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, configuration, tokenizer, sampler, libraries and device."""
+        """SHA-256 over weights, configuration, tokenizer and sampler: another release or device may go on."""
         return self._fingerprint
 
     def admit(self, item: Generation) -> None:
@@ -185,13 +183,15 @@ def _has_cache(model: Any) -> bool:
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
-def _digest(model: Any, definition: str, facts: Mapping[str, str], version: str) -> str:
+def _digest(model: Any, definition: str) -> str:
     import torch
 
-    digest = hashlib.sha256(json.dumps({**facts, "transformers": version}, sort_keys=True).encode())
-    digest.update(definition.encode())
-    # Where the files lie is no part of the model.
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    from ...sampler import VERSION
+
+    digest = hashlib.sha256(f"{VERSION} {definition}".encode())
+    # Where the files lie is no part of the model, nor which release has read them.
+    beside = ("_name_or_path", "transformers_version")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in beside}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -42,14 +42,19 @@ REFUSED: Final = {
     "tensor_parallel_size": "one process is supported so far",
     "pipeline_parallel_size": "one process is supported so far",
     "data_parallel_size": "run so many workers instead",
+    "model": "PERDURE_MODEL says it",
+    "max_num_seqs": "PERDURE_SLOTS says it",
 }
 """Arguments of vLLM's that are refused, and why."""
 
 
 class VllmEngine(TextEngine):
-    """``PERDURE_SLOTS`` is vLLM's ``max_num_seqs``; all else is as vLLM has it, or as ``PERDURE_ENGINE_ARGS`` says."""
+    """vLLM has rows for all answers of ``PERDURE_SLOTS`` requests; all else is as it has it, or as
+    ``PERDURE_ENGINE_ARGS`` says.
+    """
 
     name = "vllm"
+    takes_arguments = True
     refused: ClassVar[Mapping[str, str]] = {"kv": "its keys stay where they are; a resume computes them again"}
 
     def __init__(self, settings: Settings) -> None:
@@ -137,6 +142,8 @@ class VllmEngine(TextEngine):
         """One step of vLLM's scheduler: prefills and tokens of several requests."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        from .processor import DurableSampler
+
         steps = [step for item in list(self._requests.values()) if item.ended for step in self._leave(item, [])]
         if steps:
             # The last execution died between the last output and the result: there is nothing to compute.
@@ -152,11 +159,12 @@ class VllmEngine(TextEngine):
                 continue  # dropped while it was computed
             moved[item.id] = item
             completion = output.outputs[0]
-            for place, token in enumerate(completion.token_ids):
-                scores = completion.logprobs[place] if completion.logprobs else {}
-                sibling.arrived.append((int(token), _scored(scores, int(token), item.parameters.logprobs)))
+            scores = DurableSampler.scores.get(output.request_id, {})
+            for token in completion.token_ids:
+                index = len(sibling.generated) + len(sibling.arrived)
+                sibling.arrived.append((int(token), scores.pop(index, {})))
             if output.finished:
-                del self._rows[output.request_id]
+                self._forget(output.request_id)
         for item in moved.values():
             steps += self._leave(item, list(item.arrive()))
         return steps
@@ -166,7 +174,7 @@ class VllmEngine(TextEngine):
         item = self._requests.pop(request_id, None)
         names = [name for name, (other, _) in self._rows.items() if other is item] if item is not None else []
         for name in names:
-            del self._rows[name]
+            self._forget(name)
         if names:
             self._engine.abort_request(names)
 
@@ -202,13 +210,18 @@ class VllmEngine(TextEngine):
             # Where an answer ends is found by its transcript, which knows its stop texts, too.
             max_tokens=given.max_tokens - len(sibling.transcript.tokens),
             ignore_eos=True,
-            logprobs=given.logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=extra_args(given, len(item.prompt), self.tokenizer.ends, name),
         )
         self._rows[name] = item, sibling
         self._engine.add_request(name, tokens_input([*item.prompt, *sibling.generated]), params)
+
+    def _forget(self, name: str) -> None:
+        from .processor import DurableSampler
+
+        del self._rows[name]
+        DurableSampler.scores.pop(name, None)
 
     def _leave(self, item: Generation, outputs: list[dict[str, Any] | None]) -> list[Step]:
         """What a request puts out; it leaves if it has ended, or if what vLLM has put out are no tokens."""
@@ -224,14 +237,3 @@ class VllmEngine(TextEngine):
         if item.ended:
             self.drop(item.id)
         return steps
-
-
-def _scored(scores: Mapping[int, Any], token: int, asked: int | None) -> dict[str, Any]:
-    """vLLM's log-probabilities of a token, as ours are: likeliest first, of equal ones the lowest id."""
-    if asked is None:
-        return {}
-    result: dict[str, Any] = {"logprob": float(scores[token].logprob)}
-    if asked:
-        ordered = sorted(scores.items(), key=lambda pair: (-pair[1].logprob, pair[0]))[:asked]
-        result["top_logprobs"] = [[int(other), float(found.logprob)] for other, found in ordered]
-    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import platform
 import warnings
@@ -19,16 +20,24 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from .....protocol.errors import SettingsError
 from .....protocol.settings import Settings
 from ...arithmetic import sampler_bits
+from ...checks import MAX_ANSWERS
 from ...hub import HubTokenizer
 from ...sampler import VERSION
 from ...weights.export import folder_of
 from . import REFUSED, TESTED
 from .processor import DurableSampler
 
+ROWS: Final = 256
+"""vLLM's rows at most, unless there are more slots: it prepares buffers for each."""
+
 SAMPLE: Final = 64
 PIECE: Final = 64 * 1024
 """Of a large file so many pieces of so many bytes, spread over it, make its fingerprint: all of it would take minutes.
 """
+
+
+_BESIDE: Final = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+"""Of a configuration: where it lies, and what is arithmetic."""
 
 
 def start(settings: Settings) -> Any:
@@ -39,17 +48,25 @@ def start(settings: Settings) -> Any:
     """
     if not vllm.__version__.startswith(f"{TESTED}."):
         warnings.warn(f"vLLM {vllm.__version__} is not the tested {TESTED}", stacklevel=2)
-    args = arguments(settings)
-    args.logits_processors = [DurableSampler]
     try:
+        args = arguments(settings)
+        args.logits_processors = [DurableSampler]
         return LLMEngine.from_engine_args(args)
+    except SettingsError:
+        raise
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise SettingsError(f"vLLM cannot load PERDURE_MODEL={settings.model}: {error}") from error
 
 
 def arguments(settings: Settings) -> EngineArgs:
     """vLLM's arguments, which its own parser reads."""
-    words = ["--model", folder_of(settings), "--max-num-seqs", str(settings.slots), "--disable-log-stats"]
+    model = folder_of(settings)
+    if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith((".", "~"))):
+        raise SettingsError(f"PERDURE_MODEL={model}: there is no such folder")
+    # Each answer is a row. Those of one request go on side by side: one that waited for a row would hold up all of its
+    # outputs, and with fewer rows than answers a neighbour would wait for whole answers.
+    rows = max(settings.slots, min(MAX_ANSWERS * settings.slots, ROWS))
+    words = ["--model", model, "--max-num-seqs", str(rows), "--disable-log-stats"]
     for entry in settings.engine_args:
         name, sign, value = entry.partition("=")
         name = name.strip().replace("-", "_")
@@ -68,8 +85,8 @@ def arguments(settings: Settings) -> EngineArgs:
         with contextlib.redirect_stderr(said):
             return EngineArgs.from_cli_args(parser.parse_args(words))
     except SystemExit:
-        line = said.getvalue().strip().splitlines()[-1:] or ["refused"]
-        raise SettingsError(f"PERDURE_ENGINE_ARGS: vLLM's arguments are not in order: {line[0]}") from None
+        line = (said.getvalue().strip().splitlines() or ["refused"])[-1].rpartition("error: ")[2]
+        raise SettingsError(f"PERDURE_ENGINE_ARGS: vLLM does not take them: {line}") from None
 
 
 def facts_of(engine: Any) -> dict[str, Any]:
@@ -99,10 +116,18 @@ def facts_of(engine: Any) -> dict[str, Any]:
 
 def meaning_of(model: Any, tokenizer: HubTokenizer) -> dict[str, str]:
     """What an answer means: the model's files, its tokenizer and template, and the sampler."""
-    meaning = {"tokenizer": hashlib.sha256(tokenizer.definition.encode()).hexdigest(), "sampler": str(VERSION)}
+    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _BESIDE}
+    meaning = {
+        "tokenizer": hashlib.sha256(tokenizer.definition.encode()).hexdigest(),
+        "sampler": str(VERSION),
+        # What arguments have made of it.
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "context": str(model.max_model_len),
+    }
     folder = Path(model.model)
     if not folder.is_dir():
-        return meaning | {"model": f"{model.model}@{model.revision or ''}"}
+        commit = getattr(model.hf_config, "_commit_hash", None) or model.revision or ""
+        return meaning | {"model": f"{model.model}@{commit}"}
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in {".json", ".safetensors", ".bin", ".pt", ".gguf", ".model", ".jinja"}:

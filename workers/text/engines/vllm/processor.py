@@ -28,18 +28,19 @@ from .....protocol.errors import InvalidRequest
 from ...grammar import Grammars
 from ...hub import HubTokenizer, end_tokens
 from ...parameters import Parameters
-from ...sampler import SampledRow, choose
+from ...sampler import SampledRow, choose, score
 
 NAME: Final = "perdure"
 
-_FIELDS: Final = frozenset({"origin", "ends", "name"})
+_FIELDS: Final = frozenset({"origin", "ends", "name", "scored"})
 
 
 def extra_args(parameters: Parameters, origin: int, ends: Iterable[int], name: str = "") -> dict[str, Any]:
     """What a request says of itself whose first ``origin`` prompt tokens are its prompt; by ``name`` it is told apart
     in this process.
     """
-    return {NAME: {"origin": origin, "ends": list(ends), "name": name, **parameters.sampling()}}
+    beside = {"origin": origin, "ends": list(ends), "name": name, "scored": parameters.logprobs}
+    return {NAME: {**beside, **parameters.sampling()}}
 
 
 @dataclass(slots=True)
@@ -74,12 +75,16 @@ class DurableSampler(LogitsProcessor):
 
     watched: ClassVar[dict[str, Callable[[int, Tensor], None]]] = {}
     """By name: called with the index of an output and the model's own logits of it."""
+    scores: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}
+    """By name and index of an output: its log-probabilities, where they are asked for. vLLM's own are compiled at their
+    first use, for seconds, and not at all without a C++ compiler.
+    """
     unsound: ClassVar[set[str]] = set()
     """The names of those whose logits were no numbers: what vLLM puts out for them is no token."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._config = vllm_config
-        self._rows: dict[int, tuple[SampledRow, str]] = {}
+        self._rows: dict[int, tuple[SampledRow, str, int | None]] = {}
 
     @classmethod
     def validate_params(cls, params: SamplingParams) -> None:
@@ -113,7 +118,8 @@ class DurableSampler(LogitsProcessor):
             rows.pop(place, None)
             given = (params.extra_args or {}).get(NAME)
             if given is not None:
-                rows[place] = self._row(given, prompt or [], output), given.get("name", "")
+                row = self._row(given, prompt or [], output)
+                rows[place] = row, given.get("name", ""), given.get("scored")
         for source, target, direction in batch_update.moved:
             one, other = rows.pop(source, None), rows.pop(target, None)
             if one is not None:
@@ -134,6 +140,12 @@ class DurableSampler(LogitsProcessor):
                 watch(len(row.output), values)
         tokens = choose(ours, rows)
         self.unsound.update(name for name, token in zip(names, tokens, strict=True) if token < 0)
+        for place, values, token in zip(places, ours, tokens, strict=True):
+            row, name, scored = self._rows[place]
+            if scored is not None and token >= 0:
+                # Chosen first: nothing has changed these logits yet.
+                found = score(values.cpu().numpy(), token, scored)
+                self.scores.setdefault(name, {})[len(row.output)] = found
         chosen = torch.tensor(tokens, device=logits.device).clamp_(min=0).unsqueeze(1)
         logits[places] = torch.full_like(ours, -torch.inf).scatter_(1, chosen, 0)
         return logits
