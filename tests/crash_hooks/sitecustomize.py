@@ -21,7 +21,7 @@ ROLES = {
 }
 
 PLACES = {
-    "bell": ("redis.client", "Redis", "blpop"),
+    "bell": ("perdure.workers.redis_io.bells", "Bells", "_release"),
     "birth": ("rq.worker", "SimpleWorker", "register_birth"),
     "commands": ("perdure.workers.rq.commands", "CommandedWorker", "subscribe"),
     "death": ("rq.worker", "SimpleWorker", "register_death"),

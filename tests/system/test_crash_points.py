@@ -91,7 +91,7 @@ GAPS: dict[str, tuple[str, dict[str, Any], Action, str]] = {
     "guarded, not yet known as ready": ("guardian 1 after", {}, nothing, "finished"),
     "ready, not yet waiting at the bell": ("ready 1 after", {}, nothing, "finished"),
     # A request's way through it.
-    "woken by the bell, nothing claimed": ("bell 1 after", {}, nothing, "finished"),
+    "woken by the bell, nothing claimed": ("bell 1 before", {}, nothing, "finished"),
     "claimed, nothing stored": ("claim 1 after", {}, nothing, "finished"),
     "one checkpoint stored": ("progress 1 after", {}, nothing, "finished"),
     "several checkpoints stored": ("progress 3 after", {}, nothing, "finished"),
