@@ -73,12 +73,13 @@ class Site:
     def watching(self) -> Iterator[Iterator[tuple[str, Any]]]:
         """The events of the stream, as they come: name and value."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LONG)
+        connection.request("GET", "/api/stream")
+        reply = connection.getresponse()  # the socket is its own now: it has no length
         try:
-            connection.request("GET", "/api/stream")
-            reply = connection.getresponse()
             assert (reply.status, reply.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
             yield _events(reply)
         finally:
+            reply.close()
             connection.close()
 
 
