@@ -293,7 +293,20 @@ def test_what_the_engine_cannot_take_is_its_requests_mistake(task, fields, field
     assert task.step() == []
 
 
-def test_logits_that_are_no_numbers_fail_their_request_alone(task):
+def test_an_answer_that_has_ended_takes_no_row(task):
+    """One of three meets its stop text: vLLM computes it no further."""
+    payload = task.prepare(PAYLOAD | {"n": 3, "temperature": 1.0, "max_tokens": 60})
+    texts = [answer["text"] for answer in run(task, Request(id="a", payload=payload))["a"][1]["choices"]]
+    stop = next(text for text in texts[0][3:20] if text not in texts[1][:40] + texts[2][:40])
+    task.admit(Request(id="b", payload=payload | {"stop": [stop]}))
+    running = []
+    while len(task._loaded()):
+        task.step()
+        running.append(task._loaded()._engine.get_num_unfinished_requests())
+    assert 2 in running[:30]
+
+
+def test_logits_that_are_no_numbers_fail_their_request_alone():
     """The others of the batch go on."""
     processor = DurableSampler(None, torch.device("cpu"), False)
     from vllm import SamplingParams

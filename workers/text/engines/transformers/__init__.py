@@ -191,7 +191,7 @@ def _digest(model: Any, definition: str) -> str:
     digest = hashlib.sha256(f"{VERSION} {definition}".encode())
     # Where the files lie is no part of the model, nor which release has read them.
     beside = ("_name_or_path", "transformers_version")
-    config = {name: value for name, value in model.config.to_dict().items() if name not in beside}
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in beside}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from .....protocol.errors import InvalidRequest, SettingsError
@@ -64,6 +64,8 @@ class VllmEngine(TextEngine):
         self._requests: dict[str, Generation] = {}
         self._rows: dict[str, tuple[Generation, Sibling]] = {}
         """By the name that vLLM knows: each answer is a request of its own there."""
+        self._waiting: set[str] = set()
+        """The names of those that have had no token yet, and so perhaps no block."""
         self._facts: dict[str, Any] = {}
         self._meaning: dict[str, str] = {}
         self._known: list[int] = []
@@ -116,10 +118,7 @@ class VllmEngine(TextEngine):
     def memory_free(self) -> int:
         """Bytes of the blocks that are free, less what those take that have been admitted and not begun."""
         pool = self._engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        begun = {name for name, (_, sibling) in self._rows.items() if sibling.generated or sibling.arrived}
-        promised = sum(
-            2 + len(item.prompt) // self._block_size for name, (item, _) in self._rows.items() if name not in begun
-        )
+        promised = sum(2 + len(self._rows[name][0].prompt) // self._block_size for name in self._waiting)
         return int(self._block_bytes * max(0, pool.get_num_free_blocks() - promised))
 
     @property
@@ -158,6 +157,7 @@ class VllmEngine(TextEngine):
             if item is None or sibling is None:
                 continue  # dropped while it was computed
             moved[item.id] = item
+            self._waiting.discard(output.request_id)
             completion = output.outputs[0]
             scores = DurableSampler.scores.get(output.request_id, {})
             for token in completion.token_ids:
@@ -172,11 +172,8 @@ class VllmEngine(TextEngine):
     def drop(self, request_id: str) -> None:
         """Forget a request, and have vLLM forget it; unknown ids are ignored."""
         item = self._requests.pop(request_id, None)
-        names = [name for name, (other, _) in self._rows.items() if other is item] if item is not None else []
-        for name in names:
-            self._forget(name)
-        if names:
-            self._engine.abort_request(names)
+        if item is not None:
+            self._abort(item, item.siblings)
 
     def probe(self) -> bool | None:
         """Whether it says again what it said at load."""
@@ -204,7 +201,7 @@ class VllmEngine(TextEngine):
         from .processor import extra_args
 
         given = sibling.parameters
-        name = f"{item.execution or item.id}:{sibling.index}"
+        name = _name(item, sibling)
         params = SamplingParams(
             temperature=0,
             # Where an answer ends is found by its transcript, which knows its stop texts, too.
@@ -215,19 +212,29 @@ class VllmEngine(TextEngine):
             extra_args=extra_args(given, len(item.prompt), self.tokenizer.ends, name),
         )
         self._rows[name] = item, sibling
+        self._waiting.add(name)
         self._engine.add_request(name, tokens_input([*item.prompt, *sibling.generated]), params)
+
+    def _abort(self, item: Generation, siblings: Iterable[Sibling]) -> None:
+        """Have vLLM forget some of the answers, if it still has them."""
+        names = [name for name in (_name(item, sibling) for sibling in siblings) if name in self._rows]
+        for name in names:
+            self._forget(name)
+        if names:
+            self._engine.abort_request(names)
 
     def _forget(self, name: str) -> None:
         from .processor import DurableSampler
 
         del self._rows[name]
+        self._waiting.discard(name)
         DurableSampler.scores.pop(name, None)
 
     def _leave(self, item: Generation, outputs: list[dict[str, Any] | None]) -> list[Step]:
         """What a request puts out; it leaves if it has ended, or if what vLLM has put out are no tokens."""
         from .processor import DurableSampler
 
-        names = {f"{item.execution or item.id}:{sibling.index}" for sibling in item.siblings}
+        names = {_name(item, sibling) for sibling in item.siblings}
         if unsound := names & DurableSampler.unsound:
             DurableSampler.unsound -= unsound
             self.drop(item.id)
@@ -236,4 +243,10 @@ class VllmEngine(TextEngine):
         steps = steps_of(item, outputs)
         if item.ended:
             self.drop(item.id)
+        else:  # one that has met its stop text, beside others that go on
+            self._abort(item, [sibling for sibling in item.siblings if sibling.transcript.finish_reason])
         return steps
+
+
+def _name(item: Generation, sibling: Sibling) -> str:
+    return f"{item.execution or item.id}:{sibling.index}"

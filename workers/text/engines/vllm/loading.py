@@ -18,7 +18,9 @@ from vllm import EngineArgs, LLMEngine
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from .....protocol.errors import SettingsError
+from .....protocol.records import FailureKind
 from .....protocol.settings import Settings
+from .....recovery.failures import classify
 from ...arithmetic import sampler_bits
 from ...checks import MAX_ANSWERS
 from ...hub import HubTokenizer
@@ -36,10 +38,6 @@ PIECE: Final = 64 * 1024
 """
 
 
-_BESIDE: Final = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
-"""Of a configuration: where it lies, and what is arithmetic."""
-
-
 def start(settings: Settings) -> Any:
     """vLLM's engine for the settings' model.
 
@@ -54,7 +52,9 @@ def start(settings: Settings) -> Any:
         return LLMEngine.from_engine_args(args)
     except SettingsError:
         raise
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if classify(error) is not FailureKind.ERROR:
+            raise  # the device's, or its memory's: nothing is wrong with the settings
         raise SettingsError(f"vLLM cannot load PERDURE_MODEL={settings.model}: {error}") from error
 
 
@@ -116,12 +116,11 @@ def facts_of(engine: Any) -> dict[str, Any]:
 
 def meaning_of(model: Any, tokenizer: HubTokenizer) -> dict[str, str]:
     """What an answer means: the model's files, its tokenizer and template, and the sampler."""
-    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _BESIDE}
     meaning = {
         "tokenizer": hashlib.sha256(tokenizer.definition.encode()).hexdigest(),
         "sampler": str(VERSION),
-        # What arguments have made of it.
-        "config": json.dumps(config, sort_keys=True, default=str),
+        # Not the whole configuration: another release of transformers adds to it.
+        "overrides": json.dumps(model.hf_overrides, sort_keys=True, default=str),
         "context": str(model.max_model_len),
     }
     folder = Path(model.model)
