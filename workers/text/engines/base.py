@@ -42,9 +42,12 @@ class Promise:
 
     def __str__(self) -> str:
         if not self.compared:
-            return "exact" if self.exact else "continued (not measured)"
+            return f"{'exact' if self.exact else 'continued'} after a crash"
         what = "exact" if self.exact else "continued"
-        return f"{what}: of {self.compared} logits {self.different} differed, and {self.tokens} tokens"
+        return (
+            f"{what} after a crash: of {self.compared} tokens that were computed again, {self.different} had logits "
+            f"with other last bits, and {self.tokens} came out differently"
+        )
 
 
 class TextEngine(ABC):
